@@ -1,0 +1,38 @@
+// The documents that the admin socket carries and `--json` prints. Only types: both sides import them without cost.
+// They are the composer's views with times as ISO 8601 text.
+import type { AttachmentView, ImageView, JobView, PoolView, ResourceUsage, SnapshotView, VolumeView } from '@atoll/composer'
+
+/** A view with its times as text. */
+export type Document<View> = {
+  [Field in keyof View]: Field extends 'createdAt' | 'updatedAt' ? string : DocumentField<View[Field]>
+}
+type DocumentField<Value> = Value extends readonly AttachmentView[] ? AttachmentDocument[] : Value
+
+export type AttachmentDocument = Omit<AttachmentView, 'createdAt'> & { createdAt: string }
+export type VolumeSummary = Document<VolumeView>
+export type VolumeDocument = Document<VolumeView & ResourceUsage>
+export type SnapshotDocument = Document<SnapshotView>
+export type ImageSummary = Document<ImageView>
+export type ImageDocument = Document<ImageView & ResourceUsage>
+export type PoolDocument = Document<PoolView>
+export type JobDocument = Document<JobView>
+
+export interface StatusDocument {
+  readonly ready: true
+  readonly version: string
+  readonly pid: number
+  readonly home: string
+  readonly http: string | null
+  readonly nbd: string | null
+  readonly nbdSocket: string | null
+  readonly iscsi: string | null
+  readonly uptimeSeconds: number
+  readonly pools: number
+  readonly volumes: number
+  readonly attachedVolumes: number
+  readonly connections: number
+  readonly runningJobs: number
+  /** Memory of all maps that are loaded. */
+  readonly mapBytes: number
+  readonly residentBytes: number
+}

@@ -1,0 +1,18 @@
+// Every command group, and the module that knows its commands: loaded only when one of them is run.
+import type { Command } from 'commander'
+
+export interface CommandGroup {
+  readonly name: string
+  readonly summary: string
+  load(): Promise<{ register(command: Command): void }>
+}
+
+export const commandGroups: readonly CommandGroup[] = [
+  { name: 'serve', summary: 'run the daemon', load: () => import('./serve.ts') },
+  { name: 'status', summary: 'show whether the daemon runs, and what it has to do', load: () => import('./status.ts') },
+  { name: 'pool', summary: 'places where data lies', load: () => import('./pool.ts') },
+  { name: 'volume', summary: 'block devices: create, attach, resize, delete', load: () => import('./volume.ts') },
+  { name: 'snapshot', summary: 'points in time of volumes', load: () => import('./snapshot.ts') },
+  { name: 'image', summary: 'read-only disks to make volumes from: import and export', load: () => import('./image.ts') },
+  { name: 'job', summary: 'long work in the daemon: list, pause, resume, cancel', load: () => import('./job.ts') },
+]

@@ -1,0 +1,148 @@
+import type { Command } from 'commander'
+import type { JobDocument, PoolDocument } from '../admin-types.ts'
+import { segment } from '../client/admin-client.ts'
+import { usageError } from '../client/cli-error.ts'
+import { formatBytes } from '../terminal/format-bytes.ts'
+import { formatFields, formatTable } from '../terminal/table.ts'
+import { contextOf, withExample } from './command-context.ts'
+import { readOptions } from './key-value.ts'
+import { waitForJob } from './wait-for-job.ts'
+
+export function register(pool: Command): void {
+  withExample(
+    pool
+      .command('create')
+      .description('make a pool on a backend')
+      .argument('<name>')
+      .requiredOption('--driver <driver>', 'file or memory')
+      .option('--option <key=value>', 'option of the driver; KEY=@FILE reads the value from a file', collect, [])
+      .action(async (name: string, options: { driver: string; option: string[] }, command: Command) => {
+        const context = contextOf(command)
+        const body = {
+          name,
+          driver: options.driver,
+          options: await readOptions(options.driver, options.option),
+          project: context.project,
+        }
+        const document = await context.client.post<PoolDocument>('/v1/pools', body)
+        context.print(document, () => document.id)
+      }),
+    'atoll pool create fast --driver file --option path=/mnt/nvme/atoll',
+  )
+  withExample(
+    pool
+      .command('list')
+      .description('show all pools')
+      .action(async (_options: unknown, command: Command) => {
+        const context = contextOf(command)
+        const documents = await context.client.get<PoolDocument[]>('/v1/pools')
+        context.print(documents, () =>
+          formatTable(
+            ['name', 'driver', 'free', 'total', 'stored', 'layers', 'id'],
+            documents.map((document) => [
+              document.name,
+              document.driver,
+              formatBytes(document.freeBytes),
+              formatBytes(document.totalBytes),
+              formatBytes(document.storedBytes),
+              document.layers,
+              document.id,
+            ]),
+          ),
+        )
+      }),
+    'atoll pool list',
+  )
+  withExample(
+    pool
+      .command('show')
+      .description('show one pool')
+      .argument('<pool>', 'name or id')
+      .action(async (name: string, _options: unknown, command: Command) => {
+        const context = contextOf(command)
+        const document = await context.client.get<PoolDocument>(`/v1/pools/${segment(name)}`)
+        context.print(document, () => poolText(document))
+      }),
+    'atoll pool show default',
+  )
+  withExample(
+    pool
+      .command('delete')
+      .description('delete an empty pool')
+      .argument('<pool>', 'name or id')
+      .action(async (name: string, _options: unknown, command: Command) => {
+        const context = contextOf(command)
+        context.print(await context.client.delete(`/v1/pools/${segment(name)}`), () => `deleted ${name}`)
+      }),
+    'atoll pool delete fast',
+  )
+  withExample(
+    pool
+      .command('check')
+      .description('compare what the backend holds with what the catalog says')
+      .argument('<pool>', 'name or id')
+      .action(async (name: string, _options: unknown, command: Command) => {
+        const context = contextOf(command)
+        const document = await context.client.post<PoolCheck>(`/v1/pools/${segment(name)}/check`)
+        context.print(document, () => checkText(document))
+        if (document.findings.some((finding) => finding.severity === 'error')) process.exitCode = 1
+      }),
+    'atoll pool check default',
+  )
+  withExample(
+    pool
+      .command('reclaim')
+      .description('free what no volume, snapshot or image refers to any more')
+      .argument('<pool>', 'name or id')
+      .action(async (name: string, _options: unknown, command: Command) => {
+        const context = contextOf(command)
+        const started = await context.client.post<JobDocument>(`/v1/pools/${segment(name)}/reclaim`)
+        const job = await waitForJob(context, started, `reclaim ${name}`)
+        context.print(job, () => reclaimText(job))
+      }),
+    'atoll pool reclaim default',
+  )
+}
+
+export interface PoolFinding {
+  readonly severity: 'note' | 'warning' | 'error'
+  readonly kind: string
+  readonly object: string
+  readonly message: string
+}
+
+export interface PoolCheck {
+  readonly findings: readonly PoolFinding[]
+}
+
+function collect(value: string, before: string[]): string[] {
+  if (!value.includes('=')) throw usageError(`--option ${value}: write KEY=VALUE or KEY=@FILE`)
+  return [...before, value]
+}
+
+function poolText(pool: PoolDocument): string {
+  return formatFields([
+    ['id', pool.id],
+    ['name', pool.name],
+    ['driver', pool.driver],
+    ...Object.entries(pool.options).map(([name, value]) => [`option ${name}`, value] as const),
+    ['total', formatBytes(pool.totalBytes)],
+    ['free', formatBytes(pool.freeBytes)],
+    ['stored', formatBytes(pool.storedBytes)],
+    ['logical', formatBytes(pool.logicalBytes)],
+    ['dedup ratio', pool.dedupRatio.toFixed(2)],
+    ['layers', String(pool.layers)],
+    ...Object.entries(pool.capabilities ?? {}).map(([name, value]) => [name, value === null ? null : String(value)] as const),
+    ...(pool.error === null ? [] : [['error', `${pool.error.code}: ${pool.error.message}`] as const]),
+  ])
+}
+
+function checkText(check: PoolCheck): string {
+  if (check.findings.length === 0) return 'nothing found'
+  return check.findings.map((finding) => `${finding.severity}: ${finding.object}: ${finding.message}`).join('\n')
+}
+
+function reclaimText(job: JobDocument): string {
+  const result = (job.result ?? {}) as { freedBytes?: number; removedLayers?: number; sweptPages?: number }
+  return `freed ${formatBytes(result.freedBytes ?? 0)}, removed ${result.removedLayers ?? 0} layers and ${result.sweptPages ?? 0} pages of maps`
+}

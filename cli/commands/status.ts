@@ -1,0 +1,32 @@
+import type { Command } from 'commander'
+import type { StatusDocument } from '../admin-types.ts'
+import { formatBytes, formatSeconds } from '../terminal/format-bytes.ts'
+import { formatFields } from '../terminal/table.ts'
+import { contextOf, withExample } from './command-context.ts'
+
+export function register(status: Command): void {
+  status.action(async () => {
+    const context = contextOf(status)
+    const document = await context.client.get<StatusDocument>('/v1/status')
+    context.print(document, () => statusText(document))
+  })
+  withExample(status, 'atoll status')
+}
+
+function statusText(status: StatusDocument): string {
+  return formatFields([
+    ['status', 'ready'],
+    ['version', status.version],
+    ['pid', String(status.pid)],
+    ['home', status.home],
+    ['http', status.http],
+    ['nbd socket', status.nbdSocket],
+    ['nbd', status.nbd],
+    ['uptime', formatSeconds(status.uptimeSeconds)],
+    ['pools', String(status.pools)],
+    ['volumes', `${status.volumes}, ${status.attachedVolumes} attached`],
+    ['connections', String(status.connections)],
+    ['running jobs', String(status.runningJobs)],
+    ['memory', `${formatBytes(status.residentBytes)}, maps ${formatBytes(status.mapBytes)}`],
+  ])
+}

@@ -1,0 +1,16 @@
+import type { Clock } from '@atoll/core'
+import type { Composer } from '@atoll/composer'
+import type { Engine } from '@atoll/native'
+import type { Endpoints } from '../endpoints.ts'
+
+/** What the routes of the admin API work with. */
+export interface AdminContext {
+  readonly composer: Composer
+  readonly engine: Engine
+  readonly clock: Clock
+  readonly endpoints: Endpoints
+  /** By `clock.monotonicMs`. */
+  readonly startedAtMs: number
+  /** Whether the daemon is being stopped: what waits for something must let go. */
+  readonly stopping: AbortSignal
+}

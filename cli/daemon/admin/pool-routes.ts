@@ -1,0 +1,39 @@
+import type { FastifyInstance } from 'fastify'
+import { z } from 'zod'
+import type { AdminContext } from './admin-context.ts'
+import { checkRequest, projectField, typedText } from './check-request.ts'
+import { toDocument } from './document.ts'
+
+const named = z.strictObject({ pool: typedText })
+const creation = z.strictObject({
+  name: typedText,
+  driver: typedText,
+  options: z.record(typedText, z.string().max(65_536)),
+  ...projectField,
+})
+
+export function addPoolRoutes(server: FastifyInstance, { composer }: AdminContext): void {
+  const { pools } = composer
+
+  server.post('/v1/pools', async (request, reply) => {
+    const created = await pools.create(checkRequest(creation, request.body))
+    return reply.code(201).send(toDocument(created))
+  })
+  server.get('/v1/pools', async () => {
+    const found = await pools.list()
+    return found.map((view) => toDocument(view))
+  })
+  server.get('/v1/pools/:pool', async (request) => toDocument(await pools.show(checkRequest(named, request.params).pool)))
+  server.delete('/v1/pools/:pool', async (request) => {
+    const { pool } = checkRequest(named, request.params)
+    await pools.delete(pool)
+    return { deleted: pool }
+  })
+  server.post('/v1/pools/:pool/check', async (request) => ({
+    findings: await pools.check(checkRequest(named, request.params).pool),
+  }))
+  server.post('/v1/pools/:pool/reclaim', async (request, reply) => {
+    const started = await pools.reclaim(checkRequest(named, request.params).pool)
+    return reply.code(202).send(toDocument(started))
+  })
+}

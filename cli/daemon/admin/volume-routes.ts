@@ -1,0 +1,67 @@
+import type { FastifyInstance } from 'fastify'
+import { z } from 'zod'
+import { parseSize } from '@atoll/core'
+import type { AdminContext } from './admin-context.ts'
+import { checkRequest, projectField, queryFlag, typedText } from './check-request.ts'
+import { attachmentDocument, toDocument } from './document.ts'
+
+const named = z.strictObject({ volume: typedText })
+const scope = z.strictObject(projectField)
+const creation = z.strictObject({
+  name: typedText,
+  size: typedText.optional(),
+  pool: typedText.optional(),
+  from: typedText.optional(),
+  ...projectField,
+})
+const deletion = z.strictObject({ withSnapshots: queryFlag.optional(), ...projectField })
+const renaming = z.strictObject({ name: typedText, ...projectField })
+const resizing = z.strictObject({ size: typedText, force: z.boolean().optional(), ...projectField })
+const attaching = z.strictObject({
+  protocol: z.enum(['nbd', 'iscsi']).optional(),
+  readOnly: z.boolean().optional(),
+  shared: z.boolean().optional(),
+  ...projectField,
+})
+
+export function addVolumeRoutes(server: FastifyInstance, { composer }: AdminContext): void {
+  const { volumes } = composer
+
+  server.post('/v1/volumes', async (request, reply) => {
+    const { size, ...options } = checkRequest(creation, request.body)
+    const created = await volumes.create({ ...options, ...(size === undefined ? {} : { sizeBytes: parseSize(size) }) })
+    return reply.code(201).send(toDocument(created))
+  })
+  server.get('/v1/volumes', async (request) => {
+    const found = await volumes.list(checkRequest(scope, request.query))
+    return found.map((view) => toDocument(view))
+  })
+  server.get('/v1/volumes/:volume', async (request) => {
+    const { volume } = checkRequest(named, request.params)
+    return toDocument(await volumes.show(volume, checkRequest(scope, request.query)))
+  })
+  server.delete('/v1/volumes/:volume', async (request) => {
+    const { volume } = checkRequest(named, request.params)
+    await volumes.delete(volume, checkRequest(deletion, request.query))
+    return { deleted: volume }
+  })
+  server.post('/v1/volumes/:volume/rename', async (request) => {
+    const { volume } = checkRequest(named, request.params)
+    const { name, ...options } = checkRequest(renaming, request.body)
+    return toDocument(await volumes.rename(volume, name, options))
+  })
+  server.post('/v1/volumes/:volume/resize', async (request) => {
+    const { volume } = checkRequest(named, request.params)
+    const { size, ...options } = checkRequest(resizing, request.body)
+    return toDocument(await volumes.resize(volume, parseSize(size), options))
+  })
+  server.post('/v1/volumes/:volume/attach', async (request) => {
+    const { volume } = checkRequest(named, request.params)
+    return attachmentDocument(await volumes.attach(volume, checkRequest(attaching, request.body)))
+  })
+  server.post('/v1/volumes/:volume/detach', async (request) => {
+    const { volume } = checkRequest(named, request.params)
+    await volumes.detach(volume, checkRequest(scope, request.body))
+    return { detached: volume }
+  })
+}

@@ -1,0 +1,153 @@
+/**
+ * The composer: turns resources into open devices and keeps them so, runs long work as jobs, and is what the CLI, the daemon
+ * and the APIs call. It opens no socket and speaks no protocol: northbound reads its table of exports.
+ */
+import { hostname } from 'node:os'
+import { join } from 'node:path'
+import { newId as randomId, systemClock, type Catalog, type Clock, type Logger, type NewId } from '@atoll/core'
+import type { Mapper } from '@atoll/mapper'
+import type { Engine } from '@atoll/native'
+import { Attachments } from './attachments.ts'
+import { Exports } from './exports.ts'
+import { imageExportKind } from './image-export.ts'
+import { ImageService } from './image-service.ts'
+import { qcow2ImportKind } from './import-qcow2.ts'
+import { rawImportKind } from './import-raw.ts'
+import { ImportStreams, streamImportKind } from './import-stream.ts'
+import { ImportTargets } from './import-targets.ts'
+import { Jobs } from './jobs.ts'
+import { KeyedLock } from './keyed-lock.ts'
+import { OpenDevices } from './open-devices.ts'
+import { PoolService } from './pool-service.ts'
+import { ReclaimScheduler, reclaimKind } from './reclaim-job.ts'
+import { Resolver } from './resolve.ts'
+import { reread, type ServiceContext } from './service-context.ts'
+import { SnapshotService } from './snapshot-service.ts'
+import type { ServeTemporaryNbd } from './temporary-nbd.ts'
+import { systemTimer, type SetTimer } from './timers.ts'
+import { VolumeService } from './volume-service.ts'
+
+export interface ComposerOptions {
+  mapper: Mapper
+  catalog: Catalog
+  engine: Engine
+  log: Logger
+  /** Absolute. */
+  home: string
+  serveTemporaryNbd: ServeTemporaryNbd
+  /** Default: `nbd.sock` in the home; stands in the URIs of attachments. */
+  nbdSocketPath?: string
+  /** Who holds the leases; default: host and process id. */
+  holder?: string
+  clock?: Clock
+  setTimer?: SetTimer
+  newId?: NewId
+  jobsParallelMax?: number
+  /** What imports and exports copy between two looks at whether to go on; default 64 MiB. */
+  copyStepBytes?: number
+}
+
+export interface ComposerStatus {
+  pools: number
+  volumes: number
+  attachedVolumes: number
+  connections: number
+  runningJobs: number
+}
+
+export interface Composer {
+  readonly volumes: VolumeService
+  readonly snapshots: SnapshotService
+  readonly images: ImageService
+  readonly pools: PoolService
+  readonly jobs: Jobs
+  readonly exports: Exports
+  readonly resolver: Resolver
+  status(): Promise<ComposerStatus>
+  /**
+   * Stops: jobs are interrupted where they are, clients disconnected, devices closed. Attachments and jobs go on with the
+   * next start. Stop listening before; close mapper, engine and catalog afterwards. Idempotent.
+   */
+  close(): Promise<void>
+}
+
+/**
+ * Opens and exports everything that is attached and takes up unfinished jobs. What cannot be opened is shown in error and
+ * harms nothing else.
+ */
+export async function openComposer(options: ComposerOptions): Promise<Composer> {
+  const { mapper, catalog, engine, log } = options
+  const clock = options.clock ?? systemClock
+  const setTimer = options.setTimer ?? systemTimer
+  const newId = options.newId ?? randomId
+  const locks = new KeyedLock()
+  const resolver = new Resolver(catalog)
+  const exports = new Exports({ log, setTimer })
+  const devices = new OpenDevices({ mapper, holder: options.holder ?? `${hostname()} pid ${process.pid}` })
+  const nbdSocketPath = options.nbdSocketPath ?? join(options.home, 'nbd.sock')
+  const attachments = new Attachments({ catalog, devices, exports, locks, log, clock, setTimer, newId, nbdSocketPath })
+  const targets = new ImportTargets({ mapper, catalog })
+  const streams = new ImportStreams()
+  const jobs = new Jobs({
+    catalog,
+    log,
+    clock,
+    newId,
+    ...(options.jobsParallelMax === undefined ? {} : { parallelMax: options.jobsParallelMax }),
+    kinds: [
+      rawImportKind(targets, options.copyStepBytes),
+      qcow2ImportKind({ targets, engine, serveTemporaryNbd: options.serveTemporaryNbd, newId, setTimer }),
+      streamImportKind(targets, streams),
+      imageExportKind({
+        devices,
+        findResource: (id) => reread(catalog, id),
+        ...(options.copyStepBytes === undefined ? {} : { copyStepBytes: options.copyStepBytes }),
+      }),
+      reclaimKind(mapper),
+    ],
+  })
+  const reclaim = new ReclaimScheduler({ jobs, log, setTimer })
+  const context: ServiceContext = { catalog, mapper, resolver, attachments, devices, jobs, reclaim, locks, log }
+
+  await attachments.start()
+  await jobs.resumeAll()
+  await targets.removeOrphans(jobs.subjects(), log)
+
+  let closed: Promise<void> | null = null
+  const close = async (): Promise<void> => {
+    reclaim.close()
+    await jobs.close()
+    await attachments.close()
+  }
+  return {
+    volumes: new VolumeService(context),
+    snapshots: new SnapshotService(context),
+    images: new ImageService(context, { targets, streams }),
+    pools: new PoolService(context),
+    jobs,
+    exports,
+    resolver,
+    status: () => statusOf(context, exports),
+    close: () => (closed ??= close()),
+  }
+}
+
+async function statusOf(context: ServiceContext, exports: Exports): Promise<ComposerStatus> {
+  const { catalog, attachments, jobs } = context
+  const { pools } = await catalog.db
+    .selectFrom('pools')
+    .select(({ fn }) => fn.countAll<number>().as('pools'))
+    .executeTakeFirstOrThrow()
+  const { volumes } = await catalog.db
+    .selectFrom('resources')
+    .select(({ fn }) => fn.countAll<number>().as('volumes'))
+    .where('kind', '=', 'volume')
+    .executeTakeFirstOrThrow()
+  return {
+    pools: Number(pools),
+    volumes: Number(volumes),
+    attachedVolumes: attachments.resourceIds().length,
+    connections: exports.list().reduce((count, entry) => count + entry.connections.size, 0),
+    runningJobs: jobs.runningCount(),
+  }
+}

@@ -1,0 +1,280 @@
+/** Images: imports and exports (as jobs), and everything else about them. Names and ids are taken alike. */
+import { AtollError, checkName, type JsonObject, type PoolRow, type ProjectRow, type ResourceRow } from '@atoll/core'
+import { requireQemuImg } from './convert-sandbox.ts'
+import { checkDestination } from './image-export.ts'
+import { detectFormat, requireSupported, type ImageFormat } from './image-format.ts'
+import { checkImageSize } from './image-size.ts'
+import { ImageSource } from './image-source.ts'
+import { ImageStream, type ImportStreams } from './import-stream.ts'
+import type { ImportTargets } from './import-targets.ts'
+import type { JobView } from './job-kind.ts'
+import { inspectQcow2 } from './qcow2-inspect.ts'
+import type { ProjectScope } from './resolve.ts'
+import {
+  nameKey,
+  requireFreeName,
+  requireUnused,
+  reread,
+  viewOfOne,
+  viewSources,
+  withUsage,
+  type NamePolicy,
+  type ServiceContext,
+} from './service-context.ts'
+import { imageStatus, resourceView, type ImageView, type ResourceUsage } from './views.ts'
+import { defaultPoolName } from './volume-service.ts'
+
+export interface ImportOptions extends ProjectScope, NamePolicy {
+  name: string
+  /** Name or id; default: `default`. */
+  pool?: string
+  /** Default: told by the content. With `raw` the content is never looked at. */
+  format?: ImageFormat
+}
+
+export interface ImportFileOptions extends ImportOptions {
+  /** Absolute. */
+  path: string
+}
+
+export interface ImportStreamOptions extends ImportOptions {
+  stream: AsyncIterable<Uint8Array>
+  /** If it is known: a stream that ends earlier is refused. */
+  sizeBytes?: number
+}
+
+export interface ExportOptions extends ProjectScope {
+  /** Absolute path of the file to be made. */
+  path: string
+  /** Default and only one for now: raw. */
+  format?: string
+  /** Default false. True: a regular file that is there is replaced when the export is whole. */
+  overwrite?: boolean
+}
+
+/** What an import writes, found out before anything is made. */
+interface PlannedImport {
+  kind: string
+  params: JsonObject
+  /** Of the image; null: the stream tells at its end. */
+  sizeBytes: number | null
+}
+
+export class ImageService {
+  private readonly context: ServiceContext
+  private readonly targets: ImportTargets
+  private readonly streams: ImportStreams
+
+  constructor(context: ServiceContext, parts: { targets: ImportTargets; streams: ImportStreams }) {
+    this.context = context
+    this.targets = parts.targets
+    this.streams = parts.streams
+  }
+
+  /**
+   * Starts the import of a file. What can be refused by looking at it is refused here, and nothing is made then.
+   * The image is there at once with status `queued`; the job's `subject` is its id.
+   * @throws AtollError NAME_INVALID, NAME_TAKEN, IMAGE_SOURCE_INVALID, IMAGE_FORMAT_UNSUPPORTED, IMAGE_CORRUPT, IMAGE_ENCRYPTED,
+   *   IMAGE_HAS_BACKING_FILE, IMAGE_HAS_DATA_FILE, IMAGE_FEATURE_UNSUPPORTED, SIZE_INVALID, QEMU_IMG_MISSING, POOL_NOT_FOUND, JOB_QUEUE_FULL
+   */
+  async import(options: ImportFileOptions): Promise<JobView> {
+    const place = await this.placeOf(options)
+    const source = await ImageSource.open(options.path)
+    let planned: PlannedImport
+    try {
+      planned = await planFile(source, options.format)
+    } finally {
+      await source.close()
+    }
+    return await this.begin(options, place, planned)
+  }
+
+  /**
+   * Starts the import of a stream of raw bytes. The stream is read as fast as it can be stored; when the job ends early it is
+   * not read further. The job cannot be paused and does not survive a restart of the daemon.
+   * @throws AtollError as `import`, IMAGE_STREAM_LOST
+   */
+  async importStream(options: ImportStreamOptions): Promise<JobView> {
+    if (options.sizeBytes !== undefined) checkImageSize(options.sizeBytes)
+    const place = await this.placeOf(options)
+    const stream = await ImageStream.begin(options.stream, options.format)
+    try {
+      const sizeBytes = options.sizeBytes ?? null
+      const params = { sizeBytes, format: options.format === 'raw' ? 'raw' : null }
+      return await this.begin(options, place, { kind: 'image-import-stream', params, sizeBytes }, stream)
+    } catch (error) {
+      stream.end()
+      throw error
+    }
+  }
+
+  /**
+   * Starts writing an image (or `snapshot:VOLUME@SNAPSHOT`) to a file.
+   * @throws AtollError DESTINATION_INVALID, DESTINATION_EXISTS, IMAGE_FORMAT_UNSUPPORTED, RESOURCE_STATUS, IMAGE_NOT_FOUND, NAME_AMBIGUOUS
+   */
+  async export(image: string, options: ExportOptions): Promise<JobView> {
+    const { resolver, jobs, locks, catalog } = this.context
+    if (options.format !== undefined && options.format !== 'raw') {
+      throw new AtollError('IMAGE_FORMAT_UNSUPPORTED', `images cannot be exported as ${options.format}; raw can`, {
+        values: { format: options.format },
+      })
+    }
+    const { id } = image.startsWith('snapshot:')
+      ? await resolver.source(image, options)
+      : await resolver.resource('image', image, options)
+    const overwrite = options.overwrite ?? false
+    await checkDestination(options.path, overwrite)
+    return await locks.run(id, async () => {
+      const row = await reread(catalog, id)
+      requireAvailable(row, 'exported')
+      const params = { path: options.path, overwrite }
+      return await jobs.start({
+        projectId: row.project_id,
+        kind: 'image-export',
+        subject: id,
+        params,
+        totalBytes: row.size_bytes,
+      })
+    })
+  }
+
+  /**
+   * Makes an image of a snapshot (`VOLUME@SNAPSHOT`) or of a volume as it is now (`volume:NAME`); no byte is copied.
+   * @throws AtollError NAME_INVALID, NAME_TAKEN, SNAPSHOT_NOT_FOUND, VOLUME_NOT_FOUND, NAME_AMBIGUOUS
+   */
+  async create(options: ProjectScope & NamePolicy & { name: string; from: string }): Promise<ImageView> {
+    const { catalog, mapper, resolver, locks } = this.context
+    checkName('image', options.name)
+    const project = await resolver.project(options)
+    const isSource = /^(image|snapshot|volume):/.test(options.from) || !options.from.includes('@')
+    const source = isSource
+      ? await resolver.source(options.from, options)
+      : await resolver.resource('snapshot', options.from, options)
+    const row = await locks.run(nameKey('image', project.id, options.name), async () => {
+      if (options.allowDuplicateName !== true) await requireFreeName(catalog, 'image', project.id, options.name)
+      return await mapper.createImage({ projectId: project.id, name: options.name, fromId: source.id })
+    })
+    return await this.view(row)
+  }
+
+  /** Every image of the project, oldest first. */
+  async list(scope: ProjectScope = {}): Promise<ImageView[]> {
+    const { catalog, resolver, jobs } = this.context
+    const project = await resolver.project(scope)
+    const rows = await catalog.db
+      .selectFrom('resources')
+      .selectAll()
+      .where('project_id', '=', project.id)
+      .where('kind', '=', 'image')
+      .orderBy('created_at')
+      .orderBy('id')
+      .execute()
+    const sources = await viewSources(this.context)
+    const subjects = jobs.subjects()
+    return rows.map((row) => imageView(row, resourceView(row, sources), subjects))
+  }
+
+  /** @throws AtollError IMAGE_NOT_FOUND, NAME_AMBIGUOUS */
+  async show(image: string, scope: ProjectScope = {}): Promise<ImageView & ResourceUsage> {
+    const row = await this.context.resolver.resource('image', image, scope)
+    return await withUsage(this.context, await this.view(row))
+  }
+
+  /** Deletes an image; what was made from it stays. @throws AtollError IMAGE_IN_USE, IMAGE_NOT_FOUND, NAME_AMBIGUOUS */
+  async delete(image: string, scope: ProjectScope = {}): Promise<void> {
+    const { catalog, mapper, resolver, locks, reclaim } = this.context
+    const { id } = await resolver.resource('image', image, scope)
+    await locks.run(id, async () => {
+      requireUnused(this.context, await reread(catalog, id), 'deleted')
+      await mapper.deleteResource(id)
+    })
+    reclaim.request()
+  }
+
+  /** @throws AtollError NAME_INVALID, NAME_TAKEN, IMAGE_NOT_FOUND, NAME_AMBIGUOUS */
+  async rename(image: string, name: string, options: ProjectScope & NamePolicy = {}): Promise<ImageView> {
+    const { catalog, mapper, resolver, locks, attachments } = this.context
+    checkName('image', name)
+    const { id, project_id: projectId, name: oldName } = await resolver.resource('image', image, options)
+    await locks.runAll([id, nameKey('image', projectId, name)], async () => {
+      if (name === oldName) return
+      if (options.allowDuplicateName !== true) await requireFreeName(catalog, 'image', projectId, name)
+      await mapper.rename(id, name)
+      attachments.rename(id, name)
+    })
+    return await this.view(await reread(catalog, id))
+  }
+
+  private async placeOf(options: ImportOptions): Promise<{ project: ProjectRow; pool: PoolRow }> {
+    const { catalog, resolver } = this.context
+    checkName('image', options.name)
+    const project = await resolver.project(options)
+    // Looked at again under the lock; here, so that nothing is read in vain.
+    if (options.allowDuplicateName !== true) await requireFreeName(catalog, 'image', project.id, options.name)
+    return { project, pool: await resolver.pool(options.pool ?? defaultPoolName) }
+  }
+
+  /** Makes the image, then its job. A crash in between leaves an image that the next start removes. */
+  private async begin(
+    options: ImportOptions,
+    place: { project: ProjectRow; pool: PoolRow },
+    planned: PlannedImport,
+    stream?: ImageStream,
+  ): Promise<JobView> {
+    const { catalog, locks, jobs } = this.context
+    return await locks.run(nameKey('image', place.project.id, options.name), async () => {
+      if (options.allowDuplicateName !== true) await requireFreeName(catalog, 'image', place.project.id, options.name)
+      const imageId = await this.targets.begin({
+        projectId: place.project.id,
+        name: options.name,
+        sizeBytes: planned.sizeBytes,
+        poolId: place.pool.id,
+      })
+      if (stream !== undefined) this.streams.add(imageId, stream)
+      try {
+        return await jobs.start({
+          projectId: place.project.id,
+          kind: planned.kind,
+          subject: imageId,
+          params: planned.params,
+          totalBytes: planned.sizeBytes,
+        })
+      } catch (error) {
+        this.streams.drop(imageId)
+        await this.targets.abort(imageId)
+        throw error
+      }
+    })
+  }
+
+  private async view(row: ResourceRow): Promise<ImageView> {
+    return imageView(row, await viewOfOne(this.context, row), this.context.jobs.subjects())
+  }
+}
+
+async function planFile(source: ImageSource, format: ImageFormat | undefined): Promise<PlannedImport> {
+  const { identity } = source
+  let found = format
+  if (found === undefined) {
+    const { head, tail } = await source.magicBytes()
+    found = requireSupported(detectFormat(head, tail), identity.path)
+  }
+  if (found === 'raw') {
+    checkImageSize(identity.sizeBytes)
+    return { kind: 'image-import-raw', params: { source: identity }, sizeBytes: identity.sizeBytes }
+  }
+  const { virtualSizeBytes } = await inspectQcow2(source)
+  await requireQemuImg()
+  return { kind: 'image-import-qcow2', params: { source: identity, virtualSizeBytes }, sizeBytes: virtualSizeBytes }
+}
+
+function requireAvailable(row: ResourceRow, what: string): void {
+  if (row.status === 'available') return
+  throw new AtollError('RESOURCE_STATUS', `${row.kind} ${row.name} is ${row.status} and cannot be ${what}`, {
+    values: { id: row.id, status: row.status },
+  })
+}
+
+function imageView(row: ResourceRow, view: Parameters<typeof imageStatus>[1], subjects: ReadonlyMap<string, string>): ImageView {
+  return { ...view, status: imageStatus(row, view), jobId: row.status === 'creating' ? (subjects.get(row.id) ?? null) : null }
+}

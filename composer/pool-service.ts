@@ -1,0 +1,112 @@
+/** Pools: places on a backend. Seen by every project. */
+import { AtollError, checkName, toAtollError, type ErrorData, type PoolRow } from '@atoll/core'
+import type { Finding, PoolCapabilities } from '@atoll/southbound'
+import type { JobView } from './job-kind.ts'
+import type { ProjectScope } from './resolve.ts'
+import type { ServiceContext } from './service-context.ts'
+
+export interface PoolView {
+  id: string
+  name: string
+  driver: string
+  options: Record<string, string>
+  /** null: the backend cannot be reached. */
+  capabilities: PoolCapabilities | null
+  /** Size of the backend. */
+  totalBytes: number
+  /** Free for new data. */
+  freeBytes: number
+  /** Allocated by this pool. */
+  storedBytes: number
+  /** Sum of what the resources of the pool refer to. */
+  logicalBytes: number
+  /** logicalBytes / storedBytes. */
+  dedupRatio: number
+  layers: number
+  /** Why the backend cannot be reached; null if it can. */
+  error: Pick<ErrorData, 'code' | 'message'> | null
+  createdAt: number
+}
+
+export class PoolService {
+  private readonly context: ServiceContext
+
+  constructor(context: ServiceContext) {
+    this.context = context
+  }
+
+  /** @throws AtollError NAME_INVALID, NAME_TAKEN, DRIVER_UNKNOWN, POOL_OPTION_INVALID, POOL_OWNED_BY_OTHER, POOL_LOCKED, POOL_UNAVAILABLE */
+  async create(options: ProjectScope & { name: string; driver: string; options: Record<string, string> }): Promise<PoolView> {
+    const { catalog, mapper, resolver, locks } = this.context
+    checkName('pool', options.name)
+    const project = await resolver.project(options)
+    const row = await locks.run(poolNameKey(options.name), async () => {
+      const taken = await catalog.db.selectFrom('pools').select('id').where('name', '=', options.name).executeTakeFirst()
+      if (taken !== undefined) {
+        throw new AtollError('NAME_TAKEN', `there is already a pool named ${JSON.stringify(options.name)} (${taken.id})`, {
+          values: { name: options.name, id: taken.id },
+        })
+      }
+      return await mapper.pools.create({
+        projectId: project.id,
+        name: options.name,
+        driver: options.driver,
+        options: options.options,
+      })
+    })
+    return await this.view(row)
+  }
+
+  /** Makes the pool if there is none of any name: what a first start does. */
+  async createFirst(options: { name: string; driver: string; options: Record<string, string> }): Promise<void> {
+    const any = await this.context.catalog.db.selectFrom('pools').select('id').limit(1).executeTakeFirst()
+    if (any === undefined) await this.create(options)
+  }
+
+  /** Every pool by name; one whose backend cannot be reached is shown with its error. */
+  async list(): Promise<PoolView[]> {
+    const rows = await this.context.catalog.db.selectFrom('pools').selectAll().orderBy('name').execute()
+    return await Promise.all(rows.map((row) => this.view(row)))
+  }
+
+  /** @throws AtollError POOL_NOT_FOUND */
+  async show(pool: string): Promise<PoolView> {
+    return await this.view(await this.context.resolver.pool(pool))
+  }
+
+  /** @throws AtollError POOL_NOT_FOUND, POOL_NOT_EMPTY */
+  async delete(pool: string): Promise<void> {
+    const { resolver, mapper } = this.context
+    await mapper.pools.delete((await resolver.pool(pool)).id)
+  }
+
+  /** Compares the backend with the catalog; changes nothing. @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE */
+  async check(pool: string): Promise<Finding[]> {
+    const { resolver, mapper } = this.context
+    return await mapper.pools.check((await resolver.pool(pool)).id)
+  }
+
+  /** Starts a job that frees what nothing refers to. @throws AtollError POOL_NOT_FOUND, JOB_QUEUE_FULL */
+  async reclaim(pool: string): Promise<JobView> {
+    const { resolver, reclaim } = this.context
+    return await reclaim.startNow((await resolver.pool(pool)).id)
+  }
+
+  private async view(row: PoolRow): Promise<PoolView> {
+    const { mapper } = this.context
+    const common = { id: row.id, name: row.name, driver: row.driver, options: row.options, createdAt: row.created_at }
+    try {
+      const { capabilities } = await mapper.pools.open(row)
+      const { totalBytes, freeBytes, storedBytes, logicalBytes, dedupRatio, layers } = await mapper.pools.status(row.id)
+      return { ...common, capabilities, totalBytes, freeBytes, storedBytes, logicalBytes, dedupRatio, layers, error: null }
+    } catch (error) {
+      const { code, message } = toAtollError(error)
+      const nothing = { totalBytes: 0, freeBytes: 0, storedBytes: 0, logicalBytes: 0, dedupRatio: 1, layers: 0 }
+      return { ...common, ...nothing, capabilities: null, error: { code, message } }
+    }
+  }
+}
+
+function poolNameKey(name: string): string {
+  return `name:pool:${name}`
+}

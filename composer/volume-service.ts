@@ -1,0 +1,227 @@
+/** Volumes: what the CLI, the daemon and the APIs call. Names and ids are taken alike. */
+import { AtollError, checkName, checkVolumeSize, roundUp, volumeSizeUnitBytes, type ResourceRow } from '@atoll/core'
+import type { AttachmentView, AttachOptions } from './attachments.ts'
+import type { ProjectScope } from './resolve.ts'
+import {
+  nameKey,
+  requireFreeName,
+  requireUnused,
+  reread,
+  snapshotsOf,
+  viewOfOne,
+  viewSources,
+  withUsage,
+  type NamePolicy,
+  type ServiceContext,
+} from './service-context.ts'
+import { resourceView, volumeStatus, type ResourceUsage, type ResourceView, type VolumeView } from './views.ts'
+
+/** The pool of what is made without naming one. */
+export const defaultPoolName = 'default'
+
+export interface CreateVolumeOptions extends ProjectScope, NamePolicy {
+  name: string
+  /** May be left out with `from`: the size of the source then, rounded up. */
+  sizeBytes?: number
+  /** Name or id; default: the pool of the source, or `default`. */
+  pool?: string
+  /** `image:NAME`, `snapshot:VOLUME@SNAPSHOT`, `volume:NAME` or an id. */
+  from?: string
+}
+
+export class VolumeService {
+  private readonly context: ServiceContext
+
+  constructor(context: ServiceContext) {
+    this.context = context
+  }
+
+  /**
+   * Makes a volume; from a source it shares all bytes with it.
+   * @throws AtollError NAME_INVALID, NAME_TAKEN, SIZE_INVALID, ARGUMENT_INVALID, POOL_NOT_FOUND, what the source's kind has, RESOURCE_STATUS
+   */
+  async create(options: CreateVolumeOptions): Promise<VolumeView> {
+    const { catalog, mapper, resolver, locks } = this.context
+    checkName('volume', options.name)
+    const project = await resolver.project(options)
+    const source = options.from === undefined ? null : await resolver.source(options.from, options)
+    const sizeBytes = newVolumeSize(options.sizeBytes, source)
+    const pool =
+      options.pool === undefined && source !== null
+        ? await resolver.pool(source.home_pool_id)
+        : await resolver.pool(options.pool ?? defaultPoolName)
+    const keys = options.allowDuplicateName === true ? [] : [nameKey('volume', project.id, options.name)]
+    const row = await locks.runAll(keys, async () => {
+      if (options.allowDuplicateName !== true) await requireFreeName(catalog, 'volume', project.id, options.name)
+      return await mapper.createVolume({
+        projectId: project.id,
+        name: options.name,
+        sizeBytes,
+        poolId: pool.id,
+        ...(source === null ? {} : { fromId: source.id }),
+      })
+    })
+    return await this.view(row)
+  }
+
+  /** Every volume of the project, oldest first. */
+  async list(scope: ProjectScope = {}): Promise<VolumeView[]> {
+    const { catalog, resolver } = this.context
+    const project = await resolver.project(scope)
+    const ofProject = catalog.db
+      .selectFrom('resources')
+      .selectAll()
+      .where('project_id', '=', project.id)
+      .orderBy('created_at')
+      .orderBy('id')
+    const rows = await ofProject.where('kind', '=', 'volume').execute()
+    const snapshots = Map.groupBy(await ofProject.where('kind', '=', 'snapshot').execute(), (row) => row.volume_id)
+    const sources = await viewSources(this.context)
+    return rows.map((row) => {
+      const view = resourceView(row, sources)
+      return volumeView(row, view, snapshots.get(row.id) ?? [])
+    })
+  }
+
+  /** @throws AtollError VOLUME_NOT_FOUND, NAME_AMBIGUOUS */
+  async show(volume: string, scope: ProjectScope = {}): Promise<VolumeView & ResourceUsage> {
+    const row = await this.context.resolver.resource('volume', volume, scope)
+    return await withUsage(this.context, await this.view(row))
+  }
+
+  /**
+   * Deletes a volume. Its space comes back with the reclaim that follows; what others made from it stays.
+   * @throws AtollError VOLUME_IN_USE, VOLUME_HAS_SNAPSHOTS, SNAPSHOT_IN_USE, VOLUME_NOT_FOUND, NAME_AMBIGUOUS
+   */
+  async delete(volume: string, options: ProjectScope & { withSnapshots?: boolean } = {}): Promise<void> {
+    const { catalog, mapper, resolver, locks, reclaim } = this.context
+    const { id } = await resolver.resource('volume', volume, options)
+    const snapshotIds = (await snapshotsOf(catalog, id)).map((row) => row.id)
+    await locks.runAll([id, ...snapshotIds], async () => {
+      const row = await reread(catalog, id)
+      requireUnused(this.context, row, 'deleted')
+      const snapshots = await snapshotsOf(catalog, id)
+      if (snapshots.length > 0 && options.withSnapshots !== true) {
+        throw new AtollError(
+          'VOLUME_HAS_SNAPSHOTS',
+          `volume ${row.name} has ${snapshots.length} snapshots (${snapshots
+            .slice(0, 3)
+            .map(({ name }) => name)
+            .join(', ')}${snapshots.length > 3 ? ', …' : ''}): delete them first, or use --with-snapshots`,
+          { values: { id, snapshotCount: snapshots.length } },
+        )
+      }
+      for (const snapshot of snapshots) requireUnused(this.context, snapshot, 'deleted')
+      await mapper.deleteResource(id, { withSnapshots: options.withSnapshots === true })
+    })
+    reclaim.request()
+  }
+
+  /** @throws AtollError NAME_INVALID, NAME_TAKEN, VOLUME_NOT_FOUND, NAME_AMBIGUOUS */
+  async rename(volume: string, name: string, options: ProjectScope & NamePolicy = {}): Promise<VolumeView> {
+    const { catalog, mapper, resolver, locks, attachments } = this.context
+    checkName('volume', name)
+    const { id, project_id: projectId, name: oldName } = await resolver.resource('volume', volume, options)
+    await locks.runAll([id, nameKey('volume', projectId, name)], async () => {
+      if (name === oldName) return
+      if (options.allowDuplicateName !== true) await requireFreeName(catalog, 'volume', projectId, name)
+      await mapper.rename(id, name)
+      attachments.rename(id, name)
+    })
+    return await this.view(await reread(catalog, id))
+  }
+
+  /**
+   * Changes the size. Growing is always possible; clients of an attached volume see the new size when they connect again.
+   * @throws AtollError SIZE_INVALID, SHRINK_NEEDS_FORCE, VOLUME_IN_USE (a smaller size while attached), VOLUME_NOT_FOUND, NAME_AMBIGUOUS
+   */
+  async resize(volume: string, sizeBytes: number, options: ProjectScope & { force?: boolean } = {}): Promise<VolumeView> {
+    const { catalog, mapper, resolver, locks, reclaim } = this.context
+    checkVolumeSize(sizeBytes)
+    const { id } = await resolver.resource('volume', volume, options)
+    await locks.run(id, async () => {
+      const row = await reread(catalog, id)
+      if (sizeBytes === row.size_bytes) return
+      if (sizeBytes < row.size_bytes) {
+        if (options.force !== true) {
+          throw new AtollError(
+            'SHRINK_NEEDS_FORCE',
+            `${sizeBytes} bytes is less than the ${row.size_bytes} bytes that volume ${row.name} has: what lies beyond would be lost; use --force if that is wanted`,
+            { values: { id, sizeBytes, currentBytes: row.size_bytes } },
+          )
+        }
+        requireUnused(this.context, row, 'made smaller')
+      }
+      await mapper.resize(id, sizeBytes)
+      if (sizeBytes < row.size_bytes) reclaim.request()
+    })
+    return await this.view(await reread(catalog, id))
+  }
+
+  /**
+   * Makes the volume reachable, or a snapshot (`VOLUME@SNAPSHOT`) or image (`image:NAME`) for reading. With the same options
+   * as before nothing changes and the same URI comes back.
+   * @throws AtollError VOLUME_IN_USE, SNAPSHOT_IN_USE, IMAGE_IN_USE, RESOURCE_STATUS, ARGUMENT_INVALID, what opening throws
+   */
+  async attach(volume: string, options: ProjectScope & AttachOptions = {}): Promise<AttachmentView> {
+    const { catalog, locks, attachments } = this.context
+    const { id } = await this.attachable(volume, options)
+    return await locks.run(id, async () => {
+      const row = await reread(catalog, id)
+      if (row.status !== 'available') {
+        throw new AtollError('RESOURCE_STATUS', `${row.kind} ${row.name} is ${row.status} and cannot be attached`, {
+          values: { id, status: row.status },
+        })
+      }
+      return await attachments.attach(row, options)
+    })
+  }
+
+  /**
+   * Ends the attachments: requests in flight are finished, clients disconnected, everything made durable.
+   * @throws AtollError NOT_ATTACHED, NO_SPACE (what clients wrote cannot be stored: it stays attached), VOLUME_NOT_FOUND, NAME_AMBIGUOUS
+   */
+  async detach(volume: string, scope: ProjectScope = {}): Promise<void> {
+    const { catalog, locks, attachments } = this.context
+    const { id } = await this.attachable(volume, scope)
+    await locks.run(id, async () => attachments.detach(await reread(catalog, id)))
+  }
+
+  private async attachable(text: string, scope: ProjectScope): Promise<ResourceRow> {
+    const { resolver } = this.context
+    if (/^(image|snapshot|volume):/.test(text)) return await resolver.source(text, scope)
+    if (text.includes('@')) return await resolver.resource('snapshot', text, scope)
+    return await resolver.volumeOrId(text, scope)
+  }
+
+  private async view(row: ResourceRow): Promise<VolumeView> {
+    const view = await viewOfOne(this.context, row)
+    return volumeView(row, view, await snapshotsOf(this.context.catalog, row.id))
+  }
+}
+
+function volumeView(row: ResourceRow, view: ResourceView, snapshots: readonly ResourceRow[]): VolumeView {
+  return { ...view, status: volumeStatus(row, view), snapshots: snapshots.map(({ name }) => name) }
+}
+
+function newVolumeSize(wantedBytes: number | undefined, source: ResourceRow | null): number {
+  if (source === null) {
+    if (wantedBytes === undefined)
+      throw new AtollError('ARGUMENT_INVALID', 'a volume without a source needs a size', { values: { argument: 'size' } })
+    checkVolumeSize(wantedBytes)
+    return wantedBytes
+  }
+  const sourceBytes = roundUp(source.size_bytes, volumeSizeUnitBytes)
+  if (wantedBytes === undefined) return sourceBytes
+  checkVolumeSize(wantedBytes)
+  if (wantedBytes < sourceBytes) {
+    throw new AtollError(
+      'SIZE_INVALID',
+      `${wantedBytes} bytes is less than ${source.kind} ${source.name} has: at least ${sourceBytes} bytes are needed`,
+      {
+        values: { sizeBytes: wantedBytes, minBytes: sourceBytes },
+      },
+    )
+  }
+  return wantedBytes
+}

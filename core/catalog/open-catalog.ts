@@ -1,0 +1,383 @@
+/**
+ * Opens a catalog in SQLite: a file, `:memory:`, or the bytes of another one.
+ *
+ * One connection does everything, under one mutex that writes and reads take in the order they come: better-sqlite3 answers
+ * at once, so a second connection would not be faster, and a read never sees half of a write. A file is held by a process
+ * lock (`catalog.lock`), because page ids are given out from a counter in this process.
+ *
+ * Durability: WAL with synchronous=FULL, so a commit is on the disk before `write` returns. A write with `durable: false`
+ * commits under synchronous=NORMAL, without a sync, and is ordered before every later commit all the same. The bulk that such
+ * writes left in the log is synced by a thread before the next durable commit, so that its own sync, which runs on this
+ * thread, has little to do.
+ *
+ * After an error from the disk during a commit nobody knows whether the commit will be there after a restart: the catalog
+ * then refuses every write until it is opened again (CATALOG_BROKEN), rather than guess.
+ */
+import { AsyncLocalStorage } from 'node:async_hooks'
+import { type FileHandle, open } from 'node:fs/promises'
+import Database from 'better-sqlite3'
+import type { Kysely } from 'kysely'
+import { type Clock, systemClock } from '../clock.ts'
+import { AtollError, isAtollError } from '../errors.ts'
+import { newId, type NewId } from '../ids.ts'
+import { Mutex } from '../mutex.ts'
+import { type ProcessLock, takeProcessLock } from '../process-lock.ts'
+import type { Catalog, CatalogPages, CatalogTransaction, CommitEvent, WriteOptions } from './catalog.ts'
+import { CatalogReserve } from './catalog-reserve.ts'
+import { catalogFormatVersion, checkFormatVersion, migrate } from './migrate.ts'
+import type { Schema } from './schema.ts'
+import { kyselyOver, SqliteConnection } from './sqlite-connection.ts'
+import { isDiskError, isIndexFull, translateSqliteError } from './sqlite-errors.ts'
+import { SqlitePages } from './sqlite-pages.ts'
+import { logFileBytesMax, WalCheckpointer } from './wal-checkpointer.ts'
+
+export interface OpenCatalogOptions {
+  /** Default false. True: nothing is migrated or written, and the file may be open elsewhere. */
+  readonly?: boolean
+  /** Stands in the lock, for whoever is refused. Default: `pid N`. */
+  ownerText?: string
+  /** Size of the reserve file; 0: none. Default 16 MiB. */
+  reserveBytes?: number
+  clock?: Clock
+  newId?: NewId
+  /** Told of failures that nobody waits for (folding the write-ahead log). Default: ignored, the next commit tries again. */
+  onWarning?: (message: string) => void
+  /** Runs each COMMIT; for tests of what a failing disk does. */
+  commitWith?: (commit: () => void) => void
+}
+
+/** Whether code runs inside `write` or `read`, and of which catalog. */
+interface Scope {
+  readonly catalog: SqliteCatalog
+  readonly kind: 'write' | 'read'
+  open: boolean
+}
+
+const scopes = new AsyncLocalStorage<Scope>()
+
+/**
+ * Opens or makes a catalog. `source`: a path, `:memory:`, or bytes from `Catalog.serialize`, opened as a copy in memory.
+ * @throws AtollError FORMAT_VERSION, CATALOG_CORRUPT, CATALOG_LOCKED naming the owner, CATALOG_ERROR, NO_SPACE
+ */
+export async function openCatalog(source: string | Uint8Array, options: OpenCatalogOptions = {}): Promise<Catalog> {
+  const path = typeof source === 'string' ? source : ':memory:'
+  const writable = path !== ':memory:' && options.readonly !== true
+  const reserve = writable && options.reserveBytes !== 0 ? new CatalogReserve(path, options.reserveBytes) : undefined
+  const lock = writable ? takeLock(path, options.ownerText ?? `pid ${process.pid}`) : undefined
+  try {
+    // Even opening takes some space, for the log and its index.
+    return await withReserve(reserve, () => openLocked(source, path, { ...options, reserve, lock }))
+  } catch (error) {
+    lock?.release()
+    throw error
+  }
+}
+
+/** Runs `fn` again with a little more of the reserve given back, as long as the disk is too full for it. */
+async function withReserve<T>(reserve: CatalogReserve | undefined, fn: () => Promise<T>): Promise<T> {
+  for (;;) {
+    try {
+      return await fn()
+    } catch (error) {
+      if (reserve === undefined || !isAtollError(error, 'NO_SPACE') || (await reserve.shrink()) === 0) throw error
+    }
+  }
+}
+
+interface LockedOptions extends OpenCatalogOptions {
+  reserve: CatalogReserve | undefined
+  lock: ProcessLock | undefined
+}
+
+async function openLocked(source: string | Uint8Array, path: string, options: LockedOptions): Promise<Catalog> {
+  const { clock = systemClock, readonly = false } = options
+  let database: Database.Database | undefined
+  try {
+    database = openDatabase(source, readonly && path !== ':memory:')
+    // Before the first change: a catalog of a newer version, or a database of something else, is left as it is.
+    const found = checkFormatVersion(database, path, readonly)
+    const writable = options.lock !== undefined
+    if (writable) database.pragma('journal_mode = wal')
+    // Every step of a migration is durable before the next begins.
+    database.pragma('synchronous = full')
+    await migrate(database, path, found, { id: (options.newId ?? newId)(), createdAtMs: clock.nowMs() })
+    database.pragma('foreign_keys = on')
+    if (writable) {
+      database.pragma(`journal_size_limit = ${logFileBytesMax}`)
+      // Passes run in a thread of their own, see wal-checkpointer.ts.
+      database.pragma('wal_autocheckpoint = 0')
+    }
+    const catalog = new SqliteCatalog(database, path, options)
+    await catalog.restoreReserve()
+    return catalog
+  } catch (error) {
+    database?.close()
+    throw translateOpenError(error, path)
+  }
+}
+
+function takeLock(path: string, ownerText: string): ProcessLock {
+  const lockPath = `${path.replace(/\.db$/, '')}.lock`
+  let taken: ReturnType<typeof takeProcessLock>
+  try {
+    taken = takeProcessLock(lockPath, ownerText)
+  } catch (error) {
+    throw translateOpenError(error, lockPath)
+  }
+  if ('lock' in taken) return taken.lock
+  const { owner } = taken
+  throw new AtollError('CATALOG_LOCKED', `the catalog ${path} is open in another process (${owner || 'owner unknown'})`, {
+    values: { path, owner },
+  })
+}
+
+/** Also what does not come from SQLite: a folder that is missing, a file that may not be read. */
+function translateOpenError(error: unknown, path: string): unknown {
+  const translated = translateSqliteError(error, path)
+  if (isAtollError(translated)) return translated
+  return new AtollError('CATALOG_ERROR', `${path} cannot be opened: ${(error as Error).message}`, {
+    values: { path },
+    cause: error,
+  })
+}
+
+function openDatabase(source: string | Uint8Array, readonly: boolean): Database.Database {
+  if (typeof source !== 'string') {
+    const bytes = Buffer.from(source)
+    // Bytes 18 and 19 of the header say "write-ahead log" (2); a database in memory knows the other journal (1) only.
+    if (bytes[18] === 2) bytes[18] = 1
+    if (bytes[19] === 2) bytes[19] = 1
+    return new Database(bytes, { timeout: 0 })
+  }
+  return new Database(source, { readonly, timeout: 0 })
+}
+
+class SqliteCatalog implements Catalog {
+  readonly id: string
+  readonly path: string
+  readonly formatVersion = catalogFormatVersion
+  readonly db: Kysely<Schema>
+  readonly pages: CatalogPages
+  readonly #database: Database.Database
+  readonly #lock: ProcessLock | undefined
+  readonly #clock: Clock
+  readonly #mutex = new Mutex()
+  readonly #inside: Kysely<Schema>
+  readonly #reserve: CatalogReserve | undefined
+  readonly #checkpointer: WalCheckpointer | undefined
+  readonly #commitWith: (commit: () => void) => void
+  readonly #listeners = new Set<(event: CommitEvent) => void>()
+  readonly #logPath: string | undefined
+  #log: FileHandle | undefined
+  #unsyncedCommits = false
+  #broken: unknown
+  #closing: Promise<void> | undefined
+
+  constructor(database: Database.Database, path: string, options: LockedOptions) {
+    this.#database = database
+    this.#lock = options.lock
+    this.#reserve = options.reserve
+    this.#clock = options.clock ?? systemClock
+    this.path = path
+    this.id = database.prepare("select value from meta where key = 'catalog_id'").pluck().get() as string
+    const connection = new SqliteConnection(database, path)
+    this.db = kyselyOver(connection, () => this.#acquireForRead())
+    this.#inside = kyselyOver(connection, async () => () => {})
+    this.pages = new SqlitePages({
+      database,
+      path,
+      acquire: () => this.#acquireForPages(),
+      requireWrite: () => {
+        if (this.#scope()?.kind !== 'write') throw new AtollError('INTERNAL', 'pages are changed inside catalog.write() only')
+      },
+    })
+    this.#commitWith = options.commitWith ?? ((commit) => commit())
+    if (options.lock !== undefined) {
+      this.#logPath = `${path}-wal`
+      this.#checkpointer = new WalCheckpointer(path, database, this.#mutex, options.onWarning ?? (() => {}))
+    }
+  }
+
+  async read<T>(fn: (tx: CatalogTransaction) => Promise<T>): Promise<T> {
+    this.#refuseNested('read')
+    return this.#mutex.run(async () => {
+      this.#requireOpen()
+      return this.#scoped('read', async () => {
+        this.#database.exec('begin')
+        try {
+          return await fn(this.#inside)
+        } finally {
+          if (this.#database.inTransaction) this.#database.exec('rollback')
+        }
+      })
+    })
+  }
+
+  async write<T>(fn: (tx: CatalogTransaction) => Promise<T>, options: WriteOptions = {}): Promise<T> {
+    this.#refuseNested('write')
+    const durable = options.durable ?? true
+    const reserve = options.emergency === true ? this.#reserve : undefined
+    const result = await this.#mutex.run(async () => withReserve(reserve, () => this.#writeOnce(fn, durable)))
+    // Writes that are not durable come in long rows, and none of them waits for anything: without this, nobody else would
+    // get a turn.
+    if (!durable) await this.#checkpointer?.pace()
+    return result
+  }
+
+  onCommit(listener: (event: CommitEvent) => void): () => void {
+    this.#listeners.add(listener)
+    return () => this.#listeners.delete(listener)
+  }
+
+  async serialize(): Promise<Uint8Array> {
+    this.#refuseNested('serialize')
+    return this.#mutex.run(() => {
+      this.#requireOpen()
+      return this.#database.serialize()
+    })
+  }
+
+  async releaseReserve(): Promise<void> {
+    await this.#reserve?.release()
+  }
+
+  async restoreReserve(): Promise<number> {
+    return (await this.#reserve?.restore()) ?? 0
+  }
+
+  close(): Promise<void> {
+    this.#closing ??= this.#close()
+    return this.#closing
+  }
+
+  async #close(): Promise<void> {
+    // Its passes take the mutex, so it ends first.
+    await this.#checkpointer?.close()
+    await this.#mutex.run(async () => {
+      await this.#log?.close()
+      // The last connection folds the log into the file and removes it.
+      this.#database.close()
+      this.#lock?.release()
+    })
+  }
+
+  async #writeOnce<T>(fn: (tx: CatalogTransaction) => Promise<T>, durable: boolean): Promise<T> {
+    this.#requireOpen()
+    this.#requireSound()
+    if (durable && this.#unsyncedCommits) await this.#syncLog()
+    const database = this.#database
+    try {
+      // Cannot be changed inside a transaction. FULL is how the connection stays in between.
+      if (!durable) database.pragma('synchronous = normal')
+      database.exec('begin immediate')
+      const result = await this.#scoped('write', () => fn(this.#inside))
+      await this.#commit()
+      this.#unsyncedCommits = !durable
+      for (const listener of this.#listeners) listener({ durable })
+      this.#checkpointer?.afterCommit()
+      return result
+    } catch (error) {
+      // SQLite has rolled back by itself after some errors.
+      if (database.inTransaction) database.exec('rollback')
+      throw translateSqliteError(error, this.path)
+    } finally {
+      if (!durable) database.pragma('synchronous = full')
+    }
+  }
+
+  async #commit(): Promise<void> {
+    try {
+      this.#commitWith(() => this.#database.exec('commit'))
+    } catch (error) {
+      if (!isDiskError(error)) throw error
+      this.#broken = error
+      if (isIndexFull(error)) await this.#overwriteLostCommit()
+      throw error
+    }
+  }
+
+  /**
+   * After a commit that failed when its whole content was in the log already: a crash now would bring it back. The next commit
+   * takes its place in the log, so one is made at once, on the space of the reserve.
+   */
+  async #overwriteLostCommit(): Promise<void> {
+    const database = this.#database
+    if (database.inTransaction) database.exec('rollback')
+    await this.#reserve?.release()
+    try {
+      database.exec('begin immediate')
+      database.prepare("insert or replace into meta (key, value) values ('lost_commit_at', ?)").run(String(this.#clock.nowMs()))
+      this.#commitWith(() => database.exec('commit'))
+      this.#broken = undefined
+    } catch {
+      // Still nobody knows: the catalog stays broken, for the first reason.
+      if (database.inTransaction) database.exec('rollback')
+    }
+  }
+
+  /** Syncs what non-durable commits left in the log, on a thread of the pool. Only to keep the next commit's own sync short. */
+  async #syncLog(): Promise<void> {
+    if (this.#logPath === undefined) return
+    try {
+      this.#log ??= await open(this.#logPath, 'r+')
+      await this.#log.datasync()
+    } catch (error) {
+      // A failed sync may have dropped the pages, so that a later one reports success for nothing (I6).
+      this.#broken = error
+      this.#requireSound()
+    }
+  }
+
+  #scoped<T>(kind: Scope['kind'], fn: () => Promise<T>): Promise<T> {
+    const scope: Scope = { catalog: this, kind, open: true }
+    return scopes.run(scope, async () => {
+      try {
+        return await fn()
+      } finally {
+        scope.open = false
+      }
+    })
+  }
+
+  /** The transaction of this catalog that the caller is in, if any. */
+  #scope(): Scope | undefined {
+    const scope = scopes.getStore()
+    return scope !== undefined && scope.open && scope.catalog === this ? scope : undefined
+  }
+
+  #refuseNested(what: string): void {
+    const scope = this.#scope()
+    // It would wait for itself.
+    if (scope !== undefined)
+      throw new AtollError('INTERNAL', `${what} of the catalog inside ${scope.kind}(): use the transaction`)
+  }
+
+  async #acquireForRead(): Promise<() => void> {
+    this.#refuseNested('a query on catalog.db')
+    return this.#acquireForPages()
+  }
+
+  async #acquireForPages(): Promise<() => void> {
+    if (this.#scope() !== undefined) return () => {}
+    const release = await this.#mutex.acquire()
+    if (this.#database.open) return release
+    release()
+    this.#requireOpen()
+    return release
+  }
+
+  #requireOpen(): void {
+    if (!this.#database.open) {
+      throw new AtollError('CATALOG_CLOSED', `the catalog ${this.path} is closed`, { values: { path: this.path } })
+    }
+  }
+
+  #requireSound(): void {
+    if (this.#broken === undefined) return
+    throw new AtollError(
+      'CATALOG_BROKEN',
+      `the disk failed during a commit to the catalog ${this.path}, so nobody knows what reached it: check the disk and restart`,
+      { values: { path: this.path }, cause: this.#broken },
+    )
+  }
+}

@@ -1,0 +1,202 @@
+/**
+ * The tables of the catalog as Kysely sees them.
+ *
+ * Rules that hold for every table:
+ * - a row that belongs to somebody has `project_id`;
+ * - times are milliseconds since 1970 (a number), sizes are bytes, ids are lower-case UUIDs;
+ * - integers are numbers (every one of them stays below 2^53), but for `root_word`, which is a bigint;
+ * - a column name means the same in every table, because values are converted by the name of their column: `root_word`
+ *   <-> bigint, `read_only` and `shared` <-> boolean, and `options`, `throttle`, `params`, `cursor`, `result` <-> an object
+ *   stored as JSON text. A conversion follows the origin of a column, so an alias (`root_word as word`) keeps it.
+ */
+import type { Generated, Insertable, Selectable, Updateable } from 'kysely'
+
+/** making -> spare -> active -> closing -> sealed -> condemned -> the row is deleted after the files are gone. */
+export const layerStates = ['making', 'spare', 'active', 'closing', 'sealed', 'condemned'] as const
+export type LayerState = (typeof layerStates)[number]
+
+export const replicaStates = ['complete', 'filling', 'condemned'] as const
+export type ReplicaState = (typeof replicaStates)[number]
+
+export const resourceKinds = ['volume', 'snapshot', 'image', 'file'] as const
+export type ResourceKind = (typeof resourceKinds)[number]
+
+/**
+ * creating: rows are there, content is not (an import, a clone on its way); available: can be used; deleting: a job is
+ * taking it apart; error: a job failed half-way, only a delete is allowed.
+ */
+export const resourceStatuses = ['creating', 'available', 'deleting', 'error'] as const
+export type ResourceStatus = (typeof resourceStatuses)[number]
+
+export const attachmentProtocols = ['nbd', 'iscsi'] as const
+export type AttachmentProtocol = (typeof attachmentProtocols)[number]
+
+export const jobStates = ['queued', 'running', 'paused', 'failed', 'cancelled', 'done'] as const
+export type JobState = (typeof jobStates)[number]
+
+/** What a JSON column may hold at its top: an object. */
+export type JsonObject = { [key: string]: JsonValue }
+export type JsonValue = string | number | boolean | null | JsonValue[] | JsonObject
+
+export interface MetaTable {
+  key: string
+  value: string
+}
+
+export interface ProjectsTable {
+  id: string
+  name: string
+  created_at: number
+}
+
+export interface PoolsTable {
+  id: string
+  project_id: string
+  name: string
+  driver: string
+  /** The driver's options as the user gave them. */
+  options: Record<string, string>
+  created_at: number
+}
+
+export interface LayersTable {
+  /** The u32 of maps; AUTOINCREMENT, so that it is never used twice. */
+  alias: Generated<number>
+  /** The UUID that names its files. */
+  id: string
+  project_id: string
+  /** The volume that writes it or wrote it; null for a spare that nobody has yet, and after the volume was deleted. */
+  volume_id: string | null
+  state: LayerState
+  /** Epoch of the lease under which it is written. */
+  epoch: number
+  created_at: number
+}
+
+export interface ReplicasTable {
+  layer_alias: number
+  pool_id: string
+  project_id: string
+  state: ReplicaState
+}
+
+export interface ResourcesTable {
+  id: string
+  project_id: string
+  kind: ResourceKind
+  name: string
+  size_bytes: number
+  /** Root of the durable map. */
+  root_word: bigint
+  root_crc: number
+  home_pool_id: string
+  /** What it was made from; null if that is gone or there was nothing. Information, not a dependency. */
+  parent_id: string | null
+  /** The volume of a snapshot; null for every other kind. */
+  volume_id: string | null
+  status: ResourceStatus
+  created_at: number
+  updated_at: number
+}
+
+export interface VolumesTable {
+  /** The resource. An image that is being imported has a row too, because it is written like a volume. */
+  id: string
+  project_id: string
+  active_alias: number
+  next_alias: number | null
+  /** The durable map includes every frame up to this lsn. */
+  map_lsn: number
+  /** Epoch of the last lease. */
+  epoch: number
+  /** Pages from this id on were made after the root was last shared: a checkpoint that replaces one deletes it. */
+  shared_below_page: number
+  /** Rate limits, as the engine takes them; null: none. */
+  throttle: JsonObject | null
+}
+
+export interface LeasesTable {
+  volume_id: string
+  project_id: string
+  holder: string
+  epoch: number
+  acquired_at: number
+  /** null: held, or its holder died. */
+  released_at: number | null
+}
+
+export interface AttachmentsTable {
+  id: string
+  project_id: string
+  volume_id: string
+  protocol: AttachmentProtocol
+  read_only: boolean
+  shared: boolean
+  options: JsonObject
+  created_at: number
+}
+
+export interface JobsTable {
+  id: string
+  project_id: string
+  kind: string
+  /** Id of what the job works on. */
+  subject: string
+  state: JobState
+  progress_bytes: number
+  /** null: not known. */
+  total_bytes: number | null
+  params: JsonObject
+  /** Where to go on after a restart; null: from the start. */
+  cursor: JsonObject | null
+  result: JsonObject | null
+  error_code: string | null
+  error_message: string | null
+  created_at: number
+  updated_at: number
+}
+
+export interface PagesTable {
+  id: number
+  body: Uint8Array
+}
+
+export interface PageRangesTable {
+  /** Pages first_page_id <= id < end_page_id belong to a checkpoint that is not finished; deleted at the next start. */
+  first_page_id: number
+  end_page_id: number
+  volume_id: string
+}
+
+export interface Schema {
+  meta: MetaTable
+  projects: ProjectsTable
+  pools: PoolsTable
+  layers: LayersTable
+  replicas: ReplicasTable
+  resources: ResourcesTable
+  volumes: VolumesTable
+  leases: LeasesTable
+  attachments: AttachmentsTable
+  jobs: JobsTable
+  pages: PagesTable
+  page_ranges: PageRangesTable
+}
+
+export type ProjectRow = Selectable<ProjectsTable>
+export type PoolRow = Selectable<PoolsTable>
+export type LayerRow = Selectable<LayersTable>
+export type ReplicaRow = Selectable<ReplicasTable>
+export type ResourceRow = Selectable<ResourcesTable>
+export type VolumeRow = Selectable<VolumesTable>
+export type LeaseRow = Selectable<LeasesTable>
+export type AttachmentRow = Selectable<AttachmentsTable>
+export type JobRow = Selectable<JobsTable>
+export type PageRangeRow = Selectable<PageRangesTable>
+export type NewResource = Insertable<ResourcesTable>
+export type ResourceUpdate = Updateable<ResourcesTable>
+export type NewJob = Insertable<JobsTable>
+export type JobUpdate = Updateable<JobsTable>
+
+/** The project that exists from the first migration on and that everything belongs to until others are made. */
+export const adminProject = { id: '00000000-0000-4000-8000-000000000001', name: 'admin' } as const

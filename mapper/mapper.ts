@@ -1,0 +1,309 @@
+/**
+ * The mapper: owner of maps and layers. It decides which layers exist, which root is durable and who may write; the engine
+ * moves the bytes, and whoever is above (the composer) decides what is attached and when jobs run.
+ *
+ * Every operation takes the locks of the resources it names, all at once (keyed-mutex.ts); the order inside is in the file of
+ * the operation. What an operation promises when it returns is durable (I9).
+ */
+import {
+  checkName,
+  newId as randomId,
+  systemClock,
+  type AtollError,
+  type Catalog,
+  type Clock,
+  type NewId,
+  type ResourceRow,
+} from '@atoll/core'
+import type { Device, Engine, OpenReport } from '@atoll/native'
+import type { Driver } from '@atoll/southbound'
+import { CheckpointScheduler } from './checkpoint-scheduler.ts'
+import { checkpointLocked, deletePagesLater } from './checkpoint.ts'
+import { closeLocked } from './close.ts'
+import { Background, type MapperContext, type MapperLog } from './context.ts'
+import { createImage, createVolume, type NewImage, type NewVolume } from './create.ts'
+import { deleteResource, type DeleteOptions } from './delete.ts'
+import { diff, type DiffRange } from './diff.ts'
+import {
+  abortImport,
+  beginImport,
+  finishImport,
+  resumeImport,
+  type FinishOptions,
+  type ImportTarget,
+  type NewImport,
+} from './import-target.ts'
+import { KeyedMutex } from './keyed-mutex.ts'
+import { Layers } from './layers.ts'
+import { openLocked, type OpenOptions } from './open.ts'
+import { OpenTable, type OpenEntry } from './open-table.ts'
+import { PageIds } from './page-ids.ts'
+import { PagePins } from './page-pins.ts'
+import { PoolService } from './pool-service.ts'
+import { Pools } from './pools.ts'
+import { Reclaimer, type ReclaimOptions, type ReclaimResult } from './reclaim.ts'
+import { recoverPages, unknownLayers } from './recover.ts'
+import { resize } from './resize.ts'
+import { rollback } from './rollback.ts'
+import { requireAvailable, requireResource } from './rows.ts'
+import { snapshot, type SnapshotItem } from './snapshot.ts'
+import { systemTimer, type SetTimer } from './timer.ts'
+import { Usage, type ResourceUsage } from './usage.ts'
+
+export interface MapperOptions {
+  readonly catalog: Catalog
+  readonly engine: Engine
+  readonly drivers: readonly Driver[]
+  readonly log: MapperLog
+  /** Default: the machine's. */
+  readonly clock?: Clock
+  readonly setTimer?: SetTimer
+  readonly newId?: NewId
+}
+
+/** A resource that is open. */
+export interface OpenResource {
+  readonly device: Device
+  readonly sizeBytes: number
+  /** Epoch of the lease; 0 for a read-only open, which has none. */
+  readonly epoch: number
+  readonly report: OpenReport
+}
+
+/** Resources closed at the same time when the mapper closes. */
+const closeConcurrency = 16
+
+/**
+ * Opens the mapper over a catalog: takes back what unfinished checkpoints left, opens every pool and puts right what an
+ * earlier process left in it. A pool that cannot be opened is logged and remembered (`pools.failure`); the others serve.
+ * @throws AtollError the errors of the catalog
+ */
+export async function openMapper(options: MapperOptions): Promise<Mapper> {
+  const { catalog, log } = options
+  const nextPageId = await recoverPages({ catalog })
+  const mapper = new Mapper(options, nextPageId)
+  for (const row of await mapper.pools.list()) {
+    try {
+      await mapper.pools.open(row)
+    } catch (error) {
+      log.error({ err: error, poolId: row.id, pool: row.name }, 'the pool cannot be opened')
+    }
+  }
+  return mapper
+}
+
+export class Mapper {
+  readonly pools: PoolService
+  readonly #context: MapperContext
+  readonly #scheduler: CheckpointScheduler
+  readonly #reclaimer: Reclaimer
+  readonly #usage: Usage
+
+  /** Use `openMapper`. */
+  constructor(options: MapperOptions, nextPageId: number) {
+    const { catalog, engine, log } = options
+    const clock = options.clock ?? systemClock
+    const newId = options.newId ?? randomId
+    const background = new Background(log)
+    const pools = new Pools({ catalog, engine, drivers: options.drivers, clock })
+    const layers = new Layers({ catalog, pools, clock, newId, background })
+    const context: MapperContext = {
+      catalog,
+      engine,
+      log,
+      clock,
+      setTimer: options.setTimer ?? systemTimer,
+      newId,
+      pools,
+      layers,
+      open: new OpenTable(),
+      pageIds: new PageIds(nextPageId),
+      pins: new PagePins((pageIds) => deletePagesLater(context, pageIds)),
+      locks: new KeyedMutex(),
+      background,
+      requestCheckpoint: (volumeId) => this.#scheduler.request(volumeId),
+    }
+    this.#context = context
+    this.#scheduler = new CheckpointScheduler(context)
+    this.#reclaimer = new Reclaimer(context)
+    this.#usage = new Usage(context)
+    this.pools = new PoolService(context, this.#usage)
+    this.#scheduler.start()
+  }
+
+  /** See `createVolume` in create.ts. */
+  async createVolume(wanted: NewVolume): Promise<ResourceRow> {
+    return await createVolume(this.#context, wanted)
+  }
+
+  /** See `createImage` in create.ts. */
+  async createImage(wanted: NewImage): Promise<ResourceRow> {
+    return await createImage(this.#context, wanted)
+  }
+
+  /** See import-target.ts. */
+  async beginImport(wanted: NewImport, options: Pick<OpenOptions, 'onEvent'> = {}): Promise<ImportTarget> {
+    return await beginImport(this.#context, wanted, options)
+  }
+
+  async resumeImport(resourceId: string, options: Pick<OpenOptions, 'onEvent'> = {}): Promise<ImportTarget> {
+    return await resumeImport(this.#context, resourceId, options)
+  }
+
+  async finishImport(resourceId: string, options: FinishOptions = {}): Promise<ResourceRow> {
+    return await finishImport(this.#context, resourceId, options)
+  }
+
+  async abortImport(resourceId: string): Promise<void> {
+    await abortImport(this.#context, resourceId)
+  }
+
+  /** See `snapshot` in snapshot.ts. */
+  async snapshot(
+    items: readonly SnapshotItem[],
+    options: { deadlineMs?: number } = {},
+  ): Promise<{ rows: ResourceRow[]; pauseMs: number }> {
+    return await snapshot(this.#context, items, options)
+  }
+
+  /** See `deleteResource` in delete.ts. */
+  async deleteResource(id: string, options: DeleteOptions = {}): Promise<void> {
+    await deleteResource(this.#context, id, options)
+  }
+
+  /** Gives a resource another name. @throws AtollError RESOURCE_NOT_FOUND, NAME_INVALID */
+  async rename(id: string, name: string): Promise<ResourceRow> {
+    return await this.#context.catalog.write(async (tx) => {
+      const { kind } = await requireResource(tx, id)
+      if (kind !== 'file') checkName(kind, name)
+      return await tx
+        .updateTable('resources')
+        .set({ name, updated_at: this.#context.clock.nowMs() })
+        .where('id', '=', id)
+        .returningAll()
+        .executeTakeFirstOrThrow()
+    })
+  }
+
+  /** See `resize` in resize.ts. */
+  async resize(volumeId: string, sizeBytes: number): Promise<void> {
+    await resize(this.#context, volumeId, sizeBytes)
+  }
+
+  /** See `rollback` in rollback.ts. */
+  async rollback(volumeId: string, snapshotId: string): Promise<ResourceRow> {
+    return await rollback(this.#context, volumeId, snapshotId)
+  }
+
+  /** See `diff` in diff.ts. */
+  async diff(fromId: string, toId: string): Promise<DiffRange[]> {
+    return await diff(this.#context, fromId, toId)
+  }
+
+  /**
+   * Opens a volume, or any resource for reading. One open per resource.
+   * @throws AtollError RESOURCE_NOT_FOUND, RESOURCE_STATUS, ARGUMENT_INVALID for a snapshot or an image that is to be written, and
+   * what `openLocked` (open.ts) throws
+   */
+  async open(resourceId: string, options: OpenOptions): Promise<OpenResource> {
+    return await this.#context.locks.run([resourceId], async () => {
+      const row = await requireResource(this.#context.catalog.db, resourceId)
+      requireAvailable(row)
+      const readOnly = options.readOnly || row.kind !== 'volume'
+      return asOpenResource(await openLocked(this.#context, row, { ...options, readOnly }))
+    })
+  }
+
+  /**
+   * Closes a resource (see close.ts for what holds afterwards); without an id, everything: resources and pools. The catalog
+   * and the engine stay open. Closing everything again is harmless.
+   * @throws AtollError NOT_OPEN; NO_SPACE, IO_ERROR if what was not flushed could not be stored (it is closed all the same)
+   */
+  async close(resourceId?: string): Promise<void> {
+    if (resourceId === undefined) {
+      await this.#closeAll()
+      return
+    }
+    await this.#context.locks.run([resourceId], async () => {
+      await closeLocked(this.#context, this.#context.open.require(resourceId))
+    })
+  }
+
+  isOpen(resourceId: string): boolean {
+    return this.#context.open.get(resourceId) !== undefined
+  }
+
+  /** What is open of a resource; undefined if it is not. */
+  opened(resourceId: string): OpenResource | undefined {
+    const entry = this.#context.open.get(resourceId)
+    return entry === undefined ? undefined : asOpenResource(entry)
+  }
+
+  /** Why the resource could not be opened when that was tried last; undefined if it could be. */
+  failure(resourceId: string): AtollError | undefined {
+    return this.#context.open.failure(resourceId)
+  }
+
+  /**
+   * Brings the map of an open volume into the catalog now.
+   * @throws AtollError NOT_OPEN, LEASE_LOST, DEVICE_POISONED, NO_SPACE, IO_ERROR
+   */
+  async checkpoint(volumeId: string): Promise<void> {
+    await this.#context.locks.run([volumeId], async () => {
+      const entry = this.#context.open.require(volumeId)
+      if (entry.kind === 'writable') await checkpointLocked(this.#context, entry)
+    })
+  }
+
+  /** See `Reclaimer.run` in reclaim.ts. */
+  async reclaim(poolId: string | null, options: ReclaimOptions = {}): Promise<ReclaimResult> {
+    return await this.#reclaimer.run(poolId, options)
+  }
+
+  /** See `Usage.of` in usage.ts, also for what it costs. */
+  async usage(resourceId: string): Promise<ResourceUsage> {
+    return await this.#usage.of(resourceId)
+  }
+
+  /** Layers of a pool that no row knows: reported, never deleted (I11). @throws AtollError POOL_UNAVAILABLE */
+  async unknownLayers(poolId: string): Promise<string[]> {
+    return await unknownLayers(this.#context, poolId)
+  }
+
+  /** Resolves when nothing runs in the background: spare layers, deletes of replaced pages, automatic checkpoints. */
+  async idle(): Promise<void> {
+    await this.#context.background.idle()
+  }
+
+  async #closeAll(): Promise<void> {
+    const { background, layers, log, open, pools } = this.#context
+    this.#scheduler.stop()
+    layers.close()
+    const ids = open.ids()
+    for (let start = 0; start < ids.length; start += closeConcurrency) {
+      const batch = ids.slice(start, start + closeConcurrency)
+      const results = await Promise.allSettled(batch.map(async (id) => await this.#closeIfOpen(id)))
+      for (const result of results) {
+        if (result.status === 'rejected') log.error({ err: result.reason as unknown }, 'a resource could not be closed cleanly')
+      }
+    }
+    await background.idle()
+    await pools.close()
+  }
+
+  async #closeIfOpen(id: string): Promise<void> {
+    await this.#context.locks.run([id], async () => {
+      const entry = this.#context.open.get(id)
+      if (entry !== undefined) await closeLocked(this.#context, entry)
+    })
+  }
+}
+
+function asOpenResource(entry: OpenEntry): OpenResource {
+  return {
+    device: entry.device,
+    sizeBytes: entry.sizeBytes,
+    epoch: entry.kind === 'writable' ? entry.epoch : 0,
+    report: entry.report,
+  }
+}

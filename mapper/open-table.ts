@@ -1,0 +1,125 @@
+/**
+ * What is open in this process, and why the last attempt to open something failed.
+ *
+ * Rules:
+ * - A resource is in the table from the moment its device serves until the device is closed; one entry per resource.
+ * - Entries are added, removed and changed only by who holds the resource's lock. Apart from the device, the fields of a
+ *   volume say what the catalog has.
+ */
+import { AtollError } from '@atoll/core'
+import type { Device, OpenReport } from '@atoll/native'
+
+/** A layer by its two names. */
+export interface LayerName {
+  /** The u32 of maps. */
+  readonly alias: number
+  /** The UUID of its files. */
+  readonly id: string
+}
+
+/** What the owner of an open resource is told. */
+export interface OpenEvent {
+  /** poisoned: a sync failed (I6); flush-failed: no space, tried again; lease-lost: somebody else owns the volume now. */
+  readonly kind: 'poisoned' | 'flush-failed' | 'lease-lost'
+  readonly resourceId: string
+  readonly message: string
+}
+
+/** A volume (or the target of an import) that is open for writing: this process holds its lease. */
+export interface OpenVolume {
+  readonly kind: 'writable'
+  readonly id: string
+  readonly projectId: string
+  readonly poolId: string
+  readonly device: Device
+  readonly report: OpenReport
+  /** Epoch of our lease: guards every transaction (I1). */
+  readonly epoch: number
+  readonly onEvent: (event: OpenEvent) => void
+  sizeBytes: number
+  /** A shrink that the device has made and the catalog has not: the next checkpoint commits it. */
+  pendingSizeBytes: number | null
+  /** lsn that the durable map includes. */
+  mapLsn: number
+  sharedBelowPage: number
+  active: LayerName
+  next: LayerName
+  /** The engine made a swap (`next` is the layer that is written) and the catalog does not have it yet. */
+  swapUncommitted: boolean
+  /** The active layer may hold bytes that no slot owns: after a crash, or a punch that failed. */
+  orphansPossible: boolean
+  /** Somebody raised the epoch: nothing of this volume is written any more. */
+  leaseLost: boolean
+}
+
+/** A resource that is open for reading: its durable root, which nobody may delete meanwhile. */
+export interface OpenReader {
+  readonly kind: 'read-only'
+  readonly id: string
+  readonly device: Device
+  readonly report: OpenReport
+  readonly sizeBytes: number
+}
+
+export type OpenEntry = OpenVolume | OpenReader
+
+export class OpenTable {
+  readonly #entries = new Map<string, OpenEntry>()
+  readonly #failures = new Map<string, AtollError>()
+
+  get(id: string): OpenEntry | undefined {
+    return this.#entries.get(id)
+  }
+
+  /** The entry if it is open for writing. */
+  volume(id: string): OpenVolume | undefined {
+    const entry = this.#entries.get(id)
+    return entry?.kind === 'writable' ? entry : undefined
+  }
+
+  /** @throws AtollError NOT_OPEN */
+  require(id: string): OpenEntry {
+    const entry = this.#entries.get(id)
+    if (entry === undefined) throw new AtollError('NOT_OPEN', `${id} is not open`, { values: { id } })
+    return entry
+  }
+
+  /** @throws AtollError ALREADY_OPEN */
+  requireClosed(id: string): void {
+    if (!this.#entries.has(id)) return
+    throw new AtollError('ALREADY_OPEN', `${id} is open already: use its device, or close it first`, { values: { id } })
+  }
+
+  add(entry: OpenEntry): void {
+    this.requireClosed(entry.id)
+    this.#entries.set(entry.id, entry)
+    this.#failures.delete(entry.id)
+  }
+
+  remove(id: string): void {
+    this.#entries.delete(id)
+  }
+
+  ids(): string[] {
+    return [...this.#entries.keys()]
+  }
+
+  /** Every volume that is open for writing. */
+  volumes(): OpenVolume[] {
+    return [...this.#entries.values()].filter((entry) => entry.kind === 'writable')
+  }
+
+  /** Why the resource could not be opened when that was tried last; undefined if it could, or it was not tried. */
+  failure(id: string): AtollError | undefined {
+    return this.#failures.get(id)
+  }
+
+  setFailure(id: string, error: AtollError): void {
+    this.#failures.set(id, error)
+  }
+
+  /** The resource is gone. */
+  forget(id: string): void {
+    this.#failures.delete(id)
+  }
+}

@@ -1,0 +1,231 @@
+/**
+ * Opening resources as devices.
+ *
+ * Rules:
+ * - One open per resource. For writing it takes the lease first (lease.ts), so that a crash from then on leaves the volume
+ *   dirty; a failed open of a volume that was clean releases it again, one of a dirty volume leaves it dirty.
+ * - If the replay found frames in the next layer, a swap happened whose transaction was lost. It is committed (active = next,
+ *   another next) before the volume serves.
+ * - A next layer without frames may still hold bytes that nobody acknowledged. It is replaced by a clean one, so that
+ *   nothing stays allocated that no map refers to.
+ * - A resource that cannot be opened is an error that names it and the layer, page or journal; nothing else is harmed, and
+ *   the reason is kept (`OpenTable.failure`).
+ *
+ * Everything here is called by who holds the resource's lock.
+ */
+import { AtollError, type ResourceRow } from '@atoll/core'
+import { mapBytesMax, type Device, type DeviceLimits, type FrozenMap, type OpenReport, type ThrottleLimits } from '@atoll/native'
+import { checkpointLocked } from './checkpoint.ts'
+import { closeLocked } from './close.ts'
+import type { MapperContext } from './context.ts'
+import { isDirty, releaseLease, takeLease, type TakenLease } from './lease.ts'
+import { loadMap } from './maps.ts'
+import type { LayerName, OpenEntry, OpenEvent, OpenReader, OpenVolume } from './open-table.ts'
+import { rootOf } from './root.ts'
+import { aboutResource, leaseLostError, requireResource, requireVolumeRow } from './rows.ts'
+import { roundUpToSlot } from './size.ts'
+
+export interface OpenOptions {
+  /** Who opens: stands in the lease. */
+  readonly holder: string
+  /** True: the durable content, which nobody may change meanwhile. Snapshots and images are only opened like this. */
+  readonly readOnly: boolean
+  /** Default: the volume's own, or none. */
+  readonly throttle?: ThrottleLimits
+  /** Bounds of the device; the engine's defaults otherwise. */
+  readonly limits?: Partial<DeviceLimits>
+  /** Told what the device cannot answer to a request; must not throw. */
+  readonly onEvent?: (event: OpenEvent) => void
+}
+
+/** Layer files looked for at the same time. */
+const existenceBatch = 64
+/** Who opens a dirty volume to make it clean. */
+const recoveryHolder = 'recovery'
+
+/**
+ * Opens a resource. Volumes (and images on their way in) for writing unless `readOnly`.
+ * @throws AtollError ALREADY_OPEN, POOL_UNAVAILABLE, LAYER_MISSING, PAGE_CORRUPT, PAGE_MISSING, CATALOG_BEHIND, JOURNAL_CORRUPT, FORMAT_VERSION, NO_SPACE
+ */
+export async function openLocked(context: MapperContext, resource: ResourceRow, options: OpenOptions): Promise<OpenEntry> {
+  context.open.requireClosed(resource.id)
+  try {
+    if (!options.readOnly) return await openWritable(context, resource, options)
+    if (resource.kind === 'volume') await settleLocked(context, resource.id)
+    return await openReader(context, resource.id, options)
+  } catch (error) {
+    const failure = aboutResource(error, resource.id, `the ${resource.kind} "${resource.name}" cannot be opened`)
+    context.open.setFailure(resource.id, failure)
+    throw failure
+  }
+}
+
+/**
+ * A dirty volume is opened, replayed, brought into the catalog and closed, and so is one that could not be opened last (its
+ * catalog may be older than its journal: CATALOG_BEHIND); a clean or open one is left alone. After this the catalog's root
+ * of a closed volume is its content.
+ * @throws AtollError as `openLocked`
+ */
+export async function settleLocked(context: MapperContext, volumeId: string): Promise<void> {
+  const failure = context.open.failure(volumeId)
+  if (failure === undefined && !(await isDirty(context, volumeId))) return
+  const resource = await requireResource(context.catalog.db, volumeId)
+  const why = failure === undefined ? 'the last holder of the volume died' : `the volume could not be opened (${failure.code})`
+  context.log.info({ volumeId }, `${why}: its journal is replayed`)
+  const entry = await openLocked(context, resource, { holder: recoveryHolder, readOnly: false })
+  await closeLocked(context, entry)
+}
+
+async function openWritable(context: MapperContext, resource: ResourceRow, options: OpenOptions): Promise<OpenVolume> {
+  const volume = { id: resource.id, projectId: resource.project_id, poolId: resource.home_pool_id }
+  const lease = await takeLease(context, volume, options.holder)
+  let opened: { device: Device; report: OpenReport } | undefined
+  try {
+    // Read again after the lease: nobody changes it from here on.
+    const row = await requireResource(context.catalog.db, resource.id)
+    const map = await loadMap(context, resource.id, rootOf(row))
+    const throttle = options.throttle ?? (await ownThrottle(context, resource.id))
+    const { layers, names } = await layersOf(context, map, [lease.activeAlias, lease.nextAlias])
+    const active = nameOf(names, lease.activeAlias)
+    const next = nameOf(names, lease.nextAlias)
+    opened = await context.engine.openDevice({
+      volumeId: resource.id,
+      sizeBytes: row.size_bytes,
+      epoch: lease.epoch,
+      map,
+      mapLsn: lease.mapLsn,
+      layers,
+      active: active.alias,
+      next: next.alias,
+      ...(throttle === undefined ? {} : { throttle }),
+      ...(options.limits === undefined ? {} : { limits: options.limits }),
+      onEvent: (event) => {
+        if (event.kind === 'checkpoint-wanted') context.requestCheckpoint(resource.id)
+        else options.onEvent?.({ kind: event.kind, resourceId: resource.id, message: event.message })
+      },
+    })
+    const serve: OpenVolume = {
+      kind: 'writable',
+      ...volume,
+      device: opened.device,
+      report: opened.report,
+      epoch: lease.epoch,
+      onEvent: options.onEvent ?? (() => undefined),
+      sizeBytes: row.size_bytes,
+      pendingSizeBytes: null,
+      mapLsn: lease.mapLsn,
+      sharedBelowPage: lease.sharedBelowPage,
+      active,
+      next,
+      swapUncommitted: opened.report.promotedNext,
+      orphansPossible: lease.wasDirty,
+      leaseLost: false,
+    }
+    if (serve.swapUncommitted) {
+      context.log.info({ volumeId: resource.id, layerId: next.id }, 'a swap that a crash interrupted is completed')
+      await checkpointLocked(context, serve)
+    } else if (lease.wasDirty) {
+      await replaceUsedNext(context, serve)
+    }
+    context.open.add(serve)
+    return serve
+  } catch (error) {
+    await takeBack(context, resource.id, lease, opened?.device)
+    throw error
+  }
+}
+
+/** The open failed. What the device did not write is durable as before; a lease that was clean is clean again. */
+async function takeBack(context: MapperContext, volumeId: string, lease: TakenLease, device: Device | undefined): Promise<void> {
+  try {
+    await device?.close()
+    // A device that was open has cut and continued the journal: let the next open look at it again.
+    if (!lease.wasDirty && device === undefined) await releaseLease(context, volumeId, lease.epoch)
+  } catch (error) {
+    context.log.warn({ err: error, volumeId }, 'a failed open was not taken back completely: the next open replays the journal')
+  }
+}
+
+/** A crash may have left bytes in the next layer whose frames never became durable. */
+async function replaceUsedNext(context: MapperContext, volume: OpenVolume): Promise<void> {
+  const { layers, catalog } = context
+  const used = volume.next
+  const { store } = await layers.ref(used)
+  const extents = await store.extents(used.id, 0, roundUpToSlot(volume.sizeBytes))
+  if (!extents.some((extent) => extent.data)) return
+  const [spare] = await layers.take([volume.poolId])
+  if (spare === undefined) return
+  try {
+    await catalog.write(async (tx) => {
+      const result = await tx
+        .updateTable('volumes')
+        .set({ next_alias: spare.alias })
+        .where('id', '=', volume.id)
+        .where('epoch', '=', volume.epoch)
+        .executeTakeFirst()
+      if (result.numUpdatedRows !== 1n) throw leaseLostError(volume.id, volume.epoch)
+      await layers.assign(tx, spare, { volumeId: volume.id, projectId: volume.projectId, epoch: volume.epoch }, 'spare')
+      await layers.move(tx, used.alias, ['spare'], 'condemned')
+    })
+  } catch (error) {
+    layers.giveBack(spare)
+    throw error
+  }
+  volume.next = spare
+}
+
+async function openReader(context: MapperContext, resourceId: string, options: OpenOptions): Promise<OpenReader> {
+  const row = await requireResource(context.catalog.db, resourceId)
+  const map = await loadMap(context, resourceId, rootOf(row))
+  const { layers } = await layersOf(context, map, [])
+  const { device, report } = await context.engine.openDevice({
+    volumeId: resourceId,
+    sizeBytes: row.size_bytes,
+    epoch: 0,
+    map,
+    mapLsn: 0,
+    layers,
+    active: null,
+    next: null,
+    ...(options.throttle === undefined ? {} : { throttle: options.throttle }),
+    ...(options.limits === undefined ? {} : { limits: options.limits }),
+    onEvent: (event) => {
+      if (event.kind !== 'checkpoint-wanted') options.onEvent?.({ kind: event.kind, resourceId, message: event.message })
+    },
+  })
+  const reader: OpenReader = { kind: 'read-only', id: resourceId, device, report, sizeBytes: row.size_bytes }
+  context.open.add(reader)
+  return reader
+}
+
+/**
+ * Every layer that a map refers to, also beyond the present size (it may grow while it is open), and the ones named; each of
+ * them is there. @throws AtollError LAYER_MISSING naming the layer
+ */
+async function layersOf(context: MapperContext, map: FrozenMap, more: readonly number[]) {
+  const aliases = [...new Set([...map.layers(mapBytesMax), ...more])]
+  const layers = await context.layers.refs(aliases)
+  for (let start = 0; start < layers.length; start += existenceBatch) {
+    await Promise.all(
+      layers.slice(start, start + existenceBatch).map(async (layer) => {
+        if (await layer.store.layerExists(layer.id)) return
+        throw new AtollError('LAYER_MISSING', `the file of layer ${layer.id} (alias ${layer.alias}) is missing`, {
+          values: { layerId: layer.id, alias: layer.alias },
+        })
+      }),
+    )
+  }
+  const names = new Map(layers.map((layer): [number, LayerName] => [layer.alias, { alias: layer.alias, id: layer.id }]))
+  return { layers, names }
+}
+
+function nameOf(names: ReadonlyMap<number, LayerName>, alias: number): LayerName {
+  const name = names.get(alias)
+  if (name === undefined) throw new AtollError('LAYER_MISSING', `layer ${alias} is not in the catalog`, { values: { alias } })
+  return name
+}
+
+async function ownThrottle(context: MapperContext, volumeId: string): Promise<ThrottleLimits | undefined> {
+  const { throttle } = await requireVolumeRow(context.catalog.db, volumeId)
+  return throttle === null ? undefined : throttle
+}

@@ -1,0 +1,244 @@
+/**
+ * Pools as the user sees them: made, listed, looked at, checked and deleted.
+ *
+ * Rules:
+ * - The row of a pool is committed before its backend is touched, so a pool that was made half is opened at the next start.
+ * - A pool is deleted only when nothing lies in it: no resource calls it home, and it has no layer but spares. From the
+ *   moment that is checked it gives out no spare, so nothing new can start in it.
+ */
+import { AtollError, toAtollError, type PoolRow } from '@atoll/core'
+import type { Finding, PoolHandle } from '@atoll/southbound'
+import type { MapperContext } from './context.ts'
+import { recoverPool, removeCondemned } from './recover.ts'
+import type { Usage } from './usage.ts'
+
+export interface NewPool {
+  readonly projectId: string
+  readonly name: string
+  readonly driver: string
+  readonly options: Readonly<Record<string, string>>
+}
+
+export interface PoolStatus {
+  readonly totalBytes: number
+  readonly freeBytes: number
+  /** Allocated by the pool. */
+  readonly storedBytes: number
+  /** What its resources refer to, each counted for itself. */
+  readonly logicalBytes: number
+  /** logicalBytes / storedBytes; 1 where nothing is stored. */
+  readonly dedupRatio: number
+  /** Layers of the pool, spares included. */
+  readonly layers: number
+}
+
+export class PoolService {
+  readonly #context: MapperContext
+  readonly #usage: Usage
+
+  constructor(context: MapperContext, usage: Usage) {
+    this.#context = context
+    this.#usage = usage
+  }
+
+  /**
+   * Opens the pool of a row, puts right what an earlier process left in it, and makes spares. Also tries again what failed.
+   * @throws AtollError DRIVER_UNKNOWN, POOL_LOCKED, POOL_OWNED_BY_OTHER, POOL_UNAVAILABLE, POOL_OPTION_INVALID
+   */
+  async open(row: PoolRow): Promise<PoolHandle> {
+    const { catalog, pools, layers } = this.#context
+    return await this.#context.locks.run([row.id], async () => {
+      const present = pools.find(row.id)
+      if (present !== undefined) return present
+      // A pool in which layers lie must be there: made anew on a disk that is not mounted, it would hide them.
+      const replica = await catalog.db
+        .selectFrom('replicas')
+        .select('layer_alias')
+        .where('pool_id', '=', row.id)
+        .executeTakeFirst()
+      const handle = await pools.open(row, { create: replica === undefined })
+      try {
+        await recoverPool(this.#context, row.id)
+        await layers.load(row.id)
+      } catch (error) {
+        // Half-known is not open: the reason is kept, and the next open tries again.
+        await pools.drop(row.id, toAtollError(error))
+        throw error
+      }
+      return handle
+    })
+  }
+
+  /**
+   * Makes a pool and opens it.
+   * @throws AtollError NAME_TAKEN, DRIVER_UNKNOWN, POOL_OPTION_INVALID, POOL_LOCKED, POOL_OWNED_BY_OTHER, POOL_UNAVAILABLE
+   */
+  async create(wanted: NewPool): Promise<PoolRow> {
+    const { catalog, clock, newId, pools } = this.#context
+    const options = pools.driver(wanted.driver).parseOptions(wanted.options)
+    const row = await catalog.write(async (tx) => {
+      const taken = await tx.selectFrom('pools').select('id').where('name', '=', wanted.name).executeTakeFirst()
+      if (taken !== undefined) {
+        throw new AtollError('NAME_TAKEN', `there is a pool "${wanted.name}" already (${taken.id})`, {
+          values: { name: wanted.name, id: taken.id },
+        })
+      }
+      return await tx
+        .insertInto('pools')
+        .values({
+          id: newId(),
+          project_id: wanted.projectId,
+          name: wanted.name,
+          driver: wanted.driver,
+          options,
+          created_at: clock.nowMs(),
+        })
+        .returningAll()
+        .executeTakeFirstOrThrow()
+    })
+    try {
+      await this.open(row)
+    } catch (error) {
+      await catalog.write(async (tx) => await tx.deleteFrom('pools').where('id', '=', row.id).execute(), { emergency: true })
+      pools.forget(row.id)
+      throw error
+    }
+    return row
+  }
+
+  /** @throws AtollError POOL_NOT_FOUND */
+  async get(id: string): Promise<PoolRow> {
+    const row = await this.#context.catalog.db.selectFrom('pools').selectAll().where('id', '=', id).executeTakeFirst()
+    if (row === undefined) throw new AtollError('POOL_NOT_FOUND', `there is no pool ${id}`, { values: { id } })
+    return row
+  }
+
+  /** Every pool, open or not, by name. */
+  async list(): Promise<PoolRow[]> {
+    return await this.#context.catalog.db.selectFrom('pools').selectAll().orderBy('name').execute()
+  }
+
+  /** The open pool of a row. @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE with the reason */
+  async handle(id: string): Promise<PoolHandle> {
+    await this.get(id)
+    return this.#context.pools.handle(id)
+  }
+
+  /** Why a pool is not open; undefined if it is. */
+  failure(id: string): AtollError | undefined {
+    return this.#context.pools.failure(id)
+  }
+
+  /**
+   * Deletes an empty pool for good.
+   * @throws AtollError POOL_NOT_FOUND, POOL_NOT_EMPTY naming how much lies in it, POOL_UNAVAILABLE
+   */
+  async delete(id: string): Promise<void> {
+    const { catalog, layers, locks, pools } = this.#context
+    await locks.run([id], async () => {
+      const row = await this.get(id)
+      const handle = pools.leave(id)
+      try {
+        await this.#requireEmpty(row)
+        // Spares are nobody's; those just taken by somebody are noticed by whoever assigns them.
+        await catalog.write(async (tx) => {
+          const spares = tx.selectFrom('replicas').select('layer_alias').where('pool_id', '=', id)
+          await tx
+            .updateTable('layers')
+            .set({ state: 'condemned' })
+            .where('state', '=', 'spare')
+            .where('volume_id', 'is', null)
+            .where('alias', 'in', spares)
+            .execute()
+        })
+        layers.unload(id)
+      } catch (error) {
+        pools.stay(id)
+        throw error
+      }
+      try {
+        // Asked again: a create that had its spare before may have committed meanwhile.
+        await this.#requireEmpty(row)
+        pools.stay(id)
+        await removeCondemned(this.#context, id)
+        pools.leave(id)
+        await handle.destroy()
+        await catalog.write(async (tx) => await tx.deleteFrom('pools').where('id', '=', id).execute(), { emergency: true })
+        pools.forget(id)
+      } catch (error) {
+        pools.stay(id)
+        await layers.load(id)
+        throw error
+      }
+    })
+  }
+
+  /** Totals of an open pool. @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE, IO_ERROR */
+  async status(id: string): Promise<PoolStatus> {
+    const handle = await this.handle(id)
+    const usage = await handle.usage()
+    const logicalBytes = await this.#usage.logicalBytes(id)
+    const { count } = await this.#context.catalog.db
+      .selectFrom('replicas')
+      .select((query) => query.fn.countAll<number>().as('count'))
+      .where('pool_id', '=', id)
+      .executeTakeFirstOrThrow()
+    const dedupRatio = usage.storedBytes > 0 ? logicalBytes / usage.storedBytes : 1
+    return { ...usage, logicalBytes, dedupRatio, layers: Number(count) }
+  }
+
+  /** What the driver finds, layers whose files are missing, files that no row knows. @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE */
+  async check(id: string): Promise<Finding[]> {
+    const handle = await this.handle(id)
+    const findings = await handle.check()
+    const rows = await this.#context.catalog.db
+      .selectFrom('layers')
+      .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
+      .select(['layers.id', 'layers.state', 'layers.volume_id'])
+      .where('replicas.pool_id', '=', id)
+      .where('layers.state', 'not in', ['making', 'condemned'])
+      .execute()
+    const present = new Set((await handle.listLayers()).map((layer) => layer.id))
+    for (const row of rows) {
+      if (present.has(row.id)) continue
+      findings.push({
+        severity: 'error',
+        kind: 'layer-missing',
+        object: row.id,
+        message: `the file of the ${row.state} layer ${row.id}${row.volume_id === null ? '' : ` of ${row.volume_id}`} is missing: bring it back from a backup`,
+      })
+    }
+    const all = new Set((await this.#context.catalog.db.selectFrom('layers').select('id').execute()).map((row) => row.id))
+    for (const layerId of present) {
+      if (all.has(layerId)) continue
+      findings.push({
+        severity: 'warning',
+        kind: 'layer-unknown',
+        object: layerId,
+        message: `the catalog does not know layer ${layerId}; it is left alone: after a restore of an older catalog it may hold the newest data`,
+      })
+    }
+    return findings
+  }
+
+  async #requireEmpty(row: PoolRow): Promise<void> {
+    const { db } = this.#context.catalog
+    const resources = await db.selectFrom('resources').select('id').where('home_pool_id', '=', row.id).execute()
+    const layers = await db
+      .selectFrom('layers')
+      .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
+      .select('layers.id')
+      .where('replicas.pool_id', '=', row.id)
+      .where((query) =>
+        query.or([query('layers.state', 'not in', ['spare', 'making', 'condemned']), query('layers.volume_id', 'is not', null)]),
+      )
+      .where('layers.state', '!=', 'condemned')
+      .execute()
+    if (resources.length === 0 && layers.length === 0) return
+    throw new AtollError(
+      'POOL_NOT_EMPTY',
+      `pool "${row.name}" holds ${resources.length} resources and ${layers.length} layers: delete them, then reclaim the pool`,
+      { values: { poolId: row.id, resourceCount: resources.length, layerCount: layers.length } },
+    )
+  }
+}

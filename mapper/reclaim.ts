@@ -1,0 +1,289 @@
+/**
+ * Reclaim: space that no durable root refers to goes back to the pools, and map pages that none reaches leave the catalog.
+ *
+ * What is never touched: live maps are not looked at; layers that are making, spare, next, active or closing are not looked
+ * at either. Of an active layer the device itself frees what its map does not own, under the slots' locks.
+ *
+ * The order, and why each step is where it is:
+ *  1. Dirty volumes are replayed into the catalog first: their journals are the truth. One that cannot be opened keeps its
+ *     active and next layer (they are not sealed), and its durable root counts like every other: replaying a journal only
+ *     ever takes sealed layers out of a map.
+ *  2. A pin (page-pins.ts), then the page boundary, then the list of sealed layers, then the roots, in this order, each
+ *     after the one before. Pages below the boundary belong to no checkpoint in flight, so what made them is visible in the roots
+ *     that are read afterwards; a layer that was sealed before the roots were read has all of its references in them.
+ *  3. The mark: the union of all durable roots, each page visited once.
+ *  4. Sealed layers that nothing reaches are condemned, durably. With that commit every earlier one is durable, too: the
+ *     delete or checkpoint that freed something cannot be taken back by a power cut any more (I5).
+ *  5. The barrier: reads that looked a slot up before the roots were read have finished (I5).
+ *  6. Punch what is not reached in sealed layers; remove condemned ones, the files first, then the rows; sweep pages.
+ *
+ * Why resources that are made after step 2 need no second look: for a layer that was sealed at step 2, every root committed
+ * later refers only to slots that some root of step 2 refers to. A root is made by sharing a durable one (snapshot, clone, image,
+ * rollback; its row is read in the transaction that makes the new one), or by a checkpoint, whose map is its volume's
+ * durable one with slots given to the volume's own active layer (not sealed at step 2) or to HOLE. The same holds for pages: a
+ * new root reaches old pages through an old root, or new ones with an id at or above the boundary.
+ *
+ * Roots are marked over the whole address space, not up to the size of their resource: a map that was uniform once still names
+ * its first layer beyond the end, where nothing was ever written, and a resource that grows, or a larger clone, reads zeros from
+ * there. The layer must exist for that; so it stays, empty, as long as any map of that line does.
+ *
+ * A crash at any point leaves something for the next run and nothing wrong; running it again changes nothing.
+ */
+import { setImmediate as nextTurn } from 'node:timers/promises'
+import { AtollError, isAtollError, Mutex } from '@atoll/core'
+import { mapBytesMax, type Reach } from '@atoll/native'
+import type { PoolHandle } from '@atoll/southbound'
+import { punchOrphansLocked } from './close.ts'
+import type { MapperContext } from './context.ts'
+import { dirtyVolumes } from './lease.ts'
+import { feedReach, pageBatch } from './maps.ts'
+import { settleLocked } from './open.ts'
+import type { PagePin } from './page-pins.ts'
+import { removeCondemned, sealClosing } from './recover.ts'
+import { rootOf } from './root.ts'
+import { deleteBatch } from './staged-pages.ts'
+
+export interface ReclaimProgress {
+  readonly doneLayers: number
+  readonly totalLayers: number
+  readonly freedBytes: number
+}
+
+export interface ReclaimOptions {
+  /** Stops between two steps; what was freed until then stays freed. */
+  readonly signal?: AbortSignal
+  readonly onProgress?: (progress: ReclaimProgress) => void
+}
+
+export interface ReclaimResult {
+  /** Bytes given back to the pools. */
+  readonly freedBytes: number
+  readonly removedLayers: number
+  readonly sweptPages: number
+}
+
+interface SealedLayer {
+  readonly alias: number
+  readonly id: string
+  readonly poolId: string
+}
+
+/** Page ids looked at in one turn of the event loop. */
+const sweepBatch = 2048
+
+export class Reclaimer {
+  readonly #context: MapperContext
+  readonly #oneAtATime = new Mutex()
+  /** Slots that were reached when a layer was punched last: they only ever get fewer, so the same number is the same set. */
+  readonly #punched = new Map<number, number>()
+
+  constructor(context: MapperContext) {
+    this.#context = context
+  }
+
+  /**
+   * Reclaims one pool, or all that are open (null). Runs one after the other; everything else goes on meanwhile.
+   * @throws AtollError POOL_UNAVAILABLE, PAGE_CORRUPT or PAGE_MISSING naming the resource whose map cannot be read (nothing of
+   * the sealed layers is touched then), JOB_CANCELLED
+   */
+  async run(poolId: string | null, options: ReclaimOptions = {}): Promise<ReclaimResult> {
+    return await this.#oneAtATime.run(async () => await this.#run(poolId, options))
+  }
+
+  async #run(poolId: string | null, options: ReclaimOptions): Promise<ReclaimResult> {
+    const context = this.#context
+    const poolIds = poolId === null ? context.pools.openIds() : [context.pools.handle(poolId).poolId]
+    const checkCancelled = () => throwIfCancelled(options.signal)
+    await this.#settleDirty(checkCancelled)
+    for (const id of poolIds) await sealClosing(context, id)
+
+    let freedBytes = 0
+    let sweptPages = 0
+    let failure: unknown
+    const pin = context.pins.pin()
+    try {
+      const boundary = context.pageIds.boundary()
+      const sealed = await this.#sealedLayers(poolIds)
+      const reach = await this.#mark(checkCancelled)
+      await this.#condemn(sealed.filter((layer) => reach.slotCount(layer.alias) === 0))
+      await context.engine.readBarrier()
+      let doneLayers = 0
+      for (const layer of sealed) {
+        checkCancelled()
+        freedBytes += await this.#punch(layer, reach)
+        doneLayers += 1
+        options.onProgress?.({ doneLayers, totalLayers: sealed.length, freedBytes })
+      }
+      sweptPages = await this.#sweep(pin, reach, boundary, checkCancelled)
+    } catch (error) {
+      if (isAtollError(error, 'JOB_CANCELLED')) throw error
+      // A map that cannot be read protects everything sealed. What was condemned before (by a delete) goes all the same.
+      failure = error
+      await context.engine.readBarrier()
+    } finally {
+      pin.release()
+    }
+
+    let removedLayers = 0
+    for (const id of poolIds) {
+      checkCancelled()
+      const removed = await removeCondemned(context, id)
+      freedBytes += removed.freedBytes
+      removedLayers += removed.layerCount
+      for (const alias of removed.aliases) this.#punched.delete(alias)
+    }
+    for (const volume of context.open.volumes()) {
+      checkCancelled()
+      freedBytes += await this.#punchOrphans(volume.id)
+    }
+    await this.#restoreReserves(poolIds)
+    if (failure !== undefined) throw failure
+    return { freedBytes, removedLayers, sweptPages }
+  }
+
+  async #settleDirty(checkCancelled: () => void): Promise<void> {
+    const context = this.#context
+    for (const volumeId of await dirtyVolumes(context)) {
+      checkCancelled()
+      try {
+        await context.locks.run([volumeId], async () => await settleLocked(context, volumeId))
+      } catch (error) {
+        context.log.warn({ err: error, volumeId }, 'a volume could not be replayed, so reclaim leaves its layers alone')
+      }
+    }
+  }
+
+  async #sealedLayers(poolIds: readonly string[]): Promise<SealedLayer[]> {
+    if (poolIds.length === 0) return []
+    const rows = await this.#context.catalog.db
+      .selectFrom('layers')
+      .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
+      .select(['layers.alias', 'layers.id', 'replicas.pool_id'])
+      .where('layers.state', '=', 'sealed')
+      .where('replicas.pool_id', 'in', poolIds)
+      .orderBy('layers.alias')
+      .execute()
+    return rows.map((row) => ({ alias: row.alias, id: row.id, poolId: row.pool_id }))
+  }
+
+  async #mark(checkCancelled: () => void): Promise<Reach> {
+    const context = this.#context
+    // One statement, so one state of the catalog.
+    const rows = await context.catalog.db.selectFrom('resources').select(['id', 'root_word', 'root_crc']).execute()
+    const reach = context.engine.reach()
+    for (const row of rows) {
+      checkCancelled()
+      reach.addRoot(rootOf(row), mapBytesMax)
+      // One root after the other, so that an error names the resource.
+      await feedReach(context, reach, row.id, checkCancelled)
+    }
+    return reach
+  }
+
+  async #condemn(layers: readonly SealedLayer[]): Promise<void> {
+    for (let start = 0; start < layers.length; start += pageBatch) {
+      const aliases = layers.slice(start, start + pageBatch).map((layer) => layer.alias)
+      await this.#context.catalog.write(
+        async (tx) => {
+          await tx
+            .updateTable('layers')
+            .set({ state: 'condemned' })
+            .where('alias', 'in', aliases)
+            .where('state', '=', 'sealed')
+            .execute()
+        },
+        { emergency: true },
+      )
+    }
+    // Without a layer to condemn nothing was committed yet that syncs what freed the ranges about to be punched.
+    if (layers.length === 0) await this.#syncCatalog()
+  }
+
+  /** A durable commit: everything committed before is durable with it. */
+  async #syncCatalog(): Promise<void> {
+    const now = String(this.#context.clock.nowMs())
+    await this.#context.catalog.write(
+      async (tx) => {
+        await tx
+          .insertInto('meta')
+          .values({ key: 'reclaimed_at', value: now })
+          .onConflict((conflict) => conflict.column('key').doUpdateSet({ value: now }))
+          .execute()
+      },
+      { emergency: true },
+    )
+  }
+
+  async #punch(layer: SealedLayer, reach: Reach): Promise<number> {
+    const { pools, log } = this.#context
+    const slotCount = reach.slotCount(layer.alias)
+    if (slotCount === 0 || this.#punched.get(layer.alias) === slotCount) return 0
+    const pool = pools.find(layer.poolId)
+    if (pool === undefined || pool.capabilities.punchUnitBytes === 0) return 0
+    try {
+      const freedBytes = await withReserve(pool, async () => await pool.punchExcept(layer.id, reach.runs(layer.alias)))
+      this.#punched.set(layer.alias, slotCount)
+      return freedBytes
+    } catch (error) {
+      log.warn({ err: error, layerId: layer.id }, 'a layer could not be punched; the next reclaim tries again')
+      return 0
+    }
+  }
+
+  async #sweep(pin: PagePin, reach: Reach, boundary: number, checkCancelled: () => void): Promise<number> {
+    const { catalog, pins } = this.#context
+    // Somebody who read roots before ours may still fetch pages that ours do not reach.
+    await pins.olderReleased(pin)
+    let sweptPages = 0
+    for (let from = 1; from < boundary;) {
+      checkCancelled()
+      const ids = await catalog.pages.listIds(from, boundary, sweepBatch)
+      const last = ids.at(-1)
+      if (last === undefined) break
+      const reached = reach.hasPages(ids)
+      const garbage = ids.filter((_, index) => reached[index] === 0)
+      for (let start = 0; start < garbage.length; start += deleteBatch) {
+        const batch = garbage.subarray(start, start + deleteBatch)
+        sweptPages += await catalog.write(async () => await catalog.pages.delete(batch), { durable: false, emergency: true })
+        await nextTurn()
+      }
+      from = last + 1
+      await nextTurn()
+    }
+    return sweptPages
+  }
+
+  async #punchOrphans(volumeId: string): Promise<number> {
+    const context = this.#context
+    return await context.locks.run([volumeId], async () => {
+      const volume = context.open.volume(volumeId)
+      if (volume === undefined || volume.leaseLost || volume.device.isPoisoned()) return 0
+      return await punchOrphansLocked(context, volume)
+    })
+  }
+
+  async #restoreReserves(poolIds: readonly string[]): Promise<void> {
+    const { catalog, pools, log } = this.#context
+    const restores = [catalog.restoreReserve(), ...poolIds.map(async (id) => (await pools.find(id)?.restoreReserve()) ?? 0)]
+    for (const result of await Promise.allSettled(restores)) {
+      if (result.status === 'rejected') log.warn({ err: result.reason as unknown }, 'a reserve could not be made whole again')
+    }
+  }
+}
+
+/** On a full backend even freeing may need a little space: the pool's reserve is there for it. */
+async function withReserve<T>(pool: PoolHandle, fn: () => Promise<T>): Promise<T> {
+  try {
+    return await fn()
+  } catch (error) {
+    if (!isAtollError(error, 'NO_SPACE')) throw error
+    await pool.releaseReserve()
+    return await fn()
+  }
+}
+
+function throwIfCancelled(signal: AbortSignal | undefined): void {
+  if (signal?.aborted === true) {
+    throw new AtollError('JOB_CANCELLED', 'the reclaim was cancelled; what it freed stays freed', { cause: signal.reason })
+  }
+}

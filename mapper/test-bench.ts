@@ -1,0 +1,351 @@
+/**
+ * What the tests of this folder stand on: a mapper over an engine, a catalog in memory and a pool whose store the test holds,
+ * so that it can fail on purpose, be killed, and be opened again over what is left.
+ */
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { adminProject, openCatalog, type Catalog, type ResourceRow } from '@atoll/core'
+import { Engine, mapBytesMax, type Device, type FaultRule, type Reach, type Store } from '@atoll/native'
+import { type Driver, makeMemoryDriver } from '@atoll/southbound'
+import type { MapperLog } from './context.ts'
+import { type Mapper, openMapper } from './mapper.ts'
+import type { SetTimer } from './timer.ts'
+
+export const slot = 4096
+export const leaf = 8192 * slot
+/** For tests that pass an id which nothing has. */
+export const nobody = '00000000-0000-4000-8000-00000000ffff'
+
+/** A catalog whose writes a test can make fail. */
+export interface FailingCatalog {
+  readonly catalog: Catalog
+  /** Called before every write of what is wrapped; a throw is what the write fails with. */
+  beforeWrite: (options: { durable: boolean }) => void
+}
+
+export function failingCatalog(inner: Catalog): FailingCatalog {
+  const failing: { catalog: Catalog; beforeWrite: FailingCatalog['beforeWrite'] } = {
+    catalog: inner,
+    beforeWrite: () => undefined,
+  }
+  failing.catalog = {
+    id: inner.id,
+    path: inner.path,
+    formatVersion: inner.formatVersion,
+    db: inner.db,
+    pages: inner.pages,
+    read: async (fn) => await inner.read(fn),
+    write: async (fn, options) => {
+      failing.beforeWrite({ durable: options?.durable ?? true })
+      return await inner.write(fn, options)
+    },
+    onCommit: (listener) => inner.onCommit(listener),
+    serialize: async () => await inner.serialize(),
+    releaseReserve: async () => await inner.releaseReserve(),
+    restoreReserve: async () => await inner.restoreReserve(),
+    close: async () => await inner.close(),
+  }
+  return failing
+}
+
+/** What was logged, for tests that look for it. */
+export class LogLines implements MapperLog {
+  readonly lines: { level: string; message: string; values: object }[] = []
+
+  debug(values: object, message: string): void {
+    this.lines.push({ level: 'debug', message, values })
+  }
+  info(values: object, message: string): void {
+    this.lines.push({ level: 'info', message, values })
+  }
+  warn(values: object, message: string): void {
+    this.lines.push({ level: 'warn', message, values })
+  }
+  error(values: object, message: string): void {
+    this.lines.push({ level: 'error', message, values })
+  }
+}
+
+/** Timers that fire when the test says so. */
+export class ManualTimers {
+  #timers: { callback: () => void }[] = []
+
+  readonly set: SetTimer = (callback) => {
+    const timer = { callback }
+    this.#timers.push(timer)
+    return () => {
+      this.#timers = this.#timers.filter((other) => other !== timer)
+    }
+  }
+
+  /** Fires every timer that is set now. */
+  fire(): void {
+    const due = this.#timers
+    this.#timers = []
+    for (const { callback } of due) callback()
+  }
+}
+
+export interface BenchOptions {
+  /** Of a store in memory. */
+  readonly capacityBytes?: number
+  /** A store of files in a folder of its own, removed at the end. */
+  readonly files?: boolean
+}
+
+/** The store of the pool, and the engine that it belongs to: it outlives the mappers over it. */
+interface Backend {
+  readonly store: Store
+  /** The same store, failing as told. */
+  readonly faulty: Store
+  readonly folder: string | null
+}
+
+export class Bench {
+  readonly inner: Catalog
+  readonly backend: Backend
+  readonly poolId: string
+  readonly engines: Engine[]
+  failing: FailingCatalog
+  engine: Engine
+  mapper: Mapper
+  log: LogLines
+  timers: ManualTimers
+  readonly #ended: Mapper[] = []
+
+  private constructor(inner: Catalog, backend: Backend, poolId: string, life: Life, engines: Engine[]) {
+    this.inner = inner
+    this.backend = backend
+    this.poolId = poolId
+    this.engines = engines
+    this.failing = life.failing
+    this.engine = life.engine
+    this.mapper = life.mapper
+    this.log = life.log
+    this.timers = life.timers
+  }
+
+  static async open(options: BenchOptions = {}): Promise<Bench> {
+    const base = new Engine()
+    const folder = options.files === true ? await mkdtemp(join(tmpdir(), 'atoll-mapper-')) : null
+    const store =
+      folder === null
+        ? base.memoryStore({ capacityBytes: options.capacityBytes ?? 1 << 30 })
+        : await base.openFileStore({ path: folder, create: true, reserveBytes: 0 })
+    const backend = { store, faulty: base.faultStore(store), folder }
+    const inner = await openCatalog(':memory:')
+    const life = await live(inner, backend)
+    const pool = await life.mapper.pools.create({ projectId: adminProject.id, name: 'pool', driver: 'memory', options: {} })
+    return new Bench(inner, backend, pool.id, life, [base, life.engine])
+  }
+
+  get catalog(): Catalog {
+    return this.failing.catalog
+  }
+
+  get store(): Store {
+    return this.backend.store
+  }
+
+  /** kill -9: nothing is closed, everything that reached the store and the catalog is there; a new process opens it. */
+  async kill(): Promise<void> {
+    // The threads of a process die with it; here a file that is being made would appear in the next life.
+    await this.mapper.idle()
+    this.#ended.push(this.mapper)
+    this.failing.beforeWrite = () => {
+      throw new Error('this process is dead')
+    }
+    await this.#start()
+  }
+
+  /** A proper end and a new process. */
+  async restart(): Promise<void> {
+    await this.mapper.close()
+    await this.engine.close()
+    await this.#start()
+  }
+
+  async #start(): Promise<void> {
+    const life = await live(this.inner, this.backend)
+    this.engines.push(life.engine)
+    Object.assign(this, life)
+  }
+
+  async close(): Promise<void> {
+    this.backend.faulty.setFaults({ seed: 1, rules: [] })
+    await this.mapper.close()
+    // A dead process does not flush: what its engine would write now is not looked at any more.
+    await Promise.allSettled(this.engines.map(async (engine) => await engine.close()))
+    await this.inner.close()
+    if (this.backend.folder !== null) await rm(this.backend.folder, { recursive: true })
+  }
+
+  /** From now on the store fails like this. */
+  fail(...rules: FaultRule[]): void {
+    this.backend.faulty.setFaults({ seed: 1, rules })
+  }
+
+  async volume(name: string, sizeBytes: number, fromId?: string): Promise<ResourceRow> {
+    const wanted = { projectId: adminProject.id, name, sizeBytes, poolId: this.poolId }
+    return await this.mapper.createVolume(fromId === undefined ? wanted : { ...wanted, fromId })
+  }
+
+  /** Opens a volume for writing. */
+  async attach(id: string): Promise<Device> {
+    return (await this.mapper.open(id, { holder: 'test', readOnly: false })).device
+  }
+
+  async snapshot(volumeId: string, name = 'snap'): Promise<ResourceRow> {
+    const { rows } = await this.mapper.snapshot([{ volumeId, name }])
+    return rows[0] as ResourceRow
+  }
+
+  /** Reads a resource, opening it read-only if it is not open. */
+  async read(id: string, offsetBytes: number, lengthBytes: number): Promise<Buffer> {
+    const present = this.mapper.opened(id)
+    if (present !== undefined) return Buffer.from(await present.device.read(offsetBytes, lengthBytes))
+    const { device } = await this.mapper.open(id, { holder: 'test', readOnly: true })
+    try {
+      return Buffer.from(await device.read(offsetBytes, lengthBytes))
+    } finally {
+      await this.mapper.close(id)
+    }
+  }
+
+  async layers(state: string): Promise<{ alias: number; id: string; volume_id: string | null }[]> {
+    const rows = await this.inner.db.selectFrom('layers').selectAll().execute()
+    return rows.filter((row) => row.state === state)
+  }
+
+  async row(id: string): Promise<ResourceRow> {
+    return await this.inner.db.selectFrom('resources').selectAll().where('id', '=', id).executeTakeFirstOrThrow()
+  }
+
+  async pageCount(): Promise<number> {
+    return (await this.inner.pages.usage()).pageCount
+  }
+
+  /**
+   * What is kept although no durable root refers to it: a sentence, or null. Open volumes are asked to be closed first. Every
+   * allocated byte of every layer must lie in a slot that is reached, every page must be reached.
+   */
+  async findLeak(): Promise<string | null> {
+    // What is read lies below the sizes; what is named, and so must exist, may lie beyond them.
+    const reach = await this.#reach(({ size_bytes: sizeBytes }) => Math.ceil(sizeBytes / slot) * slot)
+    const named = await this.#reach(() => mapBytesMax)
+    // The rows after the files: spares may be made in the background, and have their rows first.
+    const listing = await this.store.listLayers()
+    const rows = new Map((await this.inner.db.selectFrom('layers').selectAll().execute()).map((row) => [row.id, row]))
+    for (const entry of listing) {
+      const row = rows.get(entry.id)
+      if (row === undefined) return `layer file ${entry.id} has no row`
+      if (row.state === 'condemned' || row.state === 'closing') return `layer ${row.alias} is left in ${row.state}`
+      if (row.state === 'sealed' && named.slotCount(row.alias) === 0)
+        return `layer ${row.alias} is sealed and referred to by nothing`
+      const runs = reach.runs(row.alias)
+      const extents = await this.store.extents(entry.id, 0, Math.max(slot, entry.lengthBytes))
+      for (const extent of extents) {
+        if (extent.data && !covered(runs, extent.offsetBytes, extent.lengthBytes)) {
+          return `layer ${row.alias} (${row.state}) holds ${extent.lengthBytes} bytes at ${extent.offsetBytes} that are not referred to`
+        }
+      }
+    }
+    const ids = await this.inner.pages.listIds(0, Number.MAX_SAFE_INTEGER, 1_000_000)
+    const reached = named.hasPages(ids)
+    const garbage = ids.filter((_, index) => reached[index] === 0)
+    return garbage.length === 0
+      ? null
+      : `${garbage.length} pages are referred to by nothing (${garbage.subarray(0, 5).join(', ')})`
+  }
+
+  async #reach(sizeOf: (row: ResourceRow) => number): Promise<Reach> {
+    const reach = this.engine.reach()
+    for (const row of await this.inner.db.selectFrom('resources').selectAll().execute()) {
+      reach.addRoot({ word: row.root_word, crc: row.root_crc }, sizeOf(row))
+    }
+    for (let ids = reach.pending(1000); ids.length > 0; ids = reach.pending(1000)) {
+      const bodies = await this.inner.pages.get(ids)
+      reach.supply(ids, bodies as Uint8Array[])
+    }
+    return reach
+  }
+}
+
+interface Life {
+  engine: Engine
+  mapper: Mapper
+  failing: FailingCatalog
+  log: LogLines
+  timers: ManualTimers
+}
+
+/** A process: an engine and a mapper of their own. The lock of the store is the test's business, so it is not taken. */
+async function live(inner: Catalog, backend: Backend): Promise<Life> {
+  const engine = new Engine()
+  const failing = failingCatalog(inner)
+  const log = new LogLines()
+  const timers = new ManualTimers()
+  const mapper = await openMapper({
+    catalog: failing.catalog,
+    engine,
+    drivers: [unlocked(backend.faulty)],
+    log,
+    setTimer: timers.set,
+  })
+  return { engine, mapper, failing, log, timers }
+}
+
+/** The memory driver over this store, opened again although a "dead" process never let go of its lock. */
+function unlocked(store: Store): Driver {
+  const lockless = new Proxy(store, {
+    get(target, key) {
+      if (key === 'lock') return async () => ({ release: () => undefined })
+      const value: unknown = Reflect.get(target, key, target)
+      return typeof value === 'function' ? (value.bind(target) as unknown) : value
+    },
+  })
+  return makeMemoryDriver(() => lockless)
+}
+
+/** Whether the bytes lie in slots of the runs (triples, ascending). */
+function covered(runs: Float64Array, offsetBytes: number, lengthBytes: number): boolean {
+  let at = offsetBytes
+  for (let index = 0; index < runs.length && at < offsetBytes + lengthBytes; index += 3) {
+    const start = (runs[index] ?? 0) * slot
+    const end = start + (runs[index + 1] ?? 0) * slot
+    if (end <= at) continue
+    if (start > at) return false
+    at = end
+  }
+  return at >= offsetBytes + lengthBytes
+}
+
+/** A block of bytes that are all `value`. */
+export function bytes(value: number, lengthBytes = slot): Buffer {
+  return Buffer.alloc(lengthBytes, value)
+}
+
+/** Random numbers from a seed (mulberry32). */
+export class Random {
+  #state: number
+
+  constructor(seed: number) {
+    this.#state = seed >>> 0
+  }
+
+  /** 0 <= n < limit. */
+  below(limit: number): number {
+    this.#state = (this.#state + 0x6d2b79f5) >>> 0
+    let mixed = this.#state
+    mixed = Math.imul(mixed ^ (mixed >>> 15), mixed | 1)
+    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61)
+    return Math.floor((((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32) * limit)
+  }
+
+  pick<T>(items: readonly T[]): T {
+    const item = items[this.below(items.length)]
+    if (item === undefined) throw new Error('nothing to pick from')
+    return item
+  }
+}

@@ -1,0 +1,54 @@
+import { adminProject } from '@atoll/core'
+import { afterEach, beforeEach, describe, expect, it } from 'vitest'
+import { Bench, bytes, leaf, nobody, slot } from './test-bench.ts'
+
+describe('usage', () => {
+  let bench: Bench
+  beforeEach(async () => {
+    bench = await Bench.open()
+  })
+  afterEach(async () => {
+    await bench.close()
+  })
+
+  it('of a fresh volume is what was written, not its size', async () => {
+    const volume = await bench.volume('v', 4 * leaf)
+    expect(await bench.mapper.usage(volume.id)).toEqual({ usedBytes: 0, sharedBytes: 0 })
+    const device = await bench.attach(volume.id)
+    await device.write(0, bytes(1, 16 * slot))
+    await bench.restart()
+    expect(await bench.mapper.usage(volume.id)).toEqual({ usedBytes: 16 * slot, sharedBytes: 0 })
+  })
+
+  it('tells what is shared with a snapshot or a clone from what is a volume alone', async () => {
+    const volume = await bench.volume('v', leaf)
+    const device = await bench.attach(volume.id)
+    await device.write(0, bytes(1, 16 * slot))
+    const snapshot = await bench.snapshot(volume.id)
+    const clone = await bench.volume('clone', leaf, snapshot.id)
+    const other = await bench.attach(clone.id)
+    await other.write(0, bytes(2, 4 * slot))
+    await bench.restart()
+    expect(await bench.mapper.usage(clone.id)).toEqual({ usedBytes: 4 * slot, sharedBytes: 16 * slot })
+    expect(await bench.mapper.usage(volume.id)).toEqual({ usedBytes: 0, sharedBytes: 16 * slot })
+    expect(await bench.mapper.usage(snapshot.id)).toEqual({ usedBytes: 0, sharedBytes: 16 * slot })
+    await bench.mapper.deleteResource(volume.id, { withSnapshots: true })
+    expect(await bench.mapper.usage(clone.id)).toEqual({ usedBytes: 20 * slot, sharedBytes: 0 })
+  })
+
+  it('of a pool counts shared bytes once as stored and for each resource as logical', async () => {
+    const volume = await bench.volume('v', leaf)
+    await (await bench.attach(volume.id)).write(0, bytes(1, 16 * slot))
+    await bench.mapper.close(volume.id)
+    await bench.mapper.createImage({ projectId: adminProject.id, name: 'image', fromId: volume.id })
+    expect(await bench.mapper.pools.status(bench.poolId)).toMatchObject({
+      storedBytes: 16 * slot,
+      logicalBytes: 32 * slot,
+      dedupRatio: 2,
+    })
+  })
+
+  it('of an unknown id is refused', async () => {
+    await expect(bench.mapper.usage(nobody)).rejects.toMatchObject({ code: 'RESOURCE_NOT_FOUND' })
+  })
+})

@@ -1,0 +1,399 @@
+//! Stores.
+use crate::convert::{from_ids, guard, invalid, to_layer_id, to_runs, to_u64, to_uuid};
+use crate::promise::run_on;
+use atoll_engine::{Engine, EngineError, Result};
+use atoll_io::{
+    CrashOptions, FaultPlan, FaultRule, FaultStore, FileStore, IoErrorCode, Journal, JournalIdentity, LayerId, MemoryStore, OpenMode,
+    SealMark, Store, StoreLock,
+};
+use atoll_map::{Run, SLOT_BYTES};
+use napi::bindgen_prelude::{Env, Float64Array, Object, Uint8Array};
+use napi_derive::napi;
+use parking_lot::Mutex;
+use std::path::Path;
+use std::sync::Arc;
+
+#[napi(object)]
+pub struct JsCapabilities {
+    pub copy_unit_bytes: u32,
+    pub punch_unit_bytes: u32,
+    pub ack_is_durable: bool,
+    pub persistent: bool,
+}
+
+#[napi(object)]
+pub struct JsLayerEntry {
+    pub id: String,
+    pub allocated_bytes: f64,
+    pub length_bytes: f64,
+}
+
+#[napi(object)]
+pub struct JsUsage {
+    pub total_bytes: f64,
+    pub free_bytes: f64,
+    pub stored_bytes: f64,
+}
+
+#[napi(object)]
+pub struct JsExtent {
+    pub offset_bytes: f64,
+    pub length_bytes: f64,
+    pub data: bool,
+}
+
+#[napi(object)]
+pub struct JsFaultRule {
+    pub operation: String,
+    pub layer: Option<String>,
+    pub skip_count: Option<f64>,
+    pub apply_count: Option<f64>,
+    #[napi(js_name = "probabilityOf256")]
+    pub probability_of_256: Option<u32>,
+    pub errno: Option<i32>,
+    pub delay_ms: Option<u32>,
+    pub tear: Option<bool>,
+}
+
+#[napi(object)]
+pub struct JsFaultPlan {
+    pub seed: f64,
+    pub rules: Vec<JsFaultRule>,
+}
+
+#[napi(object)]
+pub struct JsCrashOptions {
+    #[napi(js_name = "keepOf256")]
+    pub keep_of_256: u32,
+    pub tear: bool,
+    pub reorder: bool,
+}
+
+/// What only some kinds can do.
+#[derive(Clone)]
+enum Kind {
+    File,
+    Memory(Arc<MemoryStore>),
+    Fault(Arc<FaultStore>),
+}
+
+#[napi(js_name = "Store")]
+pub struct JsStore {
+    engine: Arc<Engine>,
+    pub(crate) store: Arc<dyn Store>,
+    kind: Kind,
+}
+
+impl JsStore {
+    pub(crate) fn open_file(engine: Arc<Engine>, path: &str, create: bool, reserve_bytes: u64) -> Result<JsStore> {
+        let store = Arc::new(FileStore::open(Path::new(path), create, reserve_bytes)?);
+        Ok(JsStore { engine, store, kind: Kind::File })
+    }
+
+    pub(crate) fn memory(engine: Arc<Engine>, store: MemoryStore) -> JsStore {
+        let store = Arc::new(store);
+        JsStore { engine, store: store.clone(), kind: Kind::Memory(store) }
+    }
+
+    pub(crate) fn fault(engine: Arc<Engine>, inner: &JsStore) -> JsStore {
+        let store = Arc::new(FaultStore::new(inner.store.clone()));
+        JsStore { engine, store: store.clone(), kind: Kind::Fault(store) }
+    }
+
+    fn as_memory(&self) -> Result<&Arc<MemoryStore>> {
+        match &self.kind {
+            Kind::Memory(store) => Ok(store),
+            _ => Err(invalid("store", self.kind_name(), "of the memory kind")),
+        }
+    }
+
+    fn as_fault(&self) -> Result<&Arc<FaultStore>> {
+        match &self.kind {
+            Kind::Fault(store) => Ok(store),
+            _ => Err(invalid("store", self.kind_name(), "of the fault kind")),
+        }
+    }
+
+    fn kind_name(&self) -> &'static str {
+        match self.kind {
+            Kind::File => "file",
+            Kind::Memory(_) => "memory",
+            Kind::Fault(_) => "fault",
+        }
+    }
+
+    /// Runs a call that may take a moment.
+    fn run<'env, T: napi::bindgen_prelude::ToNapiValue + Send + 'static>(
+        &self,
+        env: &'env Env,
+        job: impl FnOnce(&dyn Store) -> Result<T> + Send + 'static,
+    ) -> napi::Result<Object<'env>> {
+        let store = self.store.clone();
+        run_on(env, self.engine.control(), move || job(&*store))
+    }
+}
+
+#[napi]
+impl JsStore {
+    #[napi]
+    pub fn kind(&self) -> &'static str {
+        self.kind_name()
+    }
+
+    #[napi]
+    pub fn capabilities(&self) -> napi::Result<JsCapabilities> {
+        guard(|| {
+            let found = self.store.capabilities();
+            Ok(JsCapabilities {
+                copy_unit_bytes: found.copy_unit_bytes,
+                punch_unit_bytes: found.punch_unit_bytes,
+                ack_is_durable: found.ack_is_durable,
+                persistent: found.persistent,
+            })
+        })
+    }
+
+    #[napi]
+    pub fn create_layer<'env>(&self, env: &'env Env, id: String) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| Ok(store.create_layer(to_layer_id(&id)?)?))
+    }
+
+    #[napi]
+    pub fn remove_layer<'env>(&self, env: &'env Env, id: String) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| Ok(store.remove_layer(to_layer_id(&id)?)?))
+    }
+
+    #[napi]
+    pub fn list_layers<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
+        self.run(env, |store| {
+            let entries = store.list_layers()?.into_iter();
+            let entries = entries.map(|entry| JsLayerEntry {
+                id: entry.id.to_string(),
+                allocated_bytes: entry.allocated_bytes as f64,
+                length_bytes: entry.length_bytes as f64,
+            });
+            Ok(entries.collect::<Vec<_>>())
+        })
+    }
+
+    #[napi]
+    pub fn layer_exists<'env>(&self, env: &'env Env, id: String) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| match store.open_layer(to_layer_id(&id)?, OpenMode::ReadOnly) {
+            Ok(_) => Ok(true),
+            Err(error) if error.code == IoErrorCode::NotFound => Ok(false),
+            Err(error) => Err(error.into()),
+        })
+    }
+
+    #[napi]
+    pub fn sync_layer<'env>(&self, env: &'env Env, id: String) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| Ok(store.open_layer(to_layer_id(&id)?, OpenMode::ReadWrite)?.sync()?))
+    }
+
+    #[napi]
+    pub fn usage<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
+        self.run(env, |store| {
+            let usage = store.usage()?;
+            Ok(JsUsage {
+                total_bytes: usage.total_bytes as f64,
+                free_bytes: usage.free_bytes as f64,
+                stored_bytes: usage.stored_bytes as f64,
+            })
+        })
+    }
+
+    #[napi]
+    pub fn read_record<'env>(&self, env: &'env Env, name: String) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| Ok(store.read_record(&name)?.map(Uint8Array::new)))
+    }
+
+    #[napi]
+    pub fn write_record<'env>(&self, env: &'env Env, name: String, bytes: &[u8]) -> napi::Result<Object<'env>> {
+        let bytes = bytes.to_vec();
+        self.run(env, move |store| Ok(store.write_record(&name, &bytes)?))
+    }
+
+    #[napi]
+    pub fn lock<'env>(&self, env: &'env Env, owner: String) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| Ok(JsStoreLock { lock: Mutex::new(Some(store.lock(&owner)?)) }))
+    }
+
+    #[napi]
+    pub fn release_reserve<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
+        self.run(env, |store| Ok(store.release_reserve()?))
+    }
+
+    #[napi]
+    pub fn restore_reserve<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
+        self.run(env, |store| Ok(store.restore_reserve()? as f64))
+    }
+
+    #[napi]
+    pub fn seal_layer<'env>(
+        &self,
+        env: &'env Env,
+        id: String,
+        volume_id: String,
+        epoch: f64,
+        final_lsn: f64,
+        successor: Option<String>,
+    ) -> napi::Result<Object<'env>> {
+        let store = self.store.clone();
+        run_on(env, self.engine.control(), move || {
+            let successor = successor.map_or(Ok(LayerId([0; 16])), |id| to_layer_id(&id))?;
+            let identity =
+                JournalIdentity { volume: to_uuid("volumeId", &volume_id)?, layer: to_layer_id(&id)?, epoch: to_u64("epoch", epoch)? };
+            seal_layer(store, identity, SealMark { final_lsn: to_u64("finalLsn", final_lsn)?, successor })
+        })
+    }
+
+    /// Long: it may punch very many holes.
+    #[napi]
+    pub fn punch_except<'env>(&self, env: &'env Env, id: String, keep_runs: &[f64]) -> napi::Result<Object<'env>> {
+        let keep = guard(|| to_runs(keep_runs))?;
+        let (store, engine) = (self.store.clone(), self.engine.clone());
+        run_on(env, self.engine.bulk(), move || Ok(punch_except(&*store, to_layer_id(&id)?, &keep, &|| engine.is_closing())? as f64))
+    }
+
+    #[napi]
+    pub fn extents<'env>(&self, env: &'env Env, id: String, offset_bytes: f64, length_bytes: f64) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| {
+            let layer = store.open_layer(to_layer_id(&id)?, OpenMode::ReadOnly)?;
+            let mut found = Vec::new();
+            layer.extents(to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?, &mut found)?;
+            let extents = found.into_iter().map(|extent| JsExtent {
+                offset_bytes: extent.offset_bytes as f64,
+                length_bytes: extent.length_bytes as f64,
+                data: extent.data,
+            });
+            Ok(extents.collect::<Vec<_>>())
+        })
+    }
+
+    #[napi]
+    pub fn set_faults(&self, plan: JsFaultPlan) -> napi::Result<()> {
+        guard(|| {
+            let fault = self.as_fault()?;
+            let seed = to_u64("seed", plan.seed)?;
+            let rules = plan.rules.into_iter().map(to_fault_rule).collect::<Result<_>>()?;
+            fault.set_plan(FaultPlan { seed, rules });
+            Ok(())
+        })
+    }
+
+    #[napi]
+    pub fn injected_count(&self) -> napi::Result<f64> {
+        guard(|| Ok(self.as_fault()?.injected_count() as f64))
+    }
+
+    #[napi]
+    pub fn sequence(&self) -> napi::Result<f64> {
+        guard(|| Ok(self.as_memory()?.sequence() as f64))
+    }
+
+    #[napi]
+    pub fn boundaries(&self, from: f64) -> napi::Result<Float64Array> {
+        guard(|| Ok(from_ids(self.as_memory()?.boundaries(to_u64("from", from)?))))
+    }
+
+    #[napi]
+    pub fn crash_image(&self, sequence: f64, seed: f64, options: JsCrashOptions) -> napi::Result<JsStore> {
+        guard(|| {
+            let keep_of_256 = u8::try_from(options.keep_of_256.min(255)).unwrap_or(u8::MAX);
+            let options = CrashOptions { keep_of_256, tear: options.tear, reorder: options.reorder };
+            let image = self.as_memory()?.crash_image(to_u64("sequence", sequence)?, to_u64("seed", seed)?, options);
+            Ok(JsStore::memory(self.engine.clone(), image))
+        })
+    }
+
+    #[napi]
+    pub fn forget_before(&self, sequence: f64) -> napi::Result<()> {
+        guard(|| {
+            self.as_memory()?.forget_before(to_u64("sequence", sequence)?);
+            Ok(())
+        })
+    }
+}
+
+/// A held lock of a store.
+#[napi(js_name = "StoreLock")]
+pub struct JsStoreLock {
+    lock: Mutex<Option<StoreLock>>,
+}
+
+#[napi]
+impl JsStoreLock {
+    #[napi]
+    pub fn release(&self) -> napi::Result<()> {
+        guard(|| {
+            drop(self.lock.lock().take());
+            Ok(())
+        })
+    }
+}
+
+fn to_fault_rule(rule: JsFaultRule) -> Result<FaultRule> {
+    Ok(FaultRule {
+        operation: rule.operation,
+        layer: rule.layer.map(|id| to_layer_id(&id)).transpose()?,
+        skip_count: rule.skip_count.map_or(Ok(0), |count| to_u64("skipCount", count))?,
+        apply_count: match rule.apply_count {
+            None => u64::MAX,
+            Some(count) if count == f64::INFINITY => u64::MAX,
+            Some(count) => to_u64("applyCount", count)?,
+        },
+        probability_of_256: u16::try_from(rule.probability_of_256.unwrap_or(256).min(256)).unwrap_or(256),
+        errno: rule.errno.unwrap_or(libc::EIO),
+        delay_ms: rule.delay_ms.unwrap_or(0),
+        tear: rule.tear.unwrap_or(false),
+    })
+}
+
+/// Seals a layer of a closed volume, once: its journal must end where the catalog says.
+fn seal_layer(store: Arc<dyn Store>, identity: JournalIdentity, mark: SealMark) -> Result<()> {
+    let mut replay = Journal::replay(store, identity, mark.final_lsn)?;
+    if let Some(found) = replay.seal {
+        if found == mark {
+            return Ok(());
+        }
+        let message = format!("layer {} is sealed already, at lsn {} and not {}", identity.layer, found.final_lsn, mark.final_lsn);
+        return Err(EngineError::new("LAYER_READ_ONLY", libc::EIO, message).with("layerId", identity.layer));
+    }
+    if let Some(frame) = replay.frames.last() {
+        let message = format!(
+            "the journal of layer {} reaches lsn {}, the catalog only {}: restore a newer catalog",
+            identity.layer, frame.lsn, mark.final_lsn
+        );
+        return Err(EngineError::new("CATALOG_BEHIND", libc::EIO, message).with("layerId", identity.layer).with("lsn", frame.lsn));
+    }
+    Ok(replay.journal.seal(mark)?)
+}
+
+/// Punches the gaps between the runs that are kept, as far as the layer reaches. Returns the bytes that became free.
+fn punch_except(store: &dyn Store, id: LayerId, keep: &[Run], cancelled: &dyn Fn() -> bool) -> Result<u64> {
+    let layer = store.open_layer(id, OpenMode::ReadWrite)?;
+    let before_bytes = layer.allocated_bytes()?;
+    let length_bytes = layer.length_bytes()?.next_multiple_of(SLOT_BYTES);
+    let end = Run { start_slot: length_bytes / SLOT_BYTES, slot_count: 0, owner: 0 };
+    let mut at_slot = 0;
+    let mut extents = Vec::new();
+    for run in keep.iter().chain([&end]) {
+        let gap_end = run.start_slot.min(end.start_slot);
+        if gap_end > at_slot {
+            if cancelled() {
+                return Err(EngineError::new("ENGINE_CLOSED", libc::ESHUTDOWN, "punching was stopped: the engine is closing"));
+            }
+            // Only where something is allocated: most gaps of a thin layer are holes already.
+            extents.clear();
+            layer.extents(at_slot * SLOT_BYTES, (gap_end - at_slot) * SLOT_BYTES, &mut extents)?;
+            for extent in extents.iter().filter(|extent| extent.data) {
+                // Whole slots: the extent of a file ends with the file, and a hole in a part of a block frees nothing.
+                let until = (extent.offset_bytes + extent.length_bytes).next_multiple_of(SLOT_BYTES).min(gap_end * SLOT_BYTES);
+                layer.punch(extent.offset_bytes, until - extent.offset_bytes)?;
+            }
+        }
+        at_slot = at_slot.max(run.start_slot + run.slot_count);
+    }
+    layer.sync()?;
+    Ok(before_bytes.saturating_sub(layer.allocated_bytes()?))
+}

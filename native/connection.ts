@@ -1,0 +1,94 @@
+/** Listeners and the connections they accept. */
+import type { ListenerAddress, RawConnection, RawListener, ServeEnd } from './addon.ts'
+import type { Device } from './device.ts'
+import { call, settle } from './native-error.ts'
+
+/** What the negotiation of NBD settled. */
+export interface ServeNbdOptions {
+  structuredReplies: boolean
+  /** Context id of base:allocation, or null if the client did not select it. */
+  allocationContextId: number | null
+  /** The export is read-only, whatever the device is. */
+  readOnly: boolean
+  /** Longest read and longest write; default 32 MiB. */
+  requestBytesMax?: number
+}
+
+/**
+ * One client. It is driven from here during the negotiation, one call after the other; then `serveNbd` takes it over.
+ * A connection that nobody refers to any more is closed, unless it serves.
+ */
+export class Connection {
+  readonly #raw: RawConnection
+  /** Who is at the other end, for logs and listings. */
+  readonly peer: string
+
+  /** @internal */
+  constructor(raw: RawConnection) {
+    this.#raw = raw
+    this.peer = raw.peer()
+  }
+
+  /**
+   * Exactly `lengthBytes` (at most 64 KiB), or null at the end of the stream.
+   *
+   * @throws READ_TIMEOUT after `timeoutMs`, CONNECTION_CLOSED
+   */
+  read(lengthBytes: number, timeoutMs?: number): Promise<Uint8Array | null> {
+    return settle(() => this.#raw.read(lengthBytes, timeoutMs ?? null))
+  }
+
+  /**
+   * Sends everything. `bytes` are copied before the call returns.
+   *
+   * @throws CONNECTION_CLOSED
+   */
+  write(bytes: Uint8Array): Promise<void> {
+    return settle(() => this.#raw.write(bytes))
+  }
+
+  /** Serves the device natively until the connection ends; whatever the client does is no rejection but a reason. */
+  serveNbd(device: Device, options: ServeNbdOptions): Promise<ServeEnd> {
+    const { structuredReplies, allocationContextId, readOnly, requestBytesMax } = options
+    return settle(() => this.#raw.serveNbd(device.raw, structuredReplies, allocationContextId, readOnly, requestBytesMax ?? null))
+  }
+
+  /**
+   * Takes no more requests, finishes those in flight, answers later ones with ESHUTDOWN, closes. Resolves when the
+   * connection has ended; a client that does not take its answers holds that up until `close`.
+   */
+  drain(): Promise<void> {
+    return settle(() => this.#raw.drain())
+  }
+
+  /** Ends the connection now, also while it serves. Resolves when nothing of it touches a device any more. Idempotent. */
+  close(): Promise<void> {
+    return settle(() => this.#raw.close())
+  }
+}
+
+/** A listening socket. */
+export class Listener {
+  readonly #raw: RawListener
+  /** Where it listens: a path, or a host with the port that was really taken. */
+  readonly address: ListenerAddress
+
+  /** @internal */
+  constructor(raw: RawListener) {
+    this.#raw = raw
+    this.address = call(() => raw.address())
+  }
+
+  /** The next connection; null once the listener is closed. */
+  accept(): Promise<Connection | null> {
+    return settle(async () => {
+      const raw = await this.#raw.accept()
+      return raw === null ? null : new Connection(raw)
+    })
+  }
+
+  /** Stops listening and removes the socket file; connections live on. Idempotent. */
+  close(): Promise<void> {
+    return settle(() => this.#raw.close())
+  }
+}

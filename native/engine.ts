@@ -1,0 +1,178 @@
+/** The engine: everything that is open natively hangs on one. */
+import {
+  addon,
+  type DeviceEventKind,
+  type DeviceLimits,
+  type EngineStats,
+  type OpenReport,
+  type RawEngine,
+  type RootRef,
+  type ThrottleLimits,
+} from './addon.ts'
+import { Listener } from './connection.ts'
+import { Device, flatten, type LayerRef } from './device.ts'
+import { FrozenMap, MapLoader, Reach } from './maps.ts'
+import { call, settle } from './native-error.ts'
+import { Store } from './store.ts'
+
+export interface EngineOptions {
+  /** The local file that clean leaves of maps are evicted to; absent: maps stay in memory. */
+  pageFile?: string
+  /** Memory for maps; default: 128 MiB for each TiB open, at least 128 MiB. */
+  cacheBoundBytes?: number
+  /**
+   * A local directory in which what was answered but not flushed outlives the process; absent: after a kill only what was
+   * flushed is there. One engine per directory at a time.
+   */
+  batchLogDirectory?: string
+}
+
+export interface DeviceEvent {
+  kind: DeviceEventKind
+  message: string
+}
+
+export interface DeviceSpec {
+  volumeId: string
+  sizeBytes: number
+  /** Epoch of the lease. */
+  epoch: number
+  /** The durable map, and the lsn it includes. */
+  map: FrozenMap
+  mapLsn: number
+  /** Every layer the map refers to, and the active and the next one. */
+  layers: LayerRef[]
+  /** Alias of the active layer; null: a read-only device. */
+  active: number | null
+  /** Alias of the layer that the catalog has recorded as next. */
+  next: number | null
+  throttle?: ThrottleLimits
+  limits?: Partial<DeviceLimits>
+  /** Called on the event loop, which it does not keep alive. At most 1024 events wait; later ones are dropped. */
+  onEvent?: (event: DeviceEvent) => void
+}
+
+export interface SwapReport {
+  /** The map as it was at the swap. */
+  frozen: FrozenMap
+  /** What it includes. */
+  lsn: number
+  /** How long the gate was closed. */
+  pauseMs: number
+}
+
+/** An engine with its threads and caches. Everything it gave out is unusable after `close`. */
+export class Engine {
+  readonly #raw: RawEngine
+
+  /** @throws NATIVE_MISSING, PAGE_FILE_ERROR */
+  constructor(options: EngineOptions = {}) {
+    const { Engine: RawClass } = addon()
+    this.#raw = call(
+      () => new RawClass(options.pageFile ?? null, options.cacheBoundBytes ?? null, options.batchLogDirectory ?? null),
+    )
+  }
+
+  /** Opens a directory of sparse files; `reserveBytes` are kept back for deletes on a full disk. */
+  openFileStore(options: { path: string; create: boolean; reserveBytes: number }): Promise<Store> {
+    return settle(async () => new Store(await this.#raw.openFileStore(options.path, options.create, options.reserveBytes)))
+  }
+
+  /** Layers in memory. `record`: keep the history for crash images. */
+  memoryStore(options: { capacityBytes: number; record?: boolean }): Store {
+    return call(() => new Store(this.#raw.memoryStore(options.capacityBytes, options.record ?? false)))
+  }
+
+  /** A store around a store that fails on purpose, once `setFaults` says how. */
+  faultStore(inner: Store): Store {
+    return call(() => new Store(this.#raw.faultStore(inner.raw)))
+  }
+
+  mapLoader(root: RootRef): MapLoader {
+    return call(() => new MapLoader(this.#raw.mapLoader(root)))
+  }
+
+  /** A map in which every slot has one owner (0: hole): no pages at all. */
+  uniformMap(owner: number): FrozenMap {
+    return call(() => new FrozenMap(this.#raw.uniformMap(owner)))
+  }
+
+  reach(): Reach {
+    return new Reach()
+  }
+
+  /**
+   * Opens a device: replays the journal of its active and of its next layer.
+   *
+   * @throws CATALOG_BEHIND, JOURNAL_CORRUPT, LAYER_MISSING, PAGE_*: nothing was changed then but a torn tail that was cut
+   */
+  openDevice(spec: DeviceSpec): Promise<{ device: Device; report: OpenReport }> {
+    const { aliases, ids, stores } = flatten(spec.layers)
+    const { volumeId, sizeBytes, epoch, mapLsn, throttle, limits, onEvent } = spec
+    const active = spec.active ?? undefined
+    const next = spec.next ?? undefined
+    const fields = { volumeId, sizeBytes, epoch, mapLsn, active, next, throttle, limits, aliases, ids }
+    const listener = onEvent === undefined ? null : (kind: DeviceEventKind, message: string): void => onEvent({ kind, message })
+    return settle(async () => {
+      const opened = await this.#raw.openDevice(fields, spec.map.raw, stores, listener)
+      return { device: new Device(opened.device()), report: opened.report() }
+    })
+  }
+
+  /**
+   * Opens a regular file as a read-only device of its length: bytes of others, as a source. It is read through the one
+   * descriptor that this opens.
+   *
+   * @throws LAYER_MISSING if there is no such file, IO_ERROR
+   */
+  openFileDevice(options: { path: string }): Promise<Device> {
+    return settle(async () => new Device(await this.#raw.openFileDevice(options.path)))
+  }
+
+  /**
+   * Freezes the maps of all devices at one point in time and makes `next` their active layers.
+   *
+   * @throws DEVICE_BUSY past the deadline, SWAP_UNCOMMITTED; nothing has changed then
+   */
+  swap(devices: { device: Device; next: LayerRef }[], deadlineMs: number): Promise<SwapReport[]> {
+    const { aliases, ids, stores } = flatten(devices.map((entry) => entry.next))
+    const handles = devices.map((entry) => entry.device.raw)
+    return settle(async () => {
+      const reports = await this.#raw.swap(handles, aliases, ids, stores, deadlineMs)
+      return reports.map((report) => ({ frozen: new FrozenMap(report.frozen()), lsn: report.lsn(), pauseMs: report.pauseMs() }))
+    })
+  }
+
+  /** Resolves when every request that was in flight on any open device at the call has finished. */
+  readBarrier(): Promise<void> {
+    return settle(() => this.#raw.readBarrier())
+  }
+
+  /**
+   * Listens on a Unix socket of this mode (and group). A socket file that a killed process left is replaced.
+   *
+   * @throws ADDRESS_IN_USE, LISTEN_FAILED
+   */
+  listenUnix(options: { path: string; mode: number; groupId?: number; backlog?: number }): Promise<Listener> {
+    const { path, mode, groupId, backlog } = options
+    return settle(async () => new Listener(await this.#raw.listenUnix(path, mode, groupId ?? null, backlog ?? null)))
+  }
+
+  /**
+   * Listens on a TCP address; port 0 picks a free one.
+   *
+   * @throws ADDRESS_IN_USE, LISTEN_FAILED
+   */
+  listenTcp(options: { host: string; port: number }): Promise<Listener> {
+    return settle(async () => new Listener(await this.#raw.listenTcp(options.host, options.port)))
+  }
+
+  stats(): EngineStats {
+    return call(() => this.#raw.stats())
+  }
+
+  /** Closes listeners, connections and devices, and joins every thread. Rejects with the first error that closing a device gave. Idempotent. */
+  close(): Promise<void> {
+    return settle(() => this.#raw.close())
+  }
+}

@@ -1,0 +1,253 @@
+//! Flush: data before map, map before answer (I3).
+//!
+//! Rules
+//! - `Batch::open` holds only deltas whose data write has completed; a delta and the owner in the live map change together
+//!   under the batch lock, so a map frozen under that lock holds exactly the deltas of the batches closed so far.
+//! - Closed batches wait in `Batch::queue`, in order of their lsn, until their frame is durable. One thread at a time runs a
+//!   flush, so at most one frame is in flight, and batches of a closing layer go before those of its successor.
+//! - A flush covers everything that completed before it *started*: who arrives while one runs waits for the next one. So no
+//!   flush is answered while an earlier batch is neither durable nor failed.
+//! - After a failed sync the device is poisoned (I6). A frame that found no space was taken back and stays in the queue.
+use super::batch_log::{LogPositions, LogSlot};
+use super::layers::ActiveLayer;
+use super::{Device, DeviceEvent};
+use crate::{EngineError, Result};
+use atoll_io::{Delta, IoError, IoErrorCode};
+use atoll_map::FrozenMap;
+use parking_lot::{Condvar, Mutex};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// A batch that got its lsn and waits to be durable.
+pub(super) struct ClosedBatch {
+    lsn: u64,
+    deltas: Vec<Delta>,
+    layer: Arc<ActiveLayer>,
+}
+
+/// Owner changes on their way to the journal.
+#[derive(Default)]
+pub(super) struct Batch {
+    open: Vec<Delta>,
+    queue: VecDeque<ClosedBatch>,
+    log_positions: LogPositions,
+    /// lsn of the last closed batch.
+    pub(super) last_lsn: u64,
+    /// Layers that a swap took out of writing and whose data and frames may not be durable yet.
+    pub(super) closing: Vec<Arc<ActiveLayer>>,
+}
+
+impl Batch {
+    pub(super) fn starting_after(last_lsn: u64) -> Batch {
+        Batch { last_lsn, ..Batch::default() }
+    }
+
+    /// Appends a delta, merged with its predecessor where they join; returns its place in the batch log.
+    pub(super) fn push(&mut self, delta: Delta) -> LogSlot {
+        let Batch { queue, log_positions, last_lsn, .. } = self;
+        let slot = log_positions.take(*last_lsn + 1, |lsn| queue.iter().any(|batch| batch.lsn == lsn));
+        if let Some(last) = self.open.last_mut()
+            && last.owner == delta.owner
+            && last.start_slot + last.slot_count == delta.start_slot
+        {
+            last.slot_count += delta.slot_count;
+            return slot;
+        }
+        self.open.push(delta);
+        slot
+    }
+
+    pub(super) fn open_delta_count(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Gives the open batch its lsn. `layer` is the active layer it was written under.
+    pub(super) fn close(&mut self, layer: &Arc<ActiveLayer>) {
+        if self.open.is_empty() {
+            return;
+        }
+        self.last_lsn += 1;
+        let deltas = std::mem::take(&mut self.open);
+        self.queue.push_back(ClosedBatch { lsn: self.last_lsn, deltas, layer: layer.clone() });
+    }
+
+    fn is_idle(&self) -> bool {
+        self.open.is_empty() && self.queue.is_empty() && self.closing.is_empty()
+    }
+}
+
+/// Who runs a flush and who waits for one.
+#[derive(Default)]
+struct Turns {
+    /// Number of the flush that runs, or of the last one that ran.
+    started: u64,
+    /// Number of the last flush that succeeded, and all before it.
+    succeeded: u64,
+    /// Number and failure of the last one that failed.
+    failed: Option<(u64, EngineError)>,
+    running: bool,
+}
+
+impl Turns {
+    fn begin(&mut self) -> u64 {
+        self.running = true;
+        self.started += 1;
+        self.started
+    }
+}
+
+#[derive(Default)]
+pub(super) struct FlushTurns {
+    turns: Mutex<Turns>,
+    turn_ended: Condvar,
+}
+
+/// A map frozen with the lsn of the flush that covered it.
+pub(super) struct FrozenAt {
+    pub(super) map: FrozenMap,
+    pub(super) lsn: u64,
+}
+
+impl Device {
+    /// Everything that completed before the call, on any thread and connection, is durable on return.
+    pub(super) fn flush_completed(&self) -> Result<()> {
+        self.poison_check()?;
+        if self.changes.load(Ordering::SeqCst) == self.changes_durable.load(Ordering::SeqCst) && self.batch.lock().is_idle() {
+            return Ok(());
+        }
+        let mut turns = self.flush_turns.turns.lock();
+        let mine = turns.started + 1;
+        loop {
+            if turns.succeeded >= mine {
+                return Ok(());
+            }
+            if let Some((number, error)) = &turns.failed
+                && *number >= mine
+            {
+                return Err(error.clone());
+            }
+            if !turns.running {
+                let number = turns.begin();
+                drop(turns);
+                return self.run_turn(number, false).map(|_| ());
+            }
+            self.flush_turns.turn_ended.wait(&mut turns);
+        }
+    }
+
+    /// Runs a flush of its own, after the one that may be running, and freezes the map at its lsn.
+    pub(super) fn flush_and_freeze(&self) -> Result<FrozenAt> {
+        self.poison_check()?;
+        let mut turns = self.flush_turns.turns.lock();
+        while turns.running {
+            self.flush_turns.turn_ended.wait(&mut turns);
+        }
+        let number = turns.begin();
+        drop(turns);
+        let frozen = self.run_turn(number, true)?;
+        Ok(frozen.expect("a flush that was asked to freeze returns the frozen map"))
+    }
+
+    fn run_turn(&self, number: u64, freeze: bool) -> Result<Option<FrozenAt>> {
+        // The turn must end whatever happens, or every later flush would wait for ever.
+        let outcome = self.unwind_guard("flush", || self.flush_once(freeze));
+
+        let mut turns = self.flush_turns.turns.lock();
+        turns.running = false;
+        match &outcome {
+            Ok(_) => turns.succeeded = number,
+            Err(error) => turns.failed = Some((number, error.clone())),
+        }
+        self.flush_turns.turn_ended.notify_all();
+        outcome
+    }
+
+    /// One flush, by the thread whose turn it is.
+    fn flush_once(&self, freeze: bool) -> Result<Option<FrozenAt>> {
+        self.poison_check()?;
+        let changes_before = self.changes.load(Ordering::SeqCst);
+        self.dirty_bytes.store(0, Ordering::Relaxed);
+        // (1) Close the batch: from here on its deltas and the frozen map are fixed, and so are the layers to sync.
+        let (layers, closing_count, frozen) = {
+            let mut batch = self.batch.lock();
+            let table = self.layers.load();
+            let active = table.active.clone();
+            if let Some(active) = &active {
+                batch.close(active);
+            }
+            let mut layers = batch.closing.clone();
+            let closing_count = layers.len();
+            layers.extend(active);
+            let frozen = freeze.then(|| FrozenAt { map: self.map.freeze(), lsn: batch.last_lsn });
+            (layers, closing_count, frozen)
+        };
+        for (index, layer) in layers.iter().enumerate() {
+            // (2) Data.
+            if let Err(error) = layer.io.sync() {
+                return Err(self.poison(&format!("sync of layer {} failed: {error}", layer.spec.id)));
+            }
+            // (3) Frames.
+            self.append_frames(layer)?;
+            if freeze && index >= closing_count {
+                // What comes after the checkpoint goes to a segment of its own, so that whole segments can be removed behind it.
+                layer.journal.lock().rotate();
+            }
+        }
+        if closing_count > 0 {
+            self.batch.lock().closing.drain(..closing_count);
+        }
+        self.changes_durable.fetch_max(changes_before, Ordering::SeqCst);
+        self.want_checkpoint_if_due();
+        Ok(frozen)
+    }
+
+    /// Appends the closed batches that belong to `layer`, which stand at the head of the queue.
+    fn append_frames(&self, layer: &Arc<ActiveLayer>) -> Result<()> {
+        loop {
+            let (lsn, deltas) = {
+                let mut batch = self.batch.lock();
+                match batch.queue.front_mut() {
+                    Some(front) if Arc::ptr_eq(&front.layer, layer) => (front.lsn, std::mem::take(&mut front.deltas)),
+                    _ => return Ok(()),
+                }
+            };
+            let (result, journal_bytes) = {
+                let mut journal = layer.journal.lock();
+                (journal.append(lsn, &deltas), journal.length_bytes())
+            };
+            match result {
+                Ok(()) => {
+                    self.batch.lock().queue.pop_front();
+                    if self.layers.load().active.as_ref().is_some_and(|active| Arc::ptr_eq(active, layer)) {
+                        self.journal_bytes.store(journal_bytes, Ordering::Relaxed);
+                    }
+                }
+                Err(error) => {
+                    if let Some(front) = self.batch.lock().queue.front_mut() {
+                        front.deltas = deltas;
+                    }
+                    return Err(self.append_failed(layer, error));
+                }
+            }
+        }
+    }
+
+    fn append_failed(&self, layer: &ActiveLayer, error: IoError) -> EngineError {
+        match error.code {
+            // Taken back: the batch stays queued and the next flush tries again.
+            IoErrorCode::NoSpace => error.into(),
+            _ => self.poison(&format!("journal of layer {} failed: {error}", layer.spec.id)),
+        }
+    }
+
+    /// Runs in the background when a bound was passed.
+    pub(super) fn background_flush(&self) {
+        self.background_queued.store(false, Ordering::SeqCst);
+        if let Err(error) = self.flush_completed()
+            && !self.is_poisoned()
+        {
+            self.send_event(DeviceEvent::FlushFailed(error.to_string()));
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! The data plane: open devices (map + layers + journal) and the native connections that serve them.
+//!
+//! It moves bytes and decides nothing: which layers exist, which map is durable and who may write is told from above.
+mod control;
+mod copy;
+mod device;
+mod engine;
+mod error;
+mod nbd;
+mod net;
+mod thread;
+mod throttle;
+
+pub use control::{CONTROL_QUEUE_MAX, ControlPool};
+pub use copy::{CopyReport, copy_in, copy_out};
+pub use device::{
+    BatchLogPlace, BlockStatus, Checkpoint, Device, DeviceEvent, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec, OpenReport, SwapReport,
+};
+pub use engine::{Engine, EngineOptions, EngineStats};
+pub use error::{EngineError, Result};
+pub use nbd::{NBD_REQUEST_BYTES_MAX, NbdOptions, ServeEnd, ServeEndReason};
+pub use net::{CONNECTION_COUNT_MAX, CONNECTION_READ_BYTES_MAX, Connection, Endpoint, Listener};
+pub use thread::spawn_named;
+pub use throttle::{Admission, Throttle, ThrottleLimits};

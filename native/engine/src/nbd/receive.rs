@@ -1,0 +1,81 @@
+//! The receiving side: one large buffer that requests are parsed from in place.
+use super::request::REQUEST_HEADER_BYTES;
+use crate::net::Socket;
+use std::io;
+
+/// Bytes of payload that are received together with their headers; longer payloads get a buffer of their own.
+pub(super) const INLINE_PAYLOAD_BYTES_MAX: usize = 256 << 10;
+
+/// A payload buffer larger than this is given back after use: an idle connection keeps little memory (I8).
+const PAYLOAD_KEEP_BYTES_MAX: usize = 4 << 20;
+
+/// Received bytes that are not consumed yet.
+pub(super) struct ReceiveBuffer {
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
+    payload: Vec<u8>,
+}
+
+impl ReceiveBuffer {
+    pub(super) fn new() -> ReceiveBuffer {
+        ReceiveBuffer { bytes: vec![0; REQUEST_HEADER_BYTES + INLINE_PAYLOAD_BYTES_MAX], start: 0, end: 0, payload: Vec::new() }
+    }
+
+    /// Bytes received and not consumed.
+    pub(super) fn available_bytes(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// The next request's header, if all of it is here. It is not consumed.
+    pub(super) fn header(&self) -> Option<&[u8; REQUEST_HEADER_BYTES]> {
+        self.bytes[self.start..self.end].first_chunk()
+    }
+
+    /// Consumes header and payload of a request that is here as a whole; returns the payload.
+    pub(super) fn consume(&mut self, payload_bytes: usize) -> &[u8] {
+        let payload_start = self.start + REQUEST_HEADER_BYTES;
+        self.start = payload_start + payload_bytes;
+        debug_assert!(self.start <= self.end);
+        &self.bytes[payload_start..self.start]
+    }
+
+    /// Waits for more bytes. 0: end of file. Must not be called while a request that fits is here as a whole.
+    pub(super) fn fill(&mut self, socket: &Socket) -> io::Result<usize> {
+        if self.start == self.end {
+            self.start = 0;
+            self.end = 0;
+        } else if self.start > 0 {
+            // Less than one request is left over: a small move that leaves all the room to the receive.
+            self.bytes.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        let count = socket.receive(&mut self.bytes[self.end..])?;
+        self.end += count;
+        Ok(count)
+    }
+
+    /// Consumes a request whose payload does not fit: what is here of it is moved, the rest received, into a buffer of
+    /// its own. `None`: end of file in the middle.
+    pub(super) fn receive_large(&mut self, socket: &Socket, payload_bytes: usize) -> io::Result<Option<&mut Vec<u8>>> {
+        let payload_start = self.start + REQUEST_HEADER_BYTES;
+        let here = (self.end - payload_start).min(payload_bytes);
+        self.payload.resize(payload_bytes, 0);
+        self.payload[..here].copy_from_slice(&self.bytes[payload_start..payload_start + here]);
+        self.start = payload_start + here;
+        let rest = &mut self.payload[here..];
+        let rest_bytes = rest.len();
+        if socket.receive_all(rest)? < rest_bytes {
+            return Ok(None);
+        }
+        Ok(Some(&mut self.payload))
+    }
+
+    /// Gives a large payload buffer back.
+    pub(super) fn trim(&mut self) {
+        if self.payload.capacity() > PAYLOAD_KEEP_BYTES_MAX {
+            self.payload = Vec::new();
+        }
+    }
+}

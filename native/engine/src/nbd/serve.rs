@@ -1,0 +1,432 @@
+//! The loop of a serving connection. See the rules in mod.rs.
+use super::receive::{INLINE_PAYLOAD_BYTES_MAX, ReceiveBuffer};
+use super::reply::{ReplyBuffer, refusal_of, shutting_down};
+use super::request::{Command, FLAG_DF, FLAG_FUA, FLAG_NO_HOLE, FLAG_REQ_ONE, NbdErrno, Permissions, Refusal, Request};
+use super::workers::{CloseOnDrop, Job, WorkQueue};
+use super::{NbdOptions, ServeEnd, ServeEndReason};
+use crate::net::Socket;
+use crate::{Admission, Device, EngineError, Result};
+use parking_lot::Mutex;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::Scope;
+use std::time::{Duration, Instant};
+
+/// Trims and zeroes of longer ranges go to a worker.
+const SLOW_RANGE_BYTES: u32 = 1 << 20;
+
+/// WRITE_ZEROES that must allocate writes; longer ones go to a worker.
+const SLOW_ALLOCATE_BYTES: u32 = 64 << 10;
+
+/// A status over a longer range walks much of the map; it goes to a worker.
+const SLOW_STATUS_BYTES: u32 = 64 << 20;
+
+/// Extents in the reply to one BLOCK_STATUS (I8). A client asks again from where the reply ends.
+const STATUS_EXTENT_COUNT_MAX: usize = 1024;
+
+/// Replies are sent when this much is gathered…
+const BATCH_BYTES_MAX: usize = 512 << 10;
+
+/// … or when the first of them has waited this long behind requests that turned out slow (a disk that seeks).
+const BATCH_DELAY_MAX: Duration = Duration::from_micros(500);
+
+/// How whoever owns a connection ends its serving.
+#[derive(Default)]
+pub(crate) struct ServeControl {
+    draining: AtomicBool,
+    closed: AtomicBool,
+}
+
+impl ServeControl {
+    /// No request is taken any more. The caller also ends the receiving direction of the socket.
+    pub(crate) fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+    }
+    /// As `drain`, and answers do not matter any more. The caller also shuts the socket down.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.drain();
+    }
+    fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+}
+
+/// Serves `device` on `socket` until the connection ends; every request is finished and every worker gone on return.
+pub(crate) fn serve(socket: &Socket, device: &Device, options: NbdOptions, control: &ServeControl) -> ServeEnd {
+    let session = Session {
+        socket,
+        device,
+        options,
+        control,
+        queue: WorkQueue::default(),
+        sending: Mutex::new(()),
+        send_failed: AtomicBool::new(false),
+        device_is_gone: AtomicBool::new(false),
+        client_is_gone: AtomicBool::new(false),
+    };
+    // Workers inherit the blocked signals of this thread and are joined at the end of the scope.
+    std::thread::scope(|scope| {
+        let _close = CloseOnDrop(&session.queue);
+        let end = session.run(scope);
+        if end.reason != ServeEndReason::Disconnect {
+            session.client_is_gone.store(true, Ordering::Release);
+        }
+        end
+    })
+}
+
+struct Session<'a> {
+    socket: &'a Socket,
+    device: &'a Device,
+    options: NbdOptions,
+    control: &'a ServeControl,
+    queue: WorkQueue,
+    /// Held while a batch or a single reply is sent: each goes out as one piece.
+    sending: Mutex<()>,
+    send_failed: AtomicBool,
+    /// The device answered that it is closed: nothing more is read.
+    device_is_gone: AtomicBool,
+    /// Nobody waits for answers any more, so nobody waits for the throttle.
+    client_is_gone: AtomicBool,
+}
+
+/// What the loop does after a request.
+enum Next {
+    Continue,
+    Disconnect,
+}
+
+/// A payload as it lies: in the receive buffer, or in a buffer of its own that a worker may have.
+enum Payload<'a> {
+    Borrowed(&'a [u8]),
+    Owned(&'a mut Vec<u8>),
+}
+
+impl Payload<'_> {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Payload::Borrowed(bytes) => bytes,
+            Payload::Owned(bytes) => bytes,
+        }
+    }
+    fn into_vec(self) -> Vec<u8> {
+        match self {
+            Payload::Borrowed(bytes) => bytes.to_vec(),
+            Payload::Owned(bytes) => std::mem::take(bytes),
+        }
+    }
+}
+
+impl<'a> Session<'a> {
+    fn run<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) -> ServeEnd {
+        let mut received = ReceiveBuffer::new();
+        let mut batch = Batch::default();
+        loop {
+            match self.run_received(scope, &mut received, &mut batch) {
+                Ok(Next::Continue) => {}
+                Ok(Next::Disconnect) => {
+                    return match self.send_batch(&mut batch) {
+                        Ok(()) => ended(ServeEndReason::Disconnect, "the client said goodbye"),
+                        Err(end) => end,
+                    };
+                }
+                Err(end) => {
+                    // What was done is answered if it can be; how the connection ended is known already.
+                    let _ = self.send_batch(&mut batch);
+                    return end;
+                }
+            }
+            if let Err(end) = self.send_batch(&mut batch) {
+                return end;
+            }
+            if self.device_is_gone.load(Ordering::Acquire) {
+                return ended(ServeEndReason::Closed, "the device was closed");
+            }
+            match received.fill(self.socket) {
+                Ok(0) => return self.end_of_file(received.available_bytes()),
+                Ok(_) => {}
+                Err(error) => return self.broken(&error),
+            }
+        }
+    }
+
+    /// Runs every request that has been received as a whole.
+    fn run_received<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        received: &mut ReceiveBuffer,
+        batch: &mut Batch,
+    ) -> std::result::Result<Next, ServeEnd> {
+        while let Some(header) = received.header() {
+            let Some(request) = Request::parse(header) else {
+                return Err(ended(ServeEndReason::Error, "the client sent something that is not a request"));
+            };
+            let payload_bytes = request.payload_bytes();
+            if payload_bytes > self.options.request_bytes_max as usize {
+                let limit = self.options.request_bytes_max;
+                let message = format!("a write may have {limit} bytes, not {payload_bytes}; the connection is closed");
+                self.refuse(&request, &Refusal::new(NbdErrno::Invalid, message.clone()), batch);
+                return Err(ended(ServeEndReason::Error, message));
+            }
+            let next = if payload_bytes > INLINE_PAYLOAD_BYTES_MAX {
+                // The rest of the payload may be long in coming: nobody waits for it.
+                self.send_batch(batch)?;
+                let payload = match received.receive_large(self.socket, payload_bytes) {
+                    Ok(Some(payload)) => payload,
+                    Ok(None) => return Err(self.end_of_file(payload_bytes)),
+                    Err(error) => return Err(self.broken(&error)),
+                };
+                let next = self.dispatch(scope, &request, Payload::Owned(payload), batch)?;
+                received.trim();
+                next
+            } else if received.available_bytes() < super::request::REQUEST_HEADER_BYTES + payload_bytes {
+                return Ok(Next::Continue);
+            } else {
+                self.dispatch(scope, &request, Payload::Borrowed(received.consume(payload_bytes)), batch)?
+            };
+            if let Next::Disconnect = next {
+                return Ok(next);
+            }
+            if batch.is_due() {
+                self.send_batch(batch)?;
+            }
+        }
+        Ok(Next::Continue)
+    }
+
+    /// Answers a request, executes it here, or hands it to a worker.
+    fn dispatch<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        request: &Request,
+        payload: Payload<'_>,
+        batch: &mut Batch,
+    ) -> std::result::Result<Next, ServeEnd> {
+        if request.command == Command::Disconnect {
+            return Ok(Next::Disconnect);
+        }
+        let checked = if self.control.is_draining() { Err(shutting_down()) } else { request.check(&self.permissions()) };
+        if let Err(refusal) = checked {
+            self.refuse(request, &refusal, batch);
+            return Ok(Next::Continue);
+        }
+        let is_throttled = throttle_bytes(request).is_some_and(|bytes| !self.device.try_throttle(bytes));
+        if !is_throttled && !self.is_slow(request) {
+            self.execute(request, payload.bytes(), &mut batch.replies);
+            batch.note();
+            return Ok(Next::Continue);
+        }
+        if !self.queue.has_room(payload.bytes().len()) {
+            self.send_batch(batch)?;
+        }
+        let job = Job { request: *request, payload: payload.into_vec(), is_throttled };
+        if self.queue.submit(job) {
+            let started = std::thread::Builder::new().name("atoll-nbd-work".to_owned()).spawn_scoped(scope, || self.work());
+            // Without any thread to be had the request is done here: slower, but done.
+            if started.is_err()
+                && let Some(job) = self.queue.worker_missing()
+            {
+                let mut replies = ReplyBuffer::default();
+                self.perform(&job, &mut replies);
+                self.queue.finished(job.payload.len());
+            }
+        }
+        Ok(Next::Continue)
+    }
+
+    fn permissions(&self) -> Permissions {
+        Permissions {
+            size_bytes: self.device.size_bytes(),
+            read_only: self.options.read_only || self.device.is_read_only(),
+            structured_replies: self.options.structured_replies,
+            has_allocation_context: self.options.allocation_context_id.is_some(),
+            request_bytes_max: self.options.request_bytes_max,
+        }
+    }
+
+    /// Whether a request may take long for reasons of its own (not because the disk is slow).
+    fn is_slow(&self, request: &Request) -> bool {
+        match request.command {
+            Command::Flush => true,
+            Command::Write => request.has(FLAG_FUA),
+            Command::Trim => request.has(FLAG_FUA) || request.length_bytes > SLOW_RANGE_BYTES,
+            Command::WriteZeroes => {
+                let limit = if request.has(FLAG_NO_HOLE) { SLOW_ALLOCATE_BYTES } else { SLOW_RANGE_BYTES };
+                request.has(FLAG_FUA) || request.length_bytes > limit
+            }
+            Command::BlockStatus => request.length_bytes > SLOW_STATUS_BYTES,
+            Command::Read | Command::Disconnect | Command::Unknown => false,
+        }
+    }
+
+    fn refuse(&self, request: &Request, refusal: &Refusal, batch: &mut Batch) {
+        batch.replies.push_error(request, self.options.structured_replies, refusal);
+        batch.note();
+    }
+
+    /// Executes a checked request and appends its reply.
+    fn execute(&self, request: &Request, payload: &[u8], replies: &mut ReplyBuffer) {
+        let Request { offset_bytes, cookie, .. } = *request;
+        let length_bytes = u64::from(request.length_bytes);
+        let structured = self.options.structured_replies;
+        let changed = |result: Result<()>| match result {
+            Ok(()) if request.has(FLAG_FUA) => self.device.flush(),
+            other => other,
+        };
+        let result = match request.command {
+            Command::Read => {
+                let may_have_holes = !request.has(FLAG_DF);
+                replies.push_read(request, structured, may_have_holes, |room| match length_bytes {
+                    0 => Ok(()),
+                    _ => self.device.read(offset_bytes, room),
+                })
+            }
+            Command::Flush => self.device.flush().map(|()| replies.push_success(cookie)),
+            Command::BlockStatus => self.block_status(request, replies),
+            Command::Write | Command::Trim | Command::WriteZeroes if length_bytes == 0 => {
+                replies.push_success(cookie);
+                Ok(())
+            }
+            Command::Write => changed(self.device.write(offset_bytes, payload)).map(|()| replies.push_success(cookie)),
+            Command::Trim => changed(self.device.discard(offset_bytes, length_bytes)).map(|()| replies.push_success(cookie)),
+            Command::WriteZeroes => changed(self.device.write_zeroes(offset_bytes, length_bytes, request.has(FLAG_NO_HOLE)))
+                .map(|()| replies.push_success(cookie)),
+            Command::Disconnect | Command::Unknown => unreachable!("refused or handled before execution"),
+        };
+        if let Err(error) = result {
+            if error.errno == libc::ESHUTDOWN {
+                self.device_is_gone.store(true, Ordering::Release);
+                // Wakes the reading thread; the answer still goes out.
+                self.socket.shutdown_receive();
+            }
+            replies.push_error(request, structured, &refusal_of(&error));
+        }
+    }
+
+    fn block_status(&self, request: &Request, replies: &mut ReplyBuffer) -> Result<()> {
+        let context_id = self.options.allocation_context_id.unwrap_or_default();
+        let count_max = if request.has(FLAG_REQ_ONE) { 1 } else { STATUS_EXTENT_COUNT_MAX };
+        let mut extents = Vec::new();
+        self.device.block_status(request.offset_bytes, u64::from(request.length_bytes), count_max, &mut extents)?;
+        // The reply must fit the request whatever the device knows about its surroundings.
+        let mut left = u64::from(request.length_bytes);
+        extents.retain_mut(|extent| {
+            extent.length_bytes = extent.length_bytes.min(left);
+            left -= extent.length_bytes;
+            extent.length_bytes > 0
+        });
+        if extents.is_empty() {
+            return Err(EngineError::new("IO_ERROR", libc::EIO, "the device has no status for this range"));
+        }
+        replies.push_block_status(request, context_id, &extents);
+        Ok(())
+    }
+
+    /// The life of a worker. A panic ends the connection and nothing else.
+    fn work(&self) {
+        let mut replies = ReplyBuffer::default();
+        while let Some(job) = self.queue.next() {
+            if catch_unwind(AssertUnwindSafe(|| self.perform(&job, &mut replies))).is_err() {
+                self.fail();
+                replies = ReplyBuffer::default();
+            }
+            self.queue.finished(job.payload.len());
+        }
+    }
+
+    /// One request on a worker: throttled if it has to be, executed, answered on its own.
+    fn perform(&self, job: &Job, replies: &mut ReplyBuffer) {
+        let gives_up = || self.client_is_gone.load(Ordering::Acquire) || self.control.is_draining();
+        let bytes = throttle_bytes(&job.request).unwrap_or_default();
+        if job.is_throttled && self.device.throttle_unless(bytes, &gives_up) == Admission::Cancelled {
+            replies.push_error(&job.request, self.options.structured_replies, &shutting_down());
+        } else {
+            self.execute(&job.request, &job.payload, replies);
+        }
+        // A failure is remembered; the reading thread ends the connection.
+        let _ = self.send(replies.bytes());
+        replies.clear();
+    }
+
+    fn send_batch(&self, batch: &mut Batch) -> std::result::Result<(), ServeEnd> {
+        if batch.replies.is_empty() {
+            return Ok(());
+        }
+        let sent = self.send(batch.replies.bytes());
+        batch.replies.clear();
+        batch.first_at = None;
+        sent.map_err(|error| self.broken(&error))
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        let _one_piece = self.sending.lock();
+        if self.send_failed.load(Ordering::Acquire) {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        self.socket.send_all(bytes).inspect_err(|_| self.fail())
+    }
+
+    /// Half a reply may be out, or one will never come: only the end of the connection is honest now.
+    fn fail(&self) {
+        self.send_failed.store(true, Ordering::Release);
+        self.socket.shutdown();
+    }
+
+    fn broken(&self, error: &io::Error) -> ServeEnd {
+        if self.control.is_closed() {
+            return ended(ServeEndReason::Closed, "the connection was closed");
+        }
+        ended(ServeEndReason::Error, format!("the connection broke: {error}"))
+    }
+
+    fn end_of_file(&self, unfinished_bytes: usize) -> ServeEnd {
+        if self.control.is_draining() {
+            ended(ServeEndReason::Closed, "the connection was closed")
+        } else if self.device_is_gone.load(Ordering::Acquire) {
+            ended(ServeEndReason::Closed, "the device was closed")
+        } else if self.send_failed.load(Ordering::Acquire) {
+            ended(ServeEndReason::Error, "a reply could not be sent")
+        } else if unfinished_bytes > 0 {
+            ended(ServeEndReason::Error, "the client went away in the middle of a request")
+        } else {
+            ended(ServeEndReason::Eof, "the client went away without saying goodbye")
+        }
+    }
+}
+
+/// Replies of the reading thread that wait to be sent together.
+#[derive(Default)]
+struct Batch {
+    replies: ReplyBuffer,
+    first_at: Option<Instant>,
+}
+
+impl Batch {
+    /// A reply was added.
+    fn note(&mut self) {
+        if self.first_at.is_none() {
+            self.first_at = Some(Instant::now());
+        }
+    }
+    fn is_due(&self) -> bool {
+        self.replies.bytes().len() >= BATCH_BYTES_MAX || self.first_at.is_some_and(|at| at.elapsed() >= BATCH_DELAY_MAX)
+    }
+}
+
+/// What a request costs at the throttle; `None`: nothing (a flush moves no new bytes, a status none at all).
+fn throttle_bytes(request: &Request) -> Option<u64> {
+    match request.command {
+        Command::Read | Command::Write => Some(u64::from(request.length_bytes)),
+        Command::Trim | Command::WriteZeroes => Some(0),
+        _ => None,
+    }
+}
+
+fn ended(reason: ServeEndReason, message: impl Into<String>) -> ServeEnd {
+    ServeEnd { reason, message: message.into() }
+}

@@ -1,0 +1,639 @@
+//! The transmission phase against scripted clients, over a real device on the memory store.
+use crate::net::Connection;
+use crate::{
+    Device, DeviceLimits, DeviceSpec, Engine, EngineOptions, LayerSpec, NBD_REQUEST_BYTES_MAX, NbdOptions, ServeEnd, ServeEndReason,
+    ThrottleLimits,
+};
+use atoll_io::{FaultPlan, FaultRule, FaultStore, LayerId, MemoryStore, Store};
+use atoll_map::{FrozenMap, HOLE};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+
+const READ: u16 = 0;
+const WRITE: u16 = 1;
+const DISC: u16 = 2;
+const FLUSH: u16 = 3;
+const TRIM: u16 = 4;
+const CACHE: u16 = 5;
+const WRITE_ZEROES: u16 = 6;
+const BLOCK_STATUS: u16 = 7;
+
+const FUA: u16 = 1;
+const NO_HOLE: u16 = 2;
+const DF: u16 = 4;
+const REQ_ONE: u16 = 8;
+const FAST_ZERO: u16 = 16;
+
+const EPERM: u32 = 1;
+const EINVAL: u32 = 22;
+const ENOSPC: u32 = 28;
+const EOVERFLOW: u32 = 75;
+const ESHUTDOWN: u32 = 108;
+
+const SIZE_BYTES: u64 = 64 << 20;
+
+/// An engine with one device of 64 MiB on a store that fails when told to, and a listener.
+struct World {
+    engine: Arc<Engine>,
+    faults: Arc<FaultStore>,
+    device: Arc<Device>,
+    listener: Arc<crate::Listener>,
+    directory: std::path::PathBuf,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = self.engine.close();
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn world() -> World {
+    world_with(ThrottleLimits::default())
+}
+
+fn world_with(throttle: ThrottleLimits) -> World {
+    let engine = Engine::new(EngineOptions::default()).unwrap();
+    let faults = Arc::new(FaultStore::new(Arc::new(MemoryStore::new(u64::MAX, false))));
+    let store: Arc<dyn Store> = faults.clone();
+    let layer = |alias: u8| LayerId([alias; 16]);
+    store.create_layer(layer(1)).unwrap();
+    let (device, _) = engine
+        .open_device(DeviceSpec {
+            volume: [9; 16],
+            size_bytes: SIZE_BYTES,
+            epoch: 1,
+            map: FrozenMap::uniform(engine.cache(), HOLE),
+            map_lsn: 0,
+            layers: vec![LayerSpec { alias: 1, id: layer(1), store: store.clone() }],
+            active: Some(1),
+            next: None,
+            throttle,
+            limits: DeviceLimits::default(),
+            batch_log: None,
+            on_event: None,
+        })
+        .unwrap();
+    let mut template = std::env::temp_dir().join("atoll-nbd-XXXXXX").into_os_string().into_encoded_bytes();
+    template.push(0);
+    // SAFETY: the template is writable, ends with a zero byte and outlives the call.
+    assert!(!unsafe { libc::mkdtemp(template.as_mut_ptr().cast()) }.is_null());
+    template.pop();
+    let directory = std::path::PathBuf::from(String::from_utf8(template).unwrap());
+    let listener = engine.listen_unix(&directory.join("nbd.sock"), 0o600, None, None).unwrap();
+    World { engine, faults, device, listener, directory }
+}
+
+impl World {
+    fn connect(&self, change: impl FnOnce(&mut NbdOptions)) -> Client {
+        let mut options = NbdOptions {
+            structured_replies: true,
+            allocation_context_id: Some(1),
+            read_only: false,
+            request_bytes_max: NBD_REQUEST_BYTES_MAX,
+        };
+        change(&mut options);
+        let stream = UnixStream::connect(self.directory.join("nbd.sock")).unwrap();
+        let connection = self.engine.accept(&self.listener).unwrap().unwrap();
+        let (sender, end) = channel();
+        connection.serve_nbd(self.device.clone(), options, move |result| {
+            let _ = sender.send(result.unwrap());
+        });
+        Client { stream, connection, end, structured: options.structured_replies, next_cookie: 0xc00c_1e00_0000_0000 }
+    }
+
+    fn fail(&self, operation: &str, errno: i32) {
+        self.faults.set_plan(FaultPlan {
+            seed: 1,
+            rules: vec![FaultRule {
+                operation: operation.to_owned(),
+                layer: None,
+                skip_count: 0,
+                apply_count: u64::MAX,
+                probability_of_256: 256,
+                errno,
+                delay_ms: 0,
+                tear: false,
+            }],
+        });
+    }
+}
+
+struct Client {
+    stream: UnixStream,
+    connection: Arc<Connection>,
+    end: Receiver<ServeEnd>,
+    structured: bool,
+    next_cookie: u64,
+}
+
+/// What came back for one request.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+struct Answer {
+    cookie: u64,
+    error: u32,
+    message: String,
+    data: Vec<u8>,
+    chunks: Vec<u16>,
+    extents: Vec<(u32, u32)>,
+}
+
+fn request_bytes(command: u16, flags: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(28);
+    bytes.extend(0x2560_9513u32.to_be_bytes());
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(command.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(length.to_be_bytes());
+    bytes
+}
+
+impl Client {
+    fn send(&mut self, command: u16, flags: u16, offset: u64, length: u32, payload: &[u8]) -> u64 {
+        self.next_cookie += 1;
+        let mut bytes = request_bytes(command, flags, self.next_cookie, offset, length);
+        bytes.extend_from_slice(payload);
+        self.stream.write_all(&bytes).unwrap();
+        self.next_cookie
+    }
+
+    fn take(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.stream.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    fn take_u16(&mut self) -> u16 {
+        u16::from_be_bytes(self.take(2).try_into().unwrap())
+    }
+    fn take_u32(&mut self) -> u32 {
+        u32::from_be_bytes(self.take(4).try_into().unwrap())
+    }
+    fn take_u64(&mut self) -> u64 {
+        u64::from_be_bytes(self.take(8).try_into().unwrap())
+    }
+
+    /// Reads one reply, simple or structured; `read` is (offset, length) if it answers a READ.
+    fn answer(&mut self, read: Option<(u64, usize)>) -> Answer {
+        let mut answer = Answer::default();
+        let mut data = read.map(|(_, length)| vec![0xee; length]);
+        let mut covered = 0;
+        loop {
+            match self.take_u32() {
+                0x6744_6698 => {
+                    assert!(!(self.structured && read.is_some()), "a read must not get a simple reply");
+                    answer.error = self.take_u32();
+                    answer.cookie = self.take_u64();
+                    if let (Some((_, length)), 0) = (read, answer.error) {
+                        answer.data = self.take(length);
+                    }
+                    return answer;
+                }
+                0x668e_33ef => {
+                    assert!(self.structured);
+                    let (flags, kind) = (self.take_u16(), self.take_u16());
+                    answer.cookie = self.take_u64();
+                    let length = self.take_u32() as usize;
+                    answer.chunks.push(kind);
+                    match kind {
+                        0 => assert_eq!(length, 0),
+                        1 | 2 => {
+                            let (offset, _) = read.unwrap();
+                            let at = (self.take_u64() - offset) as usize;
+                            let hole = (kind == 2).then(|| self.take_u32() as usize);
+                            let bytes = hole.map_or_else(|| self.take(length - 8), |hole| vec![0; hole]);
+                            assert_eq!(at, covered, "chunks are in order and do not overlap");
+                            covered += bytes.len();
+                            data.as_mut().unwrap()[at..at + bytes.len()].copy_from_slice(&bytes);
+                        }
+                        5 => {
+                            assert_eq!(self.take_u32(), 1, "the context that was negotiated");
+                            for _ in 0..(length - 4) / 8 {
+                                let extent = (self.take_u32(), self.take_u32());
+                                answer.extents.push(extent);
+                            }
+                        }
+                        0x8001 => {
+                            answer.error = self.take_u32();
+                            let text = self.take_u16() as usize;
+                            assert_eq!(length, 6 + text);
+                            answer.message = String::from_utf8(self.take(text)).unwrap();
+                        }
+                        other => panic!("chunk type {other:#x}"),
+                    }
+                    if flags & 1 != 0 {
+                        if let (Some(data), 0) = (data, answer.error) {
+                            assert_eq!(covered, data.len(), "a successful read is covered whole");
+                            answer.data = data;
+                        }
+                        return answer;
+                    }
+                }
+                other => panic!("magic {other:#x}"),
+            }
+        }
+    }
+
+    fn call(&mut self, command: u16, flags: u16, offset: u64, length: u32, payload: &[u8]) -> Answer {
+        let cookie = self.send(command, flags, offset, length, payload);
+        let answer = self.answer((command == READ).then_some((offset, length as usize)));
+        assert_eq!(answer.cookie, cookie);
+        answer
+    }
+
+    fn write(&mut self, offset: u64, payload: &[u8]) {
+        assert_eq!(self.call(WRITE, 0, offset, payload.len() as u32, payload).error, 0);
+    }
+
+    fn read(&mut self, offset: u64, length: u32) -> Vec<u8> {
+        let answer = self.call(READ, 0, offset, length, &[]);
+        assert_eq!(answer.error, 0, "{}", answer.message);
+        answer.data
+    }
+
+    /// Nothing more comes, not even half a reply.
+    fn expect_closed(mut self) -> ServeEnd {
+        let mut rest = Vec::new();
+        // A reset instead of an orderly end is as good: unread bytes of ours make the kernel send one.
+        let _ = self.stream.read_to_end(&mut rest);
+        assert_eq!(rest, [] as [u8; 0]);
+        self.end.recv().unwrap()
+    }
+}
+
+#[test]
+fn what_is_written_is_read_back_at_any_alignment_with_either_kind_of_reply() {
+    let world = world();
+    for structured in [false, true] {
+        let mut client = world.connect(|options| options.structured_replies = structured);
+        for (index, length) in [1usize, 512, 4096, 5000, 65_536, 262_144, 262_145, 1 << 20, 32 << 20].into_iter().enumerate() {
+            let payload: Vec<u8> = (0..length).map(|at| (at * 7 + index + 1) as u8).collect();
+            client.write(333, &payload);
+            assert_eq!(client.read(333, length as u32), payload);
+            let large = client.call(READ, if structured { DF } else { 0 }, 333, length as u32, &[]);
+            assert_eq!(large.data, payload);
+            assert!(large.chunks.len() <= 1, "DF gets one chunk");
+        }
+        client.send(DISC, 0, 0, 0, &[]);
+        assert_eq!(client.expect_closed().reason, ServeEndReason::Disconnect);
+    }
+}
+
+#[test]
+fn many_requests_in_one_packet_are_all_answered() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    let mut bytes = Vec::new();
+    for index in 0..200u64 {
+        bytes.extend(request_bytes(WRITE, 0, index, index * 4096, 4096));
+        bytes.extend([index as u8 + 1; 4096]);
+    }
+    for index in 200..300u64 {
+        bytes.extend(request_bytes(FLUSH, FUA, index, 0, 0));
+    }
+    let mut writer = client.stream.try_clone().unwrap();
+    let sender = std::thread::spawn(move || writer.write_all(&bytes).unwrap());
+    let mut cookies: Vec<u64> =
+        (0..300).map(|_| client.answer(None)).map(|answer| (answer.error == 0).then_some(answer.cookie).unwrap()).collect();
+    sender.join().unwrap();
+    cookies.sort_unstable();
+    assert_eq!(cookies, (0..300).collect::<Vec<_>>());
+    for index in 0..200u64 {
+        assert_eq!(client.read(index * 4096, 4096), [index as u8 + 1; 4096]);
+    }
+}
+
+#[test]
+fn a_request_may_arrive_in_pieces() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    let mut bytes = request_bytes(WRITE, 0, 5, 8192, 3000);
+    bytes.extend([7; 3000]);
+    bytes.extend(request_bytes(READ, 0, 6, 8192, 3000));
+    for piece in bytes.chunks(11) {
+        client.stream.write_all(piece).unwrap();
+    }
+    assert_eq!(client.answer(None).cookie, 5);
+    assert_eq!(client.answer(Some((8192, 3000))).data, [7; 3000]);
+}
+
+#[test]
+fn errors_are_those_of_the_protocol_and_the_connection_stays_in_step() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    let page = [1u8; 4096];
+    let end = SIZE_BYTES;
+    let cases = [
+        (WRITE, 0, end, 4096, &page[..], ENOSPC),
+        (WRITE, 0, end - 4095, 4096, &page, ENOSPC),
+        (WRITE, 0, u64::MAX - 511, 4096, &page, ENOSPC),
+        (WRITE_ZEROES, 0, end - 1, 2, &[], ENOSPC),
+        (READ, 0, end - 1, 2, &[], EINVAL),
+        (READ, 0, u64::MAX - 511, 512, &[], EINVAL),
+        (READ, 0, 0, NBD_REQUEST_BYTES_MAX + 1, &[], EOVERFLOW),
+        (TRIM, 0, end, 1, &[], EINVAL),
+        (BLOCK_STATUS, 0, end, 1, &[], EINVAL),
+        (BLOCK_STATUS, 0, 0, 0, &[], EINVAL),
+        (CACHE, 0, 0, 4096, &[], EINVAL),
+        (8, 0, 0, 4096, &[], EINVAL),
+        (999, 0, 0, 4096, &[], EINVAL),
+        (WRITE_ZEROES, FAST_ZERO, 0, 4096, &[], EINVAL),
+        (WRITE, DF, 0, 4096, &page, EINVAL),
+        (WRITE, 1 << 5, 0, 4096, &page, EINVAL),
+        (READ, NO_HOLE, 0, 4096, &[], EINVAL),
+        (FLUSH, REQ_ONE, 0, 0, &[], EINVAL),
+        (TRIM, 1 << 15, 0, 4096, &[], EINVAL),
+    ];
+    for (command, flags, offset, length, payload, expected) in cases {
+        let answer = client.call(command, flags, offset, length, payload);
+        assert_eq!(answer.error, expected, "command {command} flags {flags:#x} at {offset}+{length}: {}", answer.message);
+        assert!(!answer.message.is_empty());
+    }
+    assert_eq!(client.read(0, 4096), [0; 4096], "nothing of the refused writes is there");
+    for (command, offset) in [(READ, 0), (WRITE, 0), (TRIM, end), (WRITE_ZEROES, end), (FLUSH, 0)] {
+        assert_eq!(client.call(command, FUA, offset, 0, &[]).error, 0, "a length of zero is no error");
+    }
+    client.send(DISC, 0, 0, 0, &[]);
+    assert_eq!(client.expect_closed().reason, ServeEndReason::Disconnect);
+}
+
+#[test]
+fn a_flag_that_was_not_advertised_does_not_stop_anybody() {
+    // nbdkit 1.32.5 and 1.42.3 with the file plugin abort on WRITE_ZEROES with FAST_ZERO.
+    let world = world();
+    let mut client = world.connect(|_| {});
+    assert_eq!(client.call(WRITE_ZEROES, FAST_ZERO, 0, 4096, &[]).error, EINVAL);
+    assert_eq!(world.connect(|_| {}).read(0, 4096), [0; 4096]);
+    client.write(0, &[1; 4096]);
+}
+
+#[test]
+fn without_structured_replies_errors_are_numbers_and_df_is_unknown() {
+    let world = world();
+    let mut client = world.connect(|options| {
+        options.structured_replies = false;
+        options.allocation_context_id = None;
+    });
+    assert_eq!(client.call(READ, DF, 0, 4096, &[]).error, EINVAL);
+    assert_eq!(client.call(BLOCK_STATUS, 0, 0, 4096, &[]).error, EINVAL);
+    assert_eq!(client.call(WRITE, 0, SIZE_BYTES, 512, &[0; 512]).error, ENOSPC);
+    client.write(0, &[3; 512]);
+}
+
+#[test]
+fn a_read_only_export_refuses_changes_and_consumes_their_payload() {
+    let world = world();
+    let mut client = world.connect(|options| options.read_only = true);
+    assert_eq!(client.call(WRITE, FUA, 0, 4096, &[1; 4096]).error, EPERM);
+    assert_eq!(client.call(WRITE, 0, 0, 1 << 20, &vec![1; 1 << 20]).error, EPERM);
+    assert_eq!(client.call(TRIM, 0, 0, 4096, &[]).error, EPERM);
+    assert_eq!(client.call(WRITE_ZEROES, NO_HOLE, 0, 4096, &[]).error, EPERM);
+    assert_eq!(client.call(FLUSH, 0, 0, 0, &[]).error, 0);
+    assert_eq!(client.read(0, 4096), [0; 4096]);
+}
+
+#[test]
+fn zeros_trims_and_status_agree_with_what_is_read() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    client.write(0, &vec![5; 1 << 20]);
+    assert_eq!(client.call(WRITE_ZEROES, 0, 100, 5000, &[]).error, 0);
+    assert_eq!(client.call(TRIM, FUA, 65_536, 65_536, &[]).error, 0);
+    assert_eq!(client.call(WRITE_ZEROES, NO_HOLE | FUA, 8 << 20, 2 << 20, &[]).error, 0);
+    assert_eq!(client.call(WRITE_ZEROES, 0, 16 << 20, 48 << 20, &[]).error, 0);
+    let content = client.read(0, 1 << 20);
+    for (at, byte) in content.iter().enumerate() {
+        let zero = (100..5100).contains(&at) || (65_536..131_072).contains(&at);
+        assert_eq!(*byte, if zero { 0 } else { 5 }, "at {at}");
+    }
+    let answer = client.call(BLOCK_STATUS, FUA, 0, SIZE_BYTES as u32, &[]);
+    assert_eq!(answer.chunks, [5]);
+    let mut at = 0u64;
+    for (length, state) in &answer.extents {
+        assert!(*length > 0);
+        if state & 2 != 0 {
+            let step = (*length).min(1 << 20);
+            assert!(client.read(at, step).iter().all(|byte| *byte == 0), "{at} is said to be zero");
+        }
+        at += u64::from(*length);
+    }
+    assert_eq!(at, SIZE_BYTES);
+    let one = client.call(BLOCK_STATUS, REQ_ONE, 4096, 1 << 20, &[]);
+    assert_eq!(one.extents.len(), 1);
+    assert!(one.extents[0].0 <= 1 << 20);
+}
+
+#[test]
+fn holes_come_back_as_holes_unless_one_chunk_is_asked_for() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    client.write(1 << 20, &[9; 4096]);
+    let answer = client.call(READ, 0, 0, 2 << 20, &[]);
+    assert_eq!(answer.chunks, [2, 1, 2]);
+    let whole = client.call(READ, DF, 0, 2 << 20, &[]);
+    assert_eq!(whole.chunks, [1]);
+    assert_eq!(answer.data, whole.data);
+}
+
+#[test]
+fn a_write_that_is_too_large_ends_its_connection_and_no_other() {
+    let world = world();
+    let mut other = world.connect(|_| {});
+    let mut client = world.connect(|_| {});
+    client.send(WRITE, 0, 0, u32::MAX, &[]);
+    assert_eq!(client.answer(None).error, EINVAL);
+    assert_eq!(client.expect_closed().reason, ServeEndReason::Error);
+    other.write(0, &[1; 512]);
+}
+
+#[test]
+fn garbage_ends_the_connection() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    client.stream.write_all(&[0x55; 28]).unwrap();
+    assert_eq!(client.expect_closed().reason, ServeEndReason::Error);
+}
+
+#[test]
+fn a_client_that_vanishes_is_told_apart_from_one_that_says_goodbye() {
+    let world = world();
+    let client = world.connect(|_| {});
+    drop(client.stream);
+    assert_eq!(client.end.recv().unwrap().reason, ServeEndReason::Eof);
+    let mut client = world.connect(|_| {});
+    client.stream.write_all(&request_bytes(WRITE, 0, 1, 0, 4096)).unwrap();
+    drop(client.stream);
+    let end = client.end.recv().unwrap();
+    assert_eq!((end.reason, end.message.as_str()), (ServeEndReason::Error, "the client went away in the middle of a request"));
+}
+
+#[test]
+fn requests_before_a_goodbye_are_finished_and_answered() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    let mut bytes = Vec::new();
+    for index in 0..20u64 {
+        bytes.extend(request_bytes(WRITE, FUA, index, index * 4096, 4096));
+        bytes.extend([1; 4096]);
+    }
+    bytes.extend(request_bytes(DISC, 0, 99, 0, 0));
+    client.stream.write_all(&bytes).unwrap();
+    for _ in 0..20 {
+        assert_eq!(client.answer(None).error, 0);
+    }
+    assert_eq!(client.expect_closed().reason, ServeEndReason::Disconnect);
+}
+
+#[test]
+fn a_slow_flush_does_not_hold_up_other_requests_of_its_connection() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    client.write(0, &[1; 4096]);
+    // The sync answers late; the read behind it must not wait for it.
+    world.faults.set_plan(FaultPlan {
+        seed: 1,
+        rules: vec![FaultRule {
+            operation: "sync".to_owned(),
+            layer: None,
+            skip_count: 0,
+            apply_count: 1,
+            probability_of_256: 256,
+            errno: 0,
+            delay_ms: 300,
+            tear: false,
+        }],
+    });
+    let flush = client.send(FLUSH, 0, 0, 0, &[]);
+    while world.faults.injected_count() == 0 {
+        std::thread::yield_now();
+    }
+    let read = client.send(READ, 0, 0, 4096, &[]);
+    assert_eq!(client.answer(Some((0, 4096))).cookie, read);
+    let answer = client.answer(None);
+    assert_eq!((answer.cookie, answer.error), (flush, 0));
+}
+
+#[test]
+fn a_full_backend_is_enospc_and_a_failed_sync_is_eio_for_everybody() {
+    let world = world();
+    let mut first = world.connect(|_| {});
+    let mut second = world.connect(|_| {});
+    world.fail("write", libc::ENOSPC);
+    assert_eq!(first.call(WRITE, 0, 0, 4096, &[1; 4096]).error, ENOSPC);
+    world.faults.set_plan(FaultPlan::default());
+    first.write(0, &[1; 4096]);
+    world.fail("sync", libc::EIO);
+    assert_eq!(first.call(FLUSH, 0, 0, 0, &[]).error, 5);
+    world.faults.set_plan(FaultPlan::default());
+    assert_eq!(second.call(READ, 0, 0, 4096, &[]).error, 5, "a poisoned device stops on every connection");
+    assert_eq!(second.call(FLUSH, 0, 0, 0, &[]).error, 5);
+}
+
+#[test]
+fn closing_the_device_answers_shutdown_and_ends_the_connection() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    client.write(0, &[1; 4096]);
+    world.device.close().unwrap();
+    assert_eq!(client.call(READ, 0, 0, 4096, &[]).error, ESHUTDOWN);
+    let end = client.expect_closed();
+    assert_eq!((end.reason, end.message.as_str()), (ServeEndReason::Closed, "the device was closed"));
+}
+
+#[test]
+fn a_drained_connection_answers_what_it_has_and_ends() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    client.write(0, &[1; 4096]);
+    client.connection.drain();
+    client.connection.wait_ended();
+    let end = client.expect_closed();
+    assert_eq!(end.reason, ServeEndReason::Closed);
+}
+
+#[test]
+fn a_throttled_connection_is_slow_but_can_be_drained_at_once() {
+    let world = world_with(ThrottleLimits { bytes_per_second: 1, burst_bytes: 4096, ..ThrottleLimits::default() });
+    let mut client = world.connect(|_| {});
+    client.write(0, &[1; 4096]);
+    let write = client.send(WRITE, 0, 4096, 4096, &[2; 4096]);
+    // A flush costs nothing at the throttle and passes the write that waits there.
+    let flush = client.send(FLUSH, 0, 0, 0, &[]);
+    assert_eq!(client.answer(None).cookie, flush);
+    client.connection.drain();
+    let answer = client.answer(None);
+    assert_eq!((answer.cookie, answer.error), (write, ESHUTDOWN));
+    assert_eq!(client.expect_closed().reason, ServeEndReason::Closed);
+    let mut again = world.connect(|_| {});
+    world.device.set_throttle(ThrottleLimits::default());
+    assert_eq!(again.read(0, 8192)[4095..4097], [1, 0]);
+}
+
+#[test]
+fn closing_the_engine_ends_everything_also_in_the_middle_of_requests() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    client.write(0, &[1; 4096]);
+    // Half a large write: the connection's thread waits for the rest.
+    client.stream.write_all(&request_bytes(WRITE, 0, 1, 0, 1 << 20)).unwrap();
+    client.stream.write_all(&[1; 1000]).unwrap();
+    world.engine.close().unwrap();
+    assert_eq!(client.end.recv().unwrap().reason, ServeEndReason::Closed);
+    assert!(world.engine.accept(&world.listener).unwrap().is_none());
+    assert!(!world.directory.join("nbd.sock").exists());
+    assert_eq!(world.engine.stats().connections, 0);
+}
+
+#[test]
+fn a_listener_replaces_a_stale_socket_file_but_no_live_one_and_nothing_else() {
+    let world = world();
+    let path = world.directory.join("nbd.sock");
+    assert_eq!(world.engine.listen_unix(&path, 0o600, None, None).err().unwrap().code, "ADDRESS_IN_USE");
+    let stale = world.directory.join("stale.sock");
+    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    let listener = world.engine.listen_unix(&stale, 0o640, None, None).unwrap();
+    use std::os::unix::fs::PermissionsExt;
+    assert_eq!(std::fs::metadata(&stale).unwrap().permissions().mode() & 0o777, 0o640);
+    listener.close();
+    assert!(!stale.exists());
+    let file = world.directory.join("file");
+    std::fs::write(&file, "kept").unwrap();
+    assert!(world.engine.listen_unix(&file, 0o600, None, None).is_err());
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
+}
+
+#[test]
+fn connections_are_driven_by_commands_until_they_serve() {
+    let world = world();
+    let listener = world.engine.listen_tcp("127.0.0.1", 0).unwrap();
+    let crate::Endpoint::Tcp(address) = listener.endpoint().clone() else { panic!("not a TCP endpoint") };
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    let connection = world.engine.accept(&listener).unwrap().unwrap();
+    assert!(connection.peer().starts_with("127.0.0.1:"));
+    let (sender, results) = channel();
+    let read = |length: usize, timeout_ms: Option<u64>| {
+        let sender = sender.clone();
+        connection.read(length, timeout_ms.map(std::time::Duration::from_millis), move |result| {
+            sender.send(result.map_err(|error| error.code)).unwrap();
+        });
+        results.recv().unwrap()
+    };
+    stream.write_all(b"hello").unwrap();
+    assert_eq!(read(5, None), Ok(Some(b"hello".to_vec())));
+    assert_eq!(read(1, Some(20)), Err("READ_TIMEOUT"));
+    assert_eq!(read(1 << 20, None), Err("ARGUMENT_INVALID"));
+    let (done, written) = channel();
+    connection.write(b"welcome".to_vec(), move |result| done.send(result.is_ok()).unwrap());
+    let mut bytes = [0; 7];
+    stream.read_exact(&mut bytes).unwrap();
+    assert_eq!((&bytes, written.recv().unwrap()), (b"welcome", true));
+    stream.write_all(b"x").unwrap();
+    drop(stream);
+    assert_eq!(read(2, None), Ok(None));
+    connection.close();
+    connection.wait_ended();
+    assert_eq!(read(1, None), Err("CONNECTION_CLOSED"));
+}

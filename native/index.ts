@@ -1,0 +1,48 @@
+/**
+ * The one door to the native engine. Methods that may take time return promises, which native threads settle; failures are
+ * `AtollError`s with the code that the engine gave. Sizes, offsets, slots, lsns and page ids are numbers (exact below 2^53);
+ * only the root word of a map is a bigint.
+ */
+import { addon } from './addon.ts'
+
+export type {
+  BlockStatus,
+  CopyReport,
+  CrashOptions,
+  DeviceEventKind,
+  DeviceLimits,
+  DeviceStats,
+  EngineStats,
+  FaultPlan,
+  FaultRule,
+  LayerEntry,
+  LayerExtent,
+  ListenerAddress,
+  OpenReport,
+  PageBatch,
+  RootRef,
+  ServeEnd,
+  StoreCapabilities,
+  StoreUsage,
+  ThrottleLimits,
+} from './addon.ts'
+export { Connection, Listener, type ServeNbdOptions } from './connection.ts'
+export { Checkpoint, Device, type LayerRef } from './device.ts'
+export { Engine, type DeviceEvent, type DeviceSpec, type EngineOptions, type SwapReport } from './engine.ts'
+export { FrozenMap, MapLoader, PageSet, Reach } from './maps.ts'
+export { Store, StoreLock } from './store.ts'
+
+/** Bytes of a slot: the unit of the map. */
+export const slotBytes = 4096
+/** Bytes that one leaf of a map spans. */
+export const leafBytes = 8192 * slotBytes
+/** Bytes of the whole address space of a map. */
+export const mapBytesMax = leafBytes * 256 ** 3
+
+/** Whether the addon was built for the same formats; call it once at start-up, so that a stale addon is refused at once. */
+export function checkNative(): void {
+  const built = addon().constants()
+  if (built.slotBytes !== slotBytes || built.leafBytes !== leafBytes || built.mapBytesMax !== mapBytesMax) {
+    throw new Error('the native addon was built from other sources: run "npm run build:native"')
+  }
+}

@@ -1,0 +1,241 @@
+//! The traits of a store. All methods may be called from any thread at any time unless said otherwise.
+use crate::Result;
+use std::fmt;
+use std::io::{IoSlice, IoSliceMut};
+use std::sync::Arc;
+
+/// The UUID of a layer.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LayerId(pub [u8; 16]);
+
+impl LayerId {
+    /// Reads the lower-case hyphenated form, `None` if it is not exactly that.
+    pub fn parse(text: &str) -> Option<LayerId> {
+        let mut bytes = [0u8; 16];
+        let text = text.as_bytes();
+        if text.len() != 36 {
+            return None;
+        }
+        let mut position = 0;
+        for (index, byte) in bytes.iter_mut().enumerate() {
+            if matches!(index, 4 | 6 | 8 | 10) {
+                if text[position] != b'-' {
+                    return None;
+                }
+                position += 1;
+            }
+            let digit = |at: usize| match text[at] {
+                digit @ b'0'..=b'9' => Some(digit - b'0'),
+                digit @ b'a'..=b'f' => Some(digit - b'a' + 10),
+                _ => None,
+            };
+            *byte = digit(position)? << 4 | digit(position + 1)?;
+            position += 2;
+        }
+        Some(LayerId(bytes))
+    }
+}
+
+impl fmt::Display for LayerId {
+    /// The lower-case hyphenated form.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, byte) in self.0.iter().enumerate() {
+            if matches!(index, 4 | 6 | 8 | 10) {
+                f.write_str("-")?;
+            }
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+impl fmt::Debug for LayerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// How a layer is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OpenMode {
+    /// A sealed layer, or the source of a copy.
+    ReadOnly,
+    /// The active layer of the one volume that writes it (I1).
+    ReadWrite,
+}
+
+/// What a store can do, as fields (never ask for its kind).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoreCapabilities {
+    /// The unit a first write copies up.
+    pub copy_unit_bytes: u32,
+    /// Ranges smaller than this cannot be punched; 0: no punching.
+    pub punch_unit_bytes: u32,
+    /// A write that returned is durable, so `sync` costs nothing.
+    pub ack_is_durable: bool,
+    /// Survives the end of the process.
+    pub persistent: bool,
+}
+
+/// Bytes of a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StoreUsage {
+    /// Size of the backend.
+    pub total_bytes: u64,
+    /// Free for new data.
+    pub free_bytes: u64,
+    /// Allocated by this store.
+    pub stored_bytes: u64,
+}
+
+/// One layer as the backend shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerEntry {
+    /// The layer.
+    pub id: LayerId,
+    /// Bytes allocated on the backend.
+    pub allocated_bytes: u64,
+    /// Offset after the last byte ever written.
+    pub length_bytes: u64,
+}
+
+/// A stretch of a layer: allocated (`data`) or a hole. A hint for speed and status, never for meaning (I4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Start.
+    pub offset_bytes: u64,
+    /// Length, never 0.
+    pub length_bytes: u64,
+    /// False: a hole.
+    pub data: bool,
+}
+
+/// The native half of a pool.
+pub trait Store: Send + Sync + 'static {
+    /// What it can do. Constant.
+    fn capabilities(&self) -> StoreCapabilities;
+    /// Makes an empty layer; it and its directory entry are durable on return (I11). `Exists` if it is there already.
+    fn create_layer(&self, id: LayerId) -> Result<()>;
+    /// Opens a layer. `NotFound` names the file that is missing. A handle stays valid until dropped, also after `remove_layer`.
+    fn open_layer(&self, id: LayerId, mode: OpenMode) -> Result<Arc<dyn LayerIo>>;
+    /// Removes the layer and every journal segment of it; durable on return. Removing what is not there is no error.
+    fn remove_layer(&self, id: LayerId) -> Result<()>;
+    /// Every layer of the store, in any order.
+    fn list_layers(&self) -> Result<Vec<LayerEntry>>;
+    /// Bytes in use and free.
+    fn usage(&self) -> Result<StoreUsage>;
+    /// Base lsns of the journal segments of a layer, ascending.
+    fn list_segments(&self, layer: LayerId) -> Result<Vec<u64>>;
+    /// Makes an empty segment; `Exists` if there is one. Its name is durable only after `SegmentIo::sync` of it.
+    fn create_segment(&self, layer: LayerId, base_lsn: u64) -> Result<Arc<dyn SegmentIo>>;
+    /// Opens a segment for reading, truncating and appending.
+    fn open_segment(&self, layer: LayerId, base_lsn: u64) -> Result<Arc<dyn SegmentIo>>;
+    /// Removes a segment; one that is not there is no error. Need not be durable: a segment that comes back after a crash holds
+    /// only frames the catalog knows, or nothing that was ever acknowledged.
+    fn remove_segment(&self, layer: LayerId, base_lsn: u64) -> Result<()>;
+    /// Reads a small named record (owner, export), `None` if there is none. Names: `[a-z0-9.-]{1,64}`, neither `.` nor `..`.
+    fn read_record(&self, name: &str) -> Result<Option<Vec<u8>>>;
+    /// Replaces a record atomically; durable on return.
+    fn write_record(&self, name: &str, bytes: &[u8]) -> Result<()>;
+    /// Takes the store's exclusive lock for this process; `Locked` with the owner's text if somebody has it.
+    /// `owner` is what the other side will read (pid, catalog id). Dropping the lock releases it.
+    fn lock(&self, owner: &str) -> Result<StoreLock>;
+    /// Frees the space kept back for emergencies (deletes on a full disk). Idempotent.
+    fn release_reserve(&self) -> Result<()>;
+    /// Makes the reserve whole again if there is space; returns its bytes.
+    fn restore_reserve(&self) -> Result<u64>;
+}
+
+/// A held lock; released on drop.
+pub struct StoreLock {
+    /// Whatever must live for the lock to be held.
+    pub guard: Box<dyn std::any::Any + Send + Sync>,
+}
+
+/// The bytes of one layer. Offsets and lengths are in bytes, any alignment. Calls may overlap in time; two calls that
+/// touch the same bytes at once leave any mixture of the two.
+pub trait LayerIo: Send + Sync + 'static {
+    /// Fills all buffers from `offset_bytes` on; holes and everything past the end read as zeros.
+    fn read(&self, offset_bytes: u64, buffers: &mut [IoSliceMut<'_>]) -> Result<()>;
+    /// Writes all buffers from `offset_bytes` on, all or an error (what landed before the error is unknown). Not durable before `sync`.
+    fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()>;
+    /// Frees the range; it reads as zeros. Not durable before `sync`. Whole punch units are freed, the rest is zeroed.
+    fn punch(&self, offset_bytes: u64, length_bytes: u64) -> Result<()>;
+    /// Makes the range read as zeros and keeps (or makes) it allocated, so that a later write cannot run out of space.
+    fn zero_allocated(&self, offset_bytes: u64, length_bytes: u64) -> Result<()>;
+    /// Makes everything that completed before the call durable.
+    fn sync(&self) -> Result<()>;
+    /// Appends the extents of the range to `out`, ascending, neighbours of one kind merged, covering it exactly.
+    fn extents(&self, offset_bytes: u64, length_bytes: u64, out: &mut Vec<Extent>) -> Result<()>;
+    /// Offset after the last byte ever written.
+    fn length_bytes(&self) -> Result<u64>;
+    /// Bytes allocated on the backend.
+    fn allocated_bytes(&self) -> Result<u64>;
+    /// Forgets cached pages, so that the next read comes from the backend (I6: the page cache lies after a failed sync).
+    fn drop_cache(&self) -> Result<()>;
+    /// The descriptor for copies inside the kernel (copy_file_range, FICLONERANGE); `None` where there is none.
+    fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
+        None
+    }
+}
+
+/// One journal segment: an append-only byte string. One caller at a time.
+pub trait SegmentIo: Send + Sync + 'static {
+    /// The whole content.
+    fn read_all(&self) -> Result<Vec<u8>>;
+    /// Appends; not durable before `sync`. On an error the content after the old length is unknown.
+    fn append(&self, bytes: &[u8]) -> Result<()>;
+    /// Cuts to `length_bytes`.
+    fn truncate(&self, length_bytes: u64) -> Result<()>;
+    /// Makes content and name durable.
+    fn sync(&self) -> Result<()>;
+    /// Current length.
+    fn length_bytes(&self) -> Result<u64>;
+}
+
+/// Whether `name` may name a record.
+pub(crate) fn is_record_name(name: &str) -> bool {
+    let characters_fit = name.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-'));
+    characters_fit && (1..=64).contains(&name.len()) && name != "." && name != ".."
+}
+
+/// Adds an extent to a list that is ascending and merged.
+pub(crate) fn push_extent(out: &mut Vec<Extent>, first: usize, offset_bytes: u64, length_bytes: u64, data: bool) {
+    if length_bytes == 0 {
+        return;
+    }
+    // Only extents of the same answer are merged; what the caller had in `out` before stays as it is.
+    if out.len() > first
+        && let Some(last) = out.last_mut()
+        && last.data == data
+    {
+        last.length_bytes += length_bytes;
+        return;
+    }
+    out.push(Extent { offset_bytes, length_bytes, data });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layer_id_reads_back_from_its_text_and_nothing_else_does() {
+        let id = LayerId([0x00, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0xff]);
+        let text = id.to_string();
+        assert_eq!(text, "00112233-4455-6677-8899-aabbccddeeff");
+        assert_eq!(LayerId::parse(&text), Some(id));
+        for wrong in ["", &text[1..], &text.to_uppercase(), &text.replace('-', "0"), "00112233-4455-6677-8899-aabbccddeefg"] {
+            assert_eq!(LayerId::parse(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn record_names_cannot_leave_their_folder() {
+        for good in ["owner", "export.1", "a-b", "..."] {
+            assert!(is_record_name(good), "{good}");
+        }
+        for bad in ["", ".", "..", "a/b", "Owner", "~owner", &"a".repeat(65)] {
+            assert!(!is_record_name(bad), "{bad}");
+        }
+    }
+}

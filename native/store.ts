@@ -1,0 +1,154 @@
+/** Stores: the native half of a pool. */
+import type {
+  CrashOptions,
+  FaultPlan,
+  LayerEntry,
+  LayerExtent,
+  RawStore,
+  RawStoreLock,
+  StoreCapabilities,
+  StoreUsage,
+} from './addon.ts'
+import { call, settle } from './native-error.ts'
+
+/** A held lock of a store. */
+export class StoreLock {
+  readonly #raw: RawStoreLock
+
+  /** @internal */
+  constructor(raw: RawStoreLock) {
+    this.#raw = raw
+  }
+
+  /** Idempotent. The end of the process releases it, too. */
+  release(): void {
+    call(() => this.#raw.release())
+  }
+}
+
+/** A namespace of layers, of the journals beside them, and of small records. Layer ids are UUIDs in lower case. */
+export class Store {
+  /** @internal */
+  readonly raw: RawStore
+  /** 'file', 'memory' or 'fault'; for logs, never to decide on: that is what `capabilities` are for. */
+  readonly kind: string
+
+  /** @internal */
+  constructor(raw: RawStore) {
+    this.raw = raw
+    this.kind = raw.kind()
+  }
+
+  capabilities(): StoreCapabilities {
+    return call(() => this.raw.capabilities())
+  }
+
+  /**
+   * Makes an empty layer; durable on return.
+   *
+   * @throws LAYER_EXISTS
+   */
+  createLayer(id: string): Promise<void> {
+    return settle(() => this.raw.createLayer(id))
+  }
+
+  /** Removes a layer and its journal; durable on return. What is not there is no error. Open devices keep their handle. */
+  removeLayer(id: string): Promise<void> {
+    return settle(() => this.raw.removeLayer(id))
+  }
+
+  listLayers(): Promise<LayerEntry[]> {
+    return settle(() => this.raw.listLayers())
+  }
+
+  layerExists(id: string): Promise<boolean> {
+    return settle(() => this.raw.layerExists(id))
+  }
+
+  /** Makes everything written to the layer so far durable. */
+  syncLayer(id: string): Promise<void> {
+    return settle(() => this.raw.syncLayer(id))
+  }
+
+  usage(): Promise<StoreUsage> {
+    return settle(() => this.raw.usage())
+  }
+
+  /** A small record, null if there is none. Names: [a-z0-9.-]{1,64}. */
+  readRecord(name: string): Promise<Uint8Array | null> {
+    return settle(() => this.raw.readRecord(name))
+  }
+
+  /** Replaces a record at once or not at all; durable on return. */
+  writeRecord(name: string, bytes: Uint8Array): Promise<void> {
+    return settle(() => this.raw.writeRecord(name, bytes))
+  }
+
+  /**
+   * Takes the store's exclusive lock for this process; `owner` is what the other side reads.
+   *
+   * @throws STORE_LOCKED with the owner's text
+   */
+  async lock(owner: string): Promise<StoreLock> {
+    return settle(async () => new StoreLock(await this.raw.lock(owner)))
+  }
+
+  /** Frees the space that is kept back for deletes on a full disk. Idempotent. */
+  releaseReserve(): Promise<void> {
+    return settle(() => this.raw.releaseReserve())
+  }
+
+  /** Makes the reserve whole again as far as there is space; returns its bytes. */
+  restoreReserve(): Promise<number> {
+    return settle(() => this.raw.restoreReserve())
+  }
+
+  /**
+   * Marks a layer of a closed volume as sealed: its journal ends with `finalLsn`. Idempotent.
+   *
+   * @throws CATALOG_BEHIND if the journal holds changes after `finalLsn`: nothing was changed then
+   */
+  sealLayer(id: string, volumeId: string, epoch: number, finalLsn: number, successor: string | null): Promise<void> {
+    return settle(() => this.raw.sealLayer(id, volumeId, epoch, finalLsn, successor))
+  }
+
+  /** Frees everything of a sealed layer but the given runs (triples as `Reach.runs` gives them, ascending); returns the bytes freed. */
+  punchExcept(id: string, keepRuns: Float64Array): Promise<number> {
+    return settle(() => this.raw.punchExcept(id, keepRuns))
+  }
+
+  /** What of a range is allocated; a hint. */
+  extents(id: string, offsetBytes: number, lengthBytes: number): Promise<LayerExtent[]> {
+    return settle(() => this.raw.extents(id, offsetBytes, lengthBytes))
+  }
+
+  /** Fault kind only: replaces the rules, counters start again. */
+  setFaults(plan: FaultPlan): void {
+    call(() => this.raw.setFaults(plan))
+  }
+
+  /** Fault kind only: calls hit since the rules were set. */
+  injectedCount(): number {
+    return call(() => this.raw.injectedCount())
+  }
+
+  /** Memory kind only: number of the last event (write, punch, append, sync, …). */
+  sequence(): number {
+    return call(() => this.raw.sequence())
+  }
+
+  /** Memory kind only, recording: events after `from` that are sync boundaries. */
+  boundaries(from: number): Float64Array {
+    return call(() => this.raw.boundaries(from))
+  }
+
+  /** Memory kind only, recording: what could be found after a power cut just after event `sequence`. */
+  crashImage(sequence: number, seed: number, options: CrashOptions): Store {
+    return call(() => new Store(this.raw.crashImage(sequence, seed, options)))
+  }
+
+  /** Memory kind only, recording: forgets the history before `sequence`. */
+  forgetBefore(sequence: number): void {
+    call(() => this.raw.forgetBefore(sequence))
+  }
+}

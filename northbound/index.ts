@@ -1,0 +1,7 @@
+export type { ExportConnection, ExportTable, NbdExport } from './nbd/export-table.ts'
+export { startNbdServer } from './nbd/nbd-server.ts'
+export type { NbdListen, NbdServer, NbdServerConnection, NbdServerOptions } from './nbd/nbd-server.ts'
+export { defaultNegotiationLimits } from './nbd/negotiation-limits.ts'
+export type { NegotiationLimits } from './nbd/negotiation-limits.ts'
+export { serveTemporaryNbd } from './nbd/temporary-nbd.ts'
+export type { TemporaryExport, TemporaryNbd, TemporaryNbdOptions } from './nbd/temporary-nbd.ts'

@@ -1,0 +1,367 @@
+/** The rules of the transmission that servers break, over real sockets and the native engine. */
+import { afterEach, beforeEach, describe, expect, it } from 'vitest'
+import { connect, connectRaw, encodeRequest, protocol, type NbdConnection, type RawNbdConnection } from '@atoll/nbd-client'
+import { KiB, MiB, NbdFixture } from './testing/nbd-fixture.ts'
+
+const { option, optionReply, command, commandFlag, chunkType } = protocol
+
+let fixture: NbdFixture
+afterEach(async () => {
+  await fixture.close()
+})
+
+const pattern = (lengthBytes: number, seed: number): Buffer => {
+  const bytes = Buffer.alloc(lengthBytes)
+  for (let index = 0; index < lengthBytes; index += 1) bytes[index] = (index * 7 + (index >> 8) * 13 + seed) & 0xff
+  return bytes
+}
+
+async function rawTransmission(structuredReplies: boolean, exportName = 'disk'): Promise<RawNbdConnection> {
+  const client = await connectRaw(fixture.target)
+  await client.greet()
+  const answers = structuredReplies ? await client.ask(option.structuredReply) : []
+  expect(answers.map((reply) => reply.type)).toEqual(structuredReplies ? [optionReply.ack] : [])
+  await client.go(exportName)
+  return client
+}
+
+describe.each([true, false])('the transmission, structured replies %s', (structuredReplies) => {
+  beforeEach(async () => {
+    fixture = await NbdFixture.start({ sizeBytes: 8 * MiB })
+  })
+
+  it('rule 14: echoes cookies as they are, and answers reads in the negotiated form, also when they fail', async () => {
+    await using client = await rawTransmission(structuredReplies)
+    const cookies = [0n, 0xffff_ffff_ffff_ffffn, 0x0102030405060708n, 0n]
+    for (const cookie of cookies) {
+      client.sendRequest({ flags: 0, command: command.read, cookie, offsetBytes: 9 * MiB, lengthBytes: 512 })
+      const header = await client.receiveReplyHeader()
+      expect(header).toMatchObject({ kind: structuredReplies ? 'structured' : 'simple', cookie })
+      const errno = header.kind === 'simple' ? header.errno : (await client.receive(header.lengthBytes)).readUInt32BE(0)
+      expect(errno).toBe(22)
+    }
+  })
+
+  it('rule 17: consumes the payload of a write that it refuses, and bounds do not overflow', async () => {
+    await using connection = await connect(fixture.uri(), { structuredReplies })
+    const payload = pattern(3000, 1)
+    for (const offsetBytes of [8n * 1024n * 1024n, 2n ** 64n - 512n, 2n ** 63n, 2n ** 64n - 3000n]) {
+      await expect(
+        connection.request({ command: command.write, flags: 0, offsetBytes, lengthBytes: 3000, payload }),
+      ).rejects.toMatchObject({ errnoName: 'ENOSPC' })
+      await expect(connection.request({ command: command.read, flags: 0, offsetBytes, lengthBytes: 3000 })).rejects.toMatchObject(
+        { errnoName: 'EINVAL' },
+      )
+    }
+    const large = pattern(2 * MiB, 3)
+    await expect(
+      connection.request({ command: command.write, flags: 0, offsetBytes: 7 * MiB, lengthBytes: large.length, payload: large }),
+    ).rejects.toMatchObject({ errnoName: 'ENOSPC' })
+    await connection.write(0, payload)
+    expect(payload.equals(await connection.read(0, 3000))).toBe(true)
+  })
+
+  it('rule 18: uses the errno that the protocol wants', async () => {
+    const { device } = await fixture.openDevice()
+    fixture.exports.add('frozen', device, { readOnly: true })
+    await using connection = await connect(fixture.uri(), { structuredReplies, metaContexts: ['base:allocation'] })
+    const fails = async (
+      to: NbdConnection,
+      number: number,
+      flags: number,
+      offsetBytes: number,
+      lengthBytes: number,
+      payload?: Uint8Array,
+    ): Promise<string> => {
+      const error = await to.request({ command: number, flags, offsetBytes, lengthBytes, payload }).then(
+        () => null,
+        (reason: { errnoName: string }) => reason,
+      )
+      return error === null ? 'done' : error.errnoName
+    }
+    const end = 8 * MiB
+    expect(await fails(connection, command.read, 0, end, 1)).toBe('EINVAL')
+    expect(await fails(connection, command.trim, 0, end, 1)).toBe('EINVAL')
+    expect(await fails(connection, command.blockStatus, 0, end, 1)).toBe('EINVAL')
+    expect(await fails(connection, command.write, 0, end - 1, 2, Buffer.alloc(2))).toBe('ENOSPC')
+    expect(await fails(connection, command.writeZeroes, 0, end - 1, 2)).toBe('ENOSPC')
+    for (const number of [8, 9, 100, 0xffff]) expect(await fails(connection, number, 0, 0, 0)).toBe('EINVAL')
+    for (const flag of [commandFlag.noHole, commandFlag.reqOne, 1 << 5, 1 << 15])
+      expect(await fails(connection, command.read, flag, 0, 512)).toBe('EINVAL')
+    expect(await fails(connection, command.read, commandFlag.df, 0, 512)).toBe(structuredReplies ? 'done' : 'EINVAL')
+    expect(await fails(connection, command.write, commandFlag.df, 0, 4, Buffer.alloc(4))).toBe('EINVAL')
+    expect(await fails(connection, command.read, 0, 0, 33 * MiB)).toMatch(/EOVERFLOW|EINVAL/)
+    await using frozen = await connect(fixture.uri('frozen'), { structuredReplies })
+    expect(frozen.flags.readOnly).toBe(true)
+    expect(await fails(frozen, command.write, 0, 0, 4, Buffer.alloc(4))).toBe('EPERM')
+    expect(await fails(frozen, command.trim, 0, 0, 4096)).toBe('EPERM')
+    expect(await fails(frozen, command.writeZeroes, 0, 0, 4096)).toBe('EPERM')
+    expect(await fails(frozen, command.read, 0, 0, 4096)).toBe('done')
+    expect(await fails(frozen, command.flush, 0, 0, 0)).toBe('done')
+    expect((await connection.read(0, 512)).length).toBe(512)
+  })
+
+  it('rules 19 and 24: refuses FAST_ZERO and CACHE, which it does not offer, and lives on', async () => {
+    await using connection = await connect(fixture.uri(), { structuredReplies })
+    expect(connection.flags).toMatchObject({ fastZero: false, cache: false })
+    await expect(
+      connection.request({ command: command.writeZeroes, flags: commandFlag.fastZero, offsetBytes: 0, lengthBytes: 4096 }),
+    ).rejects.toMatchObject({ errnoName: 'EINVAL' })
+    await expect(
+      connection.request({ command: command.cache, flags: 0, offsetBytes: 0, lengthBytes: 4096 }),
+    ).rejects.toMatchObject({ errnoName: 'EINVAL' })
+    await using other = await connect(fixture.uri())
+    expect((await other.read(0, 512)).length).toBe(512)
+  })
+
+  it('rule 20: accepts FUA on every command', async () => {
+    await using connection = await connect(fixture.uri(), { structuredReplies, metaContexts: ['base:allocation'] })
+    const flags = commandFlag.fua
+    await connection.request({ command: command.write, flags, offsetBytes: 0, lengthBytes: 4, payload: Buffer.from('data') })
+    await connection.request({ command: command.read, flags, offsetBytes: 0, lengthBytes: 4 })
+    await connection.request({ command: command.flush, flags, offsetBytes: 0, lengthBytes: 0 })
+    await connection.request({ command: command.trim, flags, offsetBytes: 0, lengthBytes: 4096 })
+    await connection.request({ command: command.writeZeroes, flags, offsetBytes: 0, lengthBytes: 4096 })
+    if (structuredReplies) await connection.request({ command: command.blockStatus, flags, offsetBytes: 0, lengthBytes: 4096 })
+  })
+
+  it('rule 22: takes every command with a length of nothing', async () => {
+    await using connection = await connect(fixture.uri(), { structuredReplies })
+    for (const number of [command.read, command.write, command.trim, command.writeZeroes, command.flush]) {
+      for (const offsetBytes of [0, 4095, 8 * MiB])
+        await connection.request({ command: number, flags: 0, offsetBytes, lengthBytes: 0 })
+    }
+    await connection.request({ command: command.blockStatus, flags: 0, offsetBytes: 0, lengthBytes: 0 }).catch(() => {})
+    expect((await connection.read(0, 512)).length).toBe(512)
+  })
+
+  it('rule 26: finishes what was asked before DISC, answers it, and closes without an answer to DISC', async () => {
+    await using client = await rawTransmission(structuredReplies)
+    const payload = pattern(4096, 9)
+    const requests: Buffer[] = []
+    for (let index = 0; index < 50; index += 1) {
+      requests.push(
+        encodeRequest({
+          flags: index % 5 === 0 ? commandFlag.fua : 0,
+          command: command.write,
+          cookie: BigInt(index),
+          offsetBytes: index * 4096,
+          lengthBytes: 4096,
+        }),
+        payload,
+      )
+    }
+    requests.push(encodeRequest({ flags: 0, command: command.disconnect, cookie: 99n, offsetBytes: 0, lengthBytes: 0 }))
+    client.send(Buffer.concat(requests))
+    const answered = new Set<bigint>()
+    for (let index = 0; index < 50; index += 1) {
+      const header = await client.receiveReplyHeader()
+      expect(header.kind === 'simple' ? header.errno : header.type).toBe(0)
+      answered.add(header.cookie)
+    }
+    expect(answered.size).toBe(50)
+    await client.receiveEnd()
+    await using after = await connect(fixture.uri())
+    expect(payload.equals(await after.read(49 * 4096, 4096))).toBe(true)
+  })
+
+  it('rule 27: takes 32 MiB, and survives the header of a write of 2 GiB', async () => {
+    const { device } = await fixture.openDevice({ sizeBytes: 4096 * MiB })
+    fixture.exports.add('large', device)
+    await using connection = await connect(fixture.uri('large'), { structuredReplies })
+    const data = pattern(32 * MiB, 5)
+    await connection.write(1024 * MiB - 100, data)
+    expect(data.equals(await connection.read(1024 * MiB - 100, 32 * MiB))).toBe(true)
+    await using greedy = await rawTransmission(structuredReplies, 'large')
+    greedy.sendRequest({ flags: 0, command: command.write, cookie: 1n, offsetBytes: 0, lengthBytes: 0x8000_0000 })
+    greedy.send(Buffer.alloc(64 * KiB))
+    await greedy.receiveReplyHeader().catch(() => {})
+    greedy.destroy()
+    expect(data.subarray(0, 512).equals(await connection.read(1024 * MiB - 100, 512))).toBe(true)
+  })
+
+  it('garbage where a request should be ends that connection and no other', async () => {
+    await using other = await connect(fixture.uri(), { structuredReplies })
+    await using client = await rawTransmission(structuredReplies)
+    client.send(Buffer.alloc(28, 0xaa))
+    await client.receiveEnd()
+    expect((await other.read(0, 512)).length).toBe(512)
+  })
+})
+
+describe('chunks', () => {
+  beforeEach(async () => {
+    fixture = await NbdFixture.start({ sizeBytes: 64 * MiB })
+  })
+
+  // The client checks on every read that chunks lie inside, do not overlap and cover everything.
+  it('rule 15: cover a read of data and holes of any alignment, and DF gives one', async () => {
+    await using connection = await connect(fixture.uri())
+    const expected = Buffer.alloc(MiB)
+    for (const [offsetBytes, lengthBytes] of [
+      [0, 1],
+      [8192, 4096],
+      [100_000, 50_000],
+      [300_001, 333],
+      [MiB - 5, 5],
+    ] as const) {
+      const data = pattern(lengthBytes, offsetBytes)
+      await connection.write(offsetBytes, data)
+      data.copy(expected, offsetBytes)
+    }
+    for (const [offsetBytes, lengthBytes] of [
+      [0, MiB],
+      [1, MiB - 2],
+      [4095, 4098],
+      [99_999, 50_002],
+      [300_000, 335],
+      [200_000, 1],
+      [12288, 65536],
+    ] as const) {
+      for (const df of [false, true]) {
+        const data = await connection.read(offsetBytes, lengthBytes, { df })
+        expect(expected.subarray(offsetBytes, offsetBytes + lengthBytes).equals(data)).toBe(true)
+      }
+    }
+  })
+
+  it('rule 15: a read of a hole moves no zeros over the wire', async () => {
+    await using client = await rawTransmission(true)
+    client.sendRequest({ flags: 0, command: command.read, cookie: 5n, offsetBytes: 0, lengthBytes: 16 * MiB })
+    expect(await client.receiveReplyHeader()).toMatchObject({ type: chunkType.offsetHole, lengthBytes: 12, flags: 1 })
+  })
+})
+
+describe('a failing device', () => {
+  it('rule 16: answers a failed read with an error and stays in step, in either form', async () => {
+    fixture = await NbdFixture.start({ noExport: true })
+    const store = fixture.engine.faultStore(fixture.engine.memoryStore({ capacityBytes: 64 * MiB }))
+    const { device } = await fixture.openDevice({ store, uniform: true })
+    fixture.exports.add('disk', device)
+    for (const structuredReplies of [true, false]) {
+      await using connection = await connect(fixture.uri(), { structuredReplies })
+      await connection.write(0, pattern(MiB, 1))
+      store.setFaults({ seed: 1, rules: [{ operation: 'read', errno: 5 }] })
+      await expect(connection.read(0, MiB)).rejects.toMatchObject({ errnoName: 'EIO' })
+      store.setFaults({ seed: 1, rules: [] })
+      expect(pattern(MiB, 1).equals(await connection.read(0, MiB))).toBe(true)
+    }
+  })
+
+  it('rule 18: answers a full disk with ENOSPC and goes on', async () => {
+    fixture = await NbdFixture.start({ noExport: true })
+    const store = fixture.engine.faultStore(fixture.engine.memoryStore({ capacityBytes: 64 * MiB }))
+    const { device } = await fixture.openDevice({ store, uniform: true })
+    fixture.exports.add('disk', device)
+    await using connection = await connect(fixture.uri())
+    store.setFaults({ seed: 1, rules: [{ operation: 'write', errno: 28 }] })
+    await expect(connection.write(0, pattern(4096, 1))).rejects.toMatchObject({ errnoName: 'ENOSPC' })
+    store.setFaults({ seed: 1, rules: [] })
+    await connection.write(0, pattern(4096, 2))
+    expect(pattern(4096, 2).equals(await connection.read(0, 4096))).toBe(true)
+  })
+})
+
+describe('what is called stable', () => {
+  /** Opens what a power cut at this moment would leave, if nothing unsynced survives. */
+  async function afterPowerCut(opened: Awaited<ReturnType<NbdFixture['openDevice']>>) {
+    const image = opened.store.crashImage(opened.store.sequence(), 1, { keepOf256: 0, tear: false, reorder: false })
+    const { device } = await fixture.engine.openDevice({
+      volumeId: opened.volumeId,
+      sizeBytes: 8 * MiB,
+      epoch: 2,
+      map: fixture.engine.uniformMap(0),
+      mapLsn: 0,
+      layers: [{ alias: 1, id: opened.layerId, store: image }],
+      active: 1,
+      next: null,
+    })
+    return device
+  }
+
+  it('rules 20 and 21: a flush covers what was answered on any connection, FUA covers its own write, and nothing else is promised', async () => {
+    fixture = await NbdFixture.start({ noExport: true })
+    const opened = await fixture.openDevice({ store: fixture.engine.memoryStore({ capacityBytes: 64 * MiB, record: true }) })
+    fixture.exports.add('disk', opened.device)
+    await using first = await connect(fixture.uri())
+    await using second = await connect(fixture.uri())
+    await first.write(0, pattern(4096, 1))
+    await first.writeZeroes(MiB, 8192)
+    await first.write(4 * MiB + 1, pattern(10_000, 2))
+    await second.flush()
+    const unflushed = first.write(6 * MiB, pattern(4096, 3))
+    await second.write(7 * MiB, pattern(4096, 4), { fua: true })
+    await unflushed
+    const found = await afterPowerCut(opened)
+    expect(pattern(4096, 1).equals(await found.read(0, 4096))).toBe(true)
+    expect(Buffer.alloc(8192).equals(await found.read(MiB, 8192))).toBe(true)
+    expect(pattern(10_000, 2).equals(await found.read(4 * MiB + 1, 10_000))).toBe(true)
+    expect(pattern(4096, 4).equals(await found.read(7 * MiB, 4096))).toBe(true)
+    await found.close()
+  })
+})
+
+describe('trim, zeroes and status', () => {
+  const sizeBytes = 3 * 1024 * MiB
+
+  beforeEach(async () => {
+    fixture = await NbdFixture.start({ sizeBytes })
+  })
+
+  it('rule 22: TRIM and WRITE_ZEROES may be longer than any payload', async () => {
+    await using connection = await connect(fixture.uri())
+    await connection.write(2048 * MiB, pattern(4096, 1))
+    await connection.writeZeroes(0, sizeBytes)
+    expect(Buffer.alloc(4096).equals(await connection.read(2048 * MiB, 4096))).toBe(true)
+    await connection.write(2048 * MiB, pattern(4096, 1))
+    await connection.trim(0, sizeBytes)
+  })
+
+  it('rule 23: WRITE_ZEROES reads back zero to the byte, and allocates with NO_HOLE', async () => {
+    await using connection = await connect(fixture.uri(), { metaContexts: ['base:allocation'] })
+    const data = pattern(64 * KiB, 1)
+    await connection.write(0, data)
+    await connection.writeZeroes(5000, 20_000)
+    await connection.writeZeroes(40_001, 10_001, { noHole: true })
+    data.fill(0, 5000, 25_000)
+    data.fill(0, 40_001, 50_002)
+    expect(data.equals(await connection.read(0, 64 * KiB))).toBe(true)
+    await connection.writeZeroes(MiB, MiB, { noHole: true })
+    const extents = (await connection.blockStatus(MiB, MiB)).get('base:allocation')!
+    // HOLE clear promises that a write finds its space.
+    for (const extent of extents) expect(extent.flags & protocol.allocationFlag.hole).toBe(0)
+  })
+
+  it('rule 25: status tells data from holes, gives one extent to REQ_ONE, and EINVAL without a context', async () => {
+    await using connection = await connect(fixture.uri(), { metaContexts: ['base:allocation'] })
+    await connection.write(64 * KiB, pattern(64 * KiB, 1))
+    const whole = (await connection.blockStatus(0, MiB)).get('base:allocation')!
+    expect(whole[0]).toEqual({ offsetBytes: 0, lengthBytes: 64 * KiB, flags: 3 })
+    expect(whole[1]).toEqual({ offsetBytes: 64 * KiB, lengthBytes: 64 * KiB, flags: 0 })
+    expect(whole[2]).toMatchObject({ offsetBytes: 128 * KiB, flags: 3 })
+    expect((await connection.blockStatus(1000, 2000, { reqOne: true })).get('base:allocation')).toEqual([
+      { offsetBytes: 1000, lengthBytes: 2000, flags: 3 },
+    ])
+    expect((await connection.blockStatus(0, MiB, { reqOne: true })).get('base:allocation')).toEqual([
+      { offsetBytes: 0, lengthBytes: 64 * KiB, flags: 3 },
+    ])
+    await using without = await connect(fixture.uri())
+    await expect(
+      without.request({ command: command.blockStatus, flags: 0, offsetBytes: 0, lengthBytes: 4096 }),
+    ).rejects.toMatchObject({ errnoName: 'EINVAL' })
+  })
+
+  it('rule 25: many extents come in bounded answers that can be continued', async () => {
+    await using connection = await connect(fixture.uri(), { metaContexts: ['base:allocation'] })
+    const block = pattern(4096, 1)
+    const blockCount = 3000
+    await Promise.all(Array.from({ length: blockCount }, (_, index) => connection.write(index * 8192, block)))
+    let dataBytes = 0
+    for (let offsetBytes = 0; offsetBytes < blockCount * 8192;) {
+      const extents = (await connection.blockStatus(offsetBytes, blockCount * 8192 - offsetBytes)).get('base:allocation')!
+      for (const extent of extents) if (extent.flags === 0) dataBytes += extent.lengthBytes
+      offsetBytes = extents.at(-1)!.offsetBytes + extents.at(-1)!.lengthBytes
+    }
+    expect(dataBytes).toBe(blockCount * 4096)
+  })
+})

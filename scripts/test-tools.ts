@@ -1,0 +1,41 @@
+// Programs of others that tests talk to: a missing one means skipped tests here, and a failure where everything must run.
+import { spawnSync } from 'node:child_process'
+
+export interface TestTool {
+  /** What is looked for: a program on the PATH, or a Python module after `python3:`. */
+  readonly name: string
+  /** The Debian package that has it. */
+  readonly debianPackage: string
+  /** What is not tested without it. */
+  readonly usedFor: string
+}
+
+export const testTools: readonly TestTool[] = [
+  { name: 'qemu-img', debianPackage: 'qemu-utils', usedFor: 'import of qcow2, NBD with QEMU as the client' },
+  { name: 'qemu-io', debianPackage: 'qemu-utils', usedFor: 'NBD with QEMU as the client, the README tour' },
+  { name: 'nbdcopy', debianPackage: 'libnbd-bin', usedFor: 'NBD with libnbd as the client, the README tour' },
+  { name: 'nbdinfo', debianPackage: 'libnbd-bin', usedFor: 'the list of exports as libnbd sees it' },
+  { name: 'python3:nbd', debianPackage: 'python3-libnbd', usedFor: 'NBD requests that the command-line clients cannot send' },
+  { name: 'nbdkit', debianPackage: 'nbdkit', usedFor: 'our NBD client against a server that is not ours' },
+  { name: 'fio', debianPackage: 'fio', usedFor: 'load in the crash tests' },
+  { name: 'mke2fs', debianPackage: 'e2fsprogs', usedFor: 'disk images with a file system' },
+  { name: 'setpriv', debianPackage: 'util-linux', usedFor: 'conversion of images as an unprivileged user' },
+  { name: 'dpkg-deb', debianPackage: 'dpkg', usedFor: 'disk images made of Debian packages' },
+]
+
+function isInstalled(tool: TestTool): boolean {
+  const [kind, module] = tool.name.split(':')
+  const probe =
+    kind === 'python3' && module !== undefined
+      ? spawnSync('/usr/bin/python3', ['-c', `import ${module}`])
+      : spawnSync('sh', ['-c', 'command -v -- "$1"', 'sh', tool.name], {
+          // sbin holds mke2fs and is not on every user's PATH.
+          env: { ...process.env, PATH: `${process.env['PATH'] ?? ''}:/usr/sbin:/sbin` },
+        })
+  return probe.status === 0
+}
+
+/** The tools of the table that this machine lacks. */
+export function missingTools(): TestTool[] {
+  return testTools.filter((tool) => !isInstalled(tool))
+}

@@ -1,0 +1,143 @@
+/**
+ * What a southbound driver is: it makes pools on one kind of backend.
+ *
+ * A driver decides where a pool's bytes lie, who may have it open (the lock and the owner record) and what the backend can
+ * do; the bytes themselves are moved by the pool's native store. What drivers can do differently are fields of
+ * `PoolCapabilities`, never a question after a driver's name.
+ */
+import type { Engine, Store } from '@atoll/native'
+
+/** What a pool can do. Constant while it is open. */
+export interface PoolCapabilities {
+  /** The unit that a first write to a shared slot copies up. */
+  readonly copyUnitBytes: number
+  /** Smaller ranges cannot be freed; 0: nothing can be punched, space comes back only when a whole layer goes. */
+  readonly punchUnitBytes: number
+  /** A write that returned is durable: a sync costs nothing. */
+  readonly ackIsDurable: boolean
+  /** What keeps a second writer out: a lock that dies with its process, the backend's blocklist, a lease in time, or nothing. */
+  readonly fence: 'lock' | 'blocklist' | 'lease' | 'none'
+  /** Two pools with the same value can copy inside the backend; null: never. */
+  readonly offloadDomain: string | null
+  /** Other nodes can open the same pool. */
+  readonly sharedByNodes: boolean
+  /** Survives the end of the process. */
+  readonly persistent: boolean
+}
+
+/** One layer as the backend shows it. */
+export interface LayerListing {
+  id: string
+  allocatedBytes: number
+  /** Offset after the last byte ever written. */
+  lengthBytes: number
+}
+
+export interface PoolUsage {
+  /** Size of the backend. */
+  totalBytes: number
+  /** Free for new data. */
+  freeBytes: number
+  /** Allocated by this pool. */
+  storedBytes: number
+}
+
+/** One thing that a check found. */
+export interface Finding {
+  severity: 'note' | 'warning' | 'error'
+  /** Stable, kebab-case: 'owner-record-missing', 'no-free-space', … */
+  kind: string
+  /** The file, layer or record it is about. */
+  object: string
+  /** A sentence with what to do. */
+  message: string
+}
+
+/** How a layer's journal ends: `Store.sealLayer`. */
+export interface LayerSeal {
+  volumeId: string
+  epoch: number
+  finalLsn: number
+  /** The layer that became active instead; null: none. */
+  successor: string | null
+}
+
+/** What a driver needs to open a pool. */
+export interface PoolContext {
+  readonly engine: Engine
+  readonly poolId: string
+  /** As the user gave them; the driver parses them again. */
+  readonly options: Readonly<Record<string, string>>
+  /** Who opens: stands in the pool's owner record. */
+  readonly catalogId: string
+  /** What somebody who is kept out reads: `pid 123 on host since …`. */
+  readonly ownerText: string
+  /** Now, in milliseconds since 1970. */
+  readonly now: () => number
+  /**
+   * True (the default): what is missing is made. False: the pool must be there already, so that a disk that is not mounted is
+   * found out rather than hidden under a new, empty pool.
+   */
+  readonly create?: boolean
+}
+
+/**
+ * An open pool. Any method may run at the same time as any other, on other layers; the caller sees to it that a layer has at
+ * most one mutating job at a time (I2). Errors are AtollErrors: those of the native store, and POOL_CLOSED after `close`.
+ */
+export interface PoolHandle {
+  /** Name of the driver. For people and for `pool show`; nothing is decided by it. */
+  readonly driver: string
+  readonly poolId: string
+  readonly capabilities: PoolCapabilities
+  /** The native half: what devices open layers in. */
+  readonly store: Store
+
+  /** Makes an empty layer; durable on return. @throws AtollError LAYER_EXISTS, NO_SPACE */
+  createLayer(id: string): Promise<void>
+  /** Removes the layer and its journal; durable on return. What is not there is no error. */
+  removeLayer(id: string): Promise<void>
+  /** Every layer there is, known to the catalog or not (I11), in any order. */
+  listLayers(): Promise<LayerListing[]>
+  layerExists(id: string): Promise<boolean>
+  usage(): Promise<PoolUsage>
+  /**
+   * Ends the journal of a closed volume's layer. Sealing again with the same values changes nothing.
+   * @throws AtollError LAYER_MISSING, CATALOG_BEHIND if the journal goes on after `finalLsn` (nothing is changed then)
+   */
+  sealLayer(id: string, seal: LayerSeal): Promise<void>
+  /**
+   * Frees everything of a sealed layer but `keepRuns`: triples (start slot, slot count, owner) as `Reach.runs` gives them,
+   * ascending, not overlapping. The caller has made sure that nothing reads the rest any more (I5).
+   * @returns the bytes that were freed
+   * @throws AtollError POOL_UNSUPPORTED if the pool cannot punch, LAYER_MISSING
+   */
+  punchExcept(id: string, keepRuns: Float64Array): Promise<number>
+  /** Frees the space kept back for deletes on a full backend. Idempotent. */
+  releaseReserve(): Promise<void>
+  /** Makes the reserve whole again if there is space; returns its bytes. */
+  restoreReserve(): Promise<number>
+  /** Looks at what the driver itself is responsible for: owner record, lock, free space. Changes nothing. */
+  check(): Promise<Finding[]>
+  /** Ends the pool for good: its owner record goes, the pool is closed. @throws AtollError POOL_NOT_EMPTY if layers are left */
+  destroy(): Promise<void>
+  /** Lets go of the lock. Waits for calls that are running. Idempotent. */
+  close(): Promise<void>
+}
+
+/** A kind of pool. */
+export interface Driver {
+  readonly name: string
+  /** One line for `pool create --help`. */
+  readonly summary: string
+  /**
+   * Checks options without touching the backend and returns them as they are to be recorded (defaults are not filled in).
+   * @throws AtollError POOL_OPTION_INVALID naming the option, the value and what is allowed
+   */
+  parseOptions(options: Readonly<Record<string, string>>): Record<string, string>
+  /**
+   * Opens the pool and makes it the catalog's: takes its lock and raises the epoch of its owner record.
+   * @throws AtollError POOL_LOCKED naming the holder, POOL_OWNED_BY_OTHER naming the catalog, POOL_UNAVAILABLE, POOL_OPTION_INVALID
+   */
+  open(context: PoolContext): Promise<PoolHandle>
+}

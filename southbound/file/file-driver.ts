@@ -1,0 +1,54 @@
+/** The file driver: a pool is a folder of sparse files, one per layer, with the journals beside them. */
+import { stat } from 'node:fs/promises'
+import { AtollError, isAtollError } from '@atoll/core'
+import type { Store } from '@atoll/native'
+import type { Driver, PoolContext, PoolHandle } from '../driver.ts'
+import { openStorePool } from '../store-pool.ts'
+import { type FileConfig, parseFileConfig } from './file-config.ts'
+
+export const fileDriver: Driver = {
+  name: 'file',
+  summary: 'sparse files in a local folder (option path=/absolute/folder)',
+
+  parseOptions(options) {
+    const { path } = parseFileConfig(options)
+    return { ...options, path }
+  },
+
+  async open(context: PoolContext): Promise<PoolHandle> {
+    const config = parseFileConfig(context.options)
+    const poolName = `the pool at ${config.path}`
+    const store = await openStore(context, config, poolName)
+    // Files of one file system can share blocks (FICLONERANGE) and be copied inside the kernel.
+    const { dev } = await stat(config.path)
+    return openStorePool({
+      driver: fileDriver.name,
+      poolName,
+      context,
+      store,
+      // An OFD lock: the kernel drops it with the process, so who gets it may write at once.
+      capabilities: { fence: 'lock', offloadDomain: `file:${dev}`, sharedByNodes: false },
+    })
+  },
+}
+
+async function openStore(context: PoolContext, config: FileConfig, poolName: string): Promise<Store> {
+  const create = context.create ?? true
+  const unavailable = (why: string, cause: unknown): AtollError =>
+    new AtollError('POOL_UNAVAILABLE', `${poolName} cannot be opened: ${why}`, { values: { path: config.path }, cause })
+  const found = await stat(config.path).catch((error: NodeJS.ErrnoException) => error)
+  if (found instanceof Error) {
+    if (found.code !== 'ENOENT') throw unavailable(found.message, found)
+    if (!create) throw unavailable('the folder is not there; is its disk mounted?', found)
+  } else if (!found.isDirectory()) {
+    throw unavailable('it is not a folder', undefined)
+  }
+  try {
+    return await context.engine.openFileStore({ path: config.path, create, reserveBytes: config.reserveBytes })
+  } catch (error) {
+    // A folder without the store's sub-folders: nothing was ever put here, so the disk is not the one that is meant.
+    if (isAtollError(error, 'LAYER_MISSING'))
+      throw unavailable(`it holds no pool; is its disk mounted? (${error.message})`, error)
+    throw error
+  }
+}

@@ -1,0 +1,8 @@
+export * from './driver.ts'
+export { checkDrivers, drivers } from './drivers.ts'
+export { fileDriver } from './file/file-driver.ts'
+export { makeMemoryDriver, memoryDriver } from './memory/memory-driver.ts'
+export { setFaults, withFaults } from './fault/fault-driver.ts'
+export { faultOperations, type FaultPlan, type FaultPlanInput } from './fault/fault-config.ts'
+export { guardPool } from './guard.ts'
+export { type OwnerRecord, readOwnerRecord } from './owner-record.ts'

@@ -1,0 +1,32 @@
+/** A driver whose one pool lies in a store that the test made: the recorder's, or an image of it after a crash. */
+import type { Driver, PoolHandle } from '@atoll/southbound'
+import type { Store } from '@atoll/native'
+
+export function givenStoreDriver(store: Store): Driver {
+  return {
+    name: 'memory',
+    summary: 'a store made by a test',
+    parseOptions: (options) => ({ ...options }),
+    async open(context): Promise<PoolHandle> {
+      const capabilities = store.capabilities()
+      return {
+        driver: 'memory',
+        poolId: context.poolId,
+        capabilities: { ...capabilities, fence: 'lock', offloadDomain: null, sharedByNodes: false },
+        store,
+        createLayer: (id) => store.createLayer(id),
+        removeLayer: (id) => store.removeLayer(id),
+        listLayers: () => store.listLayers(),
+        layerExists: (id) => store.layerExists(id),
+        usage: () => store.usage(),
+        sealLayer: (id, seal) => store.sealLayer(id, seal.volumeId, seal.epoch, seal.finalLsn, seal.successor),
+        punchExcept: (id, keepRuns) => store.punchExcept(id, keepRuns),
+        releaseReserve: () => store.releaseReserve(),
+        restoreReserve: () => store.restoreReserve(),
+        check: async () => [],
+        destroy: async () => {},
+        close: async () => {},
+      }
+    },
+  }
+}

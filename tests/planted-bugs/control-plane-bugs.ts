@@ -1,0 +1,101 @@
+/** Bugs planted in the mapper, and the crash histories that must catch each. Every `find` stands exactly once in its file. */
+import type { PlantedBug } from './planted-bug.ts'
+
+/** Long enough that every kind of operation happens, with few draws: the bugs are coarse. */
+const history = ['--seed', '11', '--operations', '1200', '--draws', '3']
+
+export const controlPlaneBugs: PlantedBug[] = [
+  {
+    name: 'reclaim does not look at the roots of snapshots',
+    edits: [
+      {
+        file: 'mapper/reclaim.ts',
+        find: ".select(['id', 'root_word', 'root_crc']).execute()",
+        replace: ".select(['id', 'root_word', 'root_crc']).where('kind', '<>', 'snapshot').execute()",
+      },
+    ],
+    tests: history,
+  },
+  {
+    name: 'reclaim punches active layers by the durable map instead of the live one',
+    edits: [
+      {
+        file: 'mapper/reclaim.ts',
+        find: ".where('layers.state', '=', 'sealed')",
+        replace: ".where('layers.state', 'in', ['sealed', 'active'])",
+      },
+    ],
+    tests: history,
+  },
+  {
+    name: 'the prepared layer is lost: an open does not know it',
+    edits: [{ file: 'mapper/open.ts', find: '      next: next.alias,\n', replace: '      next: null,\n' }],
+    tests: history,
+  },
+  {
+    name: 'a swap that a crash interrupted is forgotten at open',
+    edits: [{ file: 'mapper/open.ts', find: 'swapUncommitted: opened.report.promotedNext', replace: 'swapUncommitted: false' }],
+    tests: history,
+  },
+  {
+    name: 'the root is committed without its lsn',
+    edits: [
+      { file: 'mapper/checkpoint.ts', find: '      map_lsn: checkpoint.lsn,\n', replace: '      map_lsn: volume.mapLsn,\n' },
+    ],
+    tests: history,
+  },
+  {
+    name: 'a checkpoint deletes pages that a snapshot shares',
+    edits: [
+      {
+        file: 'mapper/checkpoint.ts',
+        find: 'Array.from(staged.replaced).filter((id) => id >= volume.sharedBelowPage)',
+        replace: 'Array.from(staged.replaced).filter((id) => id >= 0)',
+      },
+    ],
+    tests: history,
+  },
+  {
+    name: 'a snapshot does not mark the pages of its root as shared',
+    edits: [{ file: 'mapper/share.ts', find: '      share: true,\n', replace: '      share: false,\n' }],
+    tests: history,
+  },
+  {
+    name: 'a closed volume goes on writing to the layer that its snapshot refers to',
+    edits: [
+      {
+        file: 'mapper/share.ts',
+        find: 'if (rootMayReferTo(rootOf(part.row), part.active.alias)) return',
+        replace: 'if (part.active.alias < 0) return',
+      },
+    ],
+    tests: history,
+  },
+  {
+    name: 'the size of a shrink is not committed with its map',
+    edits: [{ file: 'mapper/checkpoint.ts', find: '...(sizeBytes === null ? {} : { size_bytes: sizeBytes }) })', replace: '})' }],
+    tests: history,
+  },
+  {
+    name: 'a next layer that a crash left bytes in is kept as it is',
+    edits: [{ file: 'mapper/open.ts', find: '      await replaceUsedNext(context, serve)\n', replace: '' }],
+    tests: history,
+  },
+  {
+    name: 'a close releases the lease of a volume whose map the catalog lacks',
+    edits: [
+      {
+        file: 'mapper/close.ts',
+        find: '  await tryCheckpoint(context, entry)\n  if (entry.orphansPossible',
+        replace: '  if (entry.orphansPossible',
+      },
+      { file: 'mapper/close.ts', find: '    if (!isClean(entry)) await tryCheckpoint(context, entry)\n', replace: '' },
+      {
+        file: 'mapper/close.ts',
+        find: '  if (isClean(entry)) await releaseLease',
+        replace: '  if (entry.kind !== null) await releaseLease',
+      },
+    ],
+    tests: history,
+  },
+]

@@ -1,0 +1,209 @@
+/** Bugs planted in the engine, and the cargo tests that must catch each. Every `find` stands exactly once in its file. */
+import type { PlantedBug } from './planted-bug.ts'
+
+const deviceTests = ['-p', 'atoll-engine', 'device::']
+
+export const nativeBugs: PlantedBug[] = [
+  {
+    name: 'the batch log is believed under another boot of the kernel',
+    edits: [
+      { file: 'native/engine/src/device/batch_log.rs', find: '            && bytes[8..24] == self.place.boot_id\n', replace: '' },
+      {
+        file: 'native/engine/src/device/batch_log.rs',
+        find: 'crc32c::crc32c_append(crc32c::crc32c(boot_id), &entry[4..])',
+        replace: '{\n        let _ = boot_id;\n        crc32c::crc32c(&entry[4..])\n    }',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'a change is answered before it is in the batch log',
+    edits: [
+      {
+        file: 'native/engine/src/device/write.rs',
+        find: 'is_logged &= log.record(slot, delta, active.alias()).is_ok();',
+        replace: 'let _ = (log, slot, delta);\n                is_logged &= true;',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'flush closes the batch after the data sync',
+    edits: [
+      {
+        file: 'native/engine/src/device/flush.rs',
+        find: '        self.dirty_bytes.store(0, Ordering::Relaxed);\n',
+        replace:
+          '        self.dirty_bytes.store(0, Ordering::Relaxed);\n        if let Some(active) = &self.layers.load().active {\n            let _ = active.io.sync();\n        }\n',
+      },
+      {
+        file: 'native/engine/src/device/flush.rs',
+        find: 'if let Err(error) = layer.io.sync() {',
+        replace: 'if let Err(error) = atoll_io::Result::Ok(()) {',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'flush appends the frame without syncing the data',
+    edits: [
+      {
+        file: 'native/engine/src/device/flush.rs',
+        find: 'if let Err(error) = layer.io.sync() {',
+        replace: 'if let Err(error) = atoll_io::Result::Ok(()) {',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'second flush is answered by the one that runs already',
+    edits: [
+      {
+        file: 'native/engine/src/device/flush.rs',
+        find: 'let mine = turns.started + 1;',
+        replace: 'let mine = turns.started.max(1);',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'second flush skips a batch whose frame failed',
+    edits: [
+      {
+        file: 'native/engine/src/device/flush.rs',
+        find: '                    if let Some(front) = self.batch.lock().queue.front_mut() {\n                        front.deltas = deltas;\n                    }\n',
+        replace: '                    self.batch.lock().queue.pop_front();\n                    drop(deltas);\n',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'flush leaves out the layer that a swap closed',
+    edits: [
+      {
+        file: 'native/engine/src/device/flush.rs',
+        find: 'for (index, layer) in layers.iter().enumerate() {',
+        replace: 'for (index, layer) in layers.iter().enumerate().skip(closing_count) {',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: "the successor's frames go before those of the closing layer",
+    edits: [
+      {
+        file: 'native/engine/src/device/flush.rs',
+        find: 'for (index, layer) in layers.iter().enumerate() {',
+        replace: 'for (index, layer) in layers.iter().enumerate().rev() {',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'the owner changes before the data is written',
+    edits: [
+      {
+        file: 'native/engine/src/device/write.rs',
+        find: '            active\n                .writer()?\n                .write(',
+        replace:
+          '            self.change_owner(runs, alias)?;\n            active\n                .writer()?\n                .write(',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'a merge without the slot lock',
+    edits: [
+      { file: 'native/engine/src/device/write.rs', find: 'let _lock = self.ranges.lock(start_slot, end_slot);', replace: '' },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'a partial first write to a hole keeps what the active layer happens to hold',
+    edits: [
+      {
+        file: 'native/engine/src/device/write.rs',
+        find: 'let complete_head = head_length > 0 && first_owner != alias;',
+        replace: 'let complete_head = head_length > 0 && first_owner != alias && first_owner != atoll_map::HOLE;',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'no drain at the swap',
+    edits: [
+      {
+        file: 'native/engine/src/device/swap.rs',
+        find: 'closed.iter().all(|closed| closed.drain(started + deadline))',
+        replace: 'closed.iter().all(|closed| closed.drain(started) || true)',
+      },
+      { file: 'native/engine/src/device/swap.rs', find: '        predecessor.refuse_writes();\n', replace: '' },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'a swap forgets the open batch',
+    edits: [{ file: 'native/engine/src/device/swap.rs', find: '        batch.close(&predecessor);\n', replace: '' }],
+    tests: deviceTests,
+  },
+  {
+    name: 'open does not look into the prepared layer',
+    edits: [
+      {
+        file: 'native/engine/src/device/open.rs',
+        find: 'Some(next) => replay_next(&spec, &map, find_layer(&spec, next)?, &mut recalled, &mut report)?,',
+        replace: 'Some(_) => Option::<Arc<ActiveLayer>>::None,',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'a device goes on after a failed sync',
+    edits: [
+      {
+        file: 'native/engine/src/device/flush.rs',
+        find: 'return Err(self.poison(&format!("sync of layer {} failed: {error}", layer.spec.id)));',
+        replace: 'return Err(error.into());',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'a shrink leaves the map as it is',
+    edits: [
+      {
+        file: 'native/engine/src/device/resize.rs',
+        find: 'if first_slot < MAP_SLOTS\n',
+        replace: 'if first_slot > MAP_SLOTS\n',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'orphans are freed without the slot lock',
+    edits: [
+      {
+        file: 'native/engine/src/device/resize.rs',
+        find: '                let _lock = self.ranges.lock(at, until);\n',
+        replace: '',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'a checkpoint removes the segment of frames it does not cover',
+    edits: [
+      {
+        file: 'native/engine/src/device/checkpoint.rs',
+        find: 'journal.remove_behind(lsn)?;',
+        replace: 'journal.remove_behind(lsn + 1)?;',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'a discard of a slot that another layer owns only punches',
+    edits: [{ file: 'native/engine/src/device/discard.rs', find: 'self.change_owner(active, runs, HOLE)', replace: 'Ok(())' }],
+    tests: deviceTests,
+  },
+]
