@@ -22,9 +22,11 @@ describe.skipIf(reason !== null)('a home on a full disk', () => {
     home.cli('volume', 'create', 'disk', '--size', '1G')
     let client = await attach(home, 'disk')
     await client.write(0, pattern(1, 24 * mebibyte))
+    await client.write(24 * mebibyte, pattern(8, 24 * mebibyte))
     await client.flush()
     await home.jsonMeanwhile('snapshot', 'create', 'disk@before')
     await client.write(0, pattern(2, 20 * mebibyte))
+    await client.write(24 * mebibyte, pattern(9, 24 * mebibyte))
     await client.flush()
 
     const fullAt = await fill(client, disk, 64 * mebibyte)
@@ -51,10 +53,14 @@ describe.skipIf(reason !== null)('a home on a full disk', () => {
 
     // A reclaim alone is recorded and ends; it finds nothing, because everything is still referred to.
     home.cli('pool', 'reclaim', 'default')
+    const { storedBytes } = home.json<{ storedBytes: number }>('pool', 'show', 'default')
     home.cli('snapshot', 'delete', 'disk@before')
     expect(home.json<{ state: string }>('pool', 'reclaim', 'default').state).toBe('done')
-    // Most of the snapshot's slots were overwritten, and nobody else has them. The reserves took their part back.
-    expect(await disk.freeBytes()).toBeGreaterThan(10 * mebibyte)
+    // Most of the snapshot's slots were overwritten, and nobody else has them. On the disk it may be less: the catalog's
+    // reserve takes back what it gave.
+    const after = home.json<{ storedBytes: number }>('pool', 'show', 'default')
+    expect(storedBytes - after.storedBytes).toBeGreaterThan(43 * mebibyte)
+    expect(await disk.freeBytes()).toBeGreaterThan(20 * mebibyte)
     await client.write(fullAt, pattern(6, mebibyte))
     await client.flush()
     expect(await client.read(fullAt, mebibyte)).toEqual(pattern(6, mebibyte))
