@@ -65,6 +65,7 @@ export async function createVolume(context: MapperContext, wanted: NewVolume): P
     context.layers.giveBack(spare)
     throw error
   }
+  context.open.setNew(id)
   return row as ResourceRow
 }
 

@@ -66,6 +66,8 @@ export type OpenEntry = OpenVolume | OpenReader
 export class OpenTable {
   readonly #entries = new Map<string, OpenEntry>()
   readonly #failures = new Map<string, AtollError>()
+  /** Volumes of which this process has seen that their journal and the catalog belong together. */
+  readonly #compared = new Set<string>()
 
   get(id: string): OpenEntry | undefined {
     return this.#entries.get(id)
@@ -94,6 +96,20 @@ export class OpenTable {
     this.requireClosed(entry.id)
     this.#entries.set(entry.id, entry)
     this.#failures.delete(entry.id)
+    if (entry.kind === 'writable') this.#compared.add(entry.id)
+  }
+
+  /** A volume was made: nobody else has ever written it. */
+  setNew(id: string): void {
+    this.#compared.add(id)
+  }
+
+  /**
+   * Whether the volume was made or opened for writing by this process. Of any other, the catalog may be older than the journal
+   * (restored from a backup) without a trace in its rows.
+   */
+  isCompared(id: string): boolean {
+    return this.#compared.has(id)
   }
 
   remove(id: string): void {
@@ -121,5 +137,6 @@ export class OpenTable {
   /** The resource is gone. */
   forget(id: string): void {
     this.#failures.delete(id)
+    this.#compared.delete(id)
   }
 }

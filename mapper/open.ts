@@ -61,17 +61,19 @@ export async function openLocked(context: MapperContext, resource: ResourceRow, 
 }
 
 /**
- * A dirty volume is opened, replayed, brought into the catalog and closed, and so is one that could not be opened last (its
- * catalog may be older than its journal: CATALOG_BEHIND); a clean or open one is left alone. After this the catalog's root
- * of a closed volume is its content.
+ * A dirty volume is opened, replayed, brought into the catalog and closed; so is one that could not be opened last, and one
+ * that this process has neither made nor opened yet (a catalog restored from a backup calls it clean, and its journal goes
+ * on: CATALOG_BEHIND). Any other is left alone. After this the catalog's root of a closed volume is its content.
  * @throws AtollError as `openLocked`
  */
 export async function settleLocked(context: MapperContext, volumeId: string): Promise<void> {
   const failure = context.open.failure(volumeId)
-  if (failure === undefined && !(await isDirty(context, volumeId))) return
+  const dirty = await isDirty(context, volumeId)
+  if (!dirty && failure === undefined && context.open.isCompared(volumeId)) return
   const resource = await requireResource(context.catalog.db, volumeId)
-  const why = failure === undefined ? 'the last holder of the volume died' : `the volume could not be opened (${failure.code})`
-  context.log.info({ volumeId }, `${why}: its journal is replayed`)
+  if (failure !== undefined)
+    context.log.info({ volumeId }, `the volume could not be opened (${failure.code}): its journal is replayed`)
+  else if (dirty) context.log.info({ volumeId }, 'the last holder of the volume died: its journal is replayed')
   const entry = await openLocked(context, resource, { holder: recoveryHolder, readOnly: false })
   await closeLocked(context, entry)
 }

@@ -29,24 +29,27 @@ describe('a catalog that is older than the pool', () => {
     const [older, newer] = [join(home.path, 'older.db'), join(home.path, 'newer.db')]
     await home.start()
     await makeOther(home)
-    // One that a snapshot makes newer, and one that only its journal does.
-    for (const disk of ['snapped', 'written']) {
+    // One that a snapshot makes newer, and one that only its journal does; `idle` is detached whenever a catalog is copied.
+    const disks = ['snapped', 'written', 'idle']
+    for (const disk of disks) {
       home.cli('volume', 'create', disk, '--size', '16M')
       home.cli('snapshot', 'create', `${disk}@base`)
       await using client = await attach(home, disk)
       await client.write(0, pattern(1, mebibyte))
       await client.flush()
     }
+    home.cli('volume', 'detach', 'idle')
     expect(await home.end()).toBe(0)
     await cp(catalog, older)
     const snappedLayer = layersOf(home, 'snapped').active
 
     await home.start()
-    for (const disk of ['snapped', 'written']) {
+    for (const disk of disks) {
       await using client = await attach(home, disk)
       await client.write(mebibyte, pattern(2, mebibyte))
       await client.flush()
     }
+    home.cli('volume', 'detach', 'idle')
     home.cli('snapshot', 'create', 'snapped@later')
     home.cli('volume', 'create', 'made', '--size', '16M')
     const made = await attach(home, 'made')
@@ -61,11 +64,15 @@ describe('a catalog that is older than the pool', () => {
     await home.start()
     await expectOnlyBroken(home, 'snapped', 'CATALOG_BEHIND', snappedLayer)
     await expectOnlyBroken(home, 'written', 'CATALOG_BEHIND', layersOf(home, 'written').active)
-    for (const disk of ['snapped', 'written']) {
+    // That `idle` is behind is seen before anything of it is shared.
+    expect(home.fail('snapshot', 'diff', 'idle@base', 'idle')).toBe('CATALOG_BEHIND')
+    for (const disk of disks) {
       expect(home.fail('snapshot', 'create', `${disk}@now`)).toBe('CATALOG_BEHIND')
       expect(home.fail('volume', 'create', 'copy', '--from', `volume:${disk}`)).toBe('CATALOG_BEHIND')
-      home.cli('volume', 'detach', disk)
+      expect(home.fail('volume', 'resize', disk, '32M')).toBe('CATALOG_BEHIND')
     }
+    home.cli('volume', 'detach', 'snapped')
+    home.cli('volume', 'detach', 'written')
     expect(home.fail('volume', 'show', 'made')).toBe('VOLUME_NOT_FOUND')
 
     // The layer of `made` was a spare as this catalog knows it. It is no spare any more: nobody gets its bytes.
@@ -86,7 +93,7 @@ describe('a catalog that is older than the pool', () => {
     // The newer catalog is found after all.
     await cp(newer, catalog)
     await home.start()
-    for (const disk of ['snapped', 'written']) {
+    for (const disk of disks) {
       await using client = await attach(home, disk)
       expect(await client.read(0, 2 * mebibyte)).toEqual(Buffer.concat([pattern(1, mebibyte), pattern(2, mebibyte)]))
     }
