@@ -54,6 +54,11 @@ export const packageRules: Readonly<Record<string, PackageRule>> = {
     mayImport: ['@atoll/core', '@atoll/native', '@atoll/southbound', '@atoll/mapper', '@atoll/composer', '@atoll/northbound'],
     reason: 'the daemon puts the components together, and nothing imports it',
   },
+  '@atoll/release': {
+    folder: 'release',
+    mayImport: ['@atoll/nbd-client'],
+    reason: 'a release is packed from files and used like a user does; it runs nothing of the checkout',
+  },
   '@atoll/tests': {
     folder: 'tests',
     mayImport: [
