@@ -23,11 +23,11 @@ const allowed: Readonly<Record<string, string>> = {
   'southbound/nbd/client/retrying-connection.ts': 'a library of its own: it measures its own timeouts',
 }
 
-/** One sentence per violation, each starting with `path:line: `. Tests and the scripts of the repository are left out. */
+/** One sentence per violation, each starting with `path:line: `. Tests, scripts, benchmarks and packing are left out. */
 export function findAmbientUses(files: readonly SourceFile[]): string[] {
   const violations: string[] = []
   for (const { path, text } of files) {
-    if (isTestFile(path) || path.startsWith('scripts/') || path in allowed) continue
+    if (isTestFile(path) || /^(?:scripts|bench|release)\//.test(path) || path in allowed) continue
     for (const { pattern, instead } of ambientSources) {
       for (const match of text.matchAll(pattern)) {
         const line = text.slice(text.lastIndexOf('\n', match.index) + 1, match.index)

@@ -54,6 +54,11 @@ export const packageRules: Readonly<Record<string, PackageRule>> = {
     mayImport: ['@atoll/core', '@atoll/native', '@atoll/southbound', '@atoll/mapper', '@atoll/composer', '@atoll/northbound'],
     reason: 'the daemon puts the components together, and nothing imports it',
   },
+  '@atoll/bench': {
+    folder: 'bench',
+    mayImport: ['@atoll/core', '@atoll/native', '@atoll/southbound', '@atoll/mapper'],
+    reason: 'a comparison drives the daemon from outside, as its peers are driven; only costs of parts look at parts',
+  },
   '@atoll/release': {
     folder: 'release',
     mayImport: ['@atoll/nbd-client'],
