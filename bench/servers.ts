@@ -4,6 +4,7 @@ import { once } from 'node:events'
 import { existsSync, openSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
+import type { Readable } from 'node:stream'
 import { setTimeout as wait } from 'node:timers/promises'
 
 const repositoryRoot = join(import.meta.dirname, '..')
@@ -79,7 +80,7 @@ export class Atoll {
     })
     const timer = setTimeout(() => daemon.kill('SIGKILL'), startTimeoutMs)
     let isReady = false
-    for await (const line of createInterface({ input: daemon.stdout })) {
+    for await (const line of createInterface({ input: daemon.stdout as Readable })) {
       isReady = (JSON.parse(line) as { ready?: boolean }).ready === true
       break
     }
