@@ -21,6 +21,12 @@ export const testTools: readonly TestTool[] = [
   { name: 'mke2fs', debianPackage: 'e2fsprogs', usedFor: 'disk images with a file system' },
   { name: 'setpriv', debianPackage: 'util-linux', usedFor: 'conversion of images as an unprivileged user' },
   { name: 'dpkg-deb', debianPackage: 'dpkg', usedFor: 'disk images made of Debian packages' },
+  { name: 'qemu-system-x86_64', debianPackage: 'qemu-system-x86', usedFor: 'guests that boot from our volumes' },
+  { name: 'syslinux', debianPackage: 'syslinux', usedFor: 'bootable disks for guests' },
+  { name: 'mformat', debianPackage: 'mtools', usedFor: 'bootable disks for guests' },
+  { name: 'sfdisk', debianPackage: 'fdisk', usedFor: 'bootable disks for guests' },
+  { name: 'nbdfuse', debianPackage: 'libnbd-bin', usedFor: 'file system tools on an export' },
+  { name: 'qemu-storage-daemon', debianPackage: 'qemu-system-common', usedFor: 'QEMU as a client that exports us again' },
 ]
 
 function isInstalled(tool: TestTool): boolean {
