@@ -4,15 +4,21 @@
  */
 import { hostname } from 'node:os'
 import { join } from 'node:path'
-import { newId as randomId, systemClock, type Catalog, type Clock, type Logger, type NewId } from '@atoll/core'
+import { newId as randomId, systemClock, type Catalog, type Clock, type Logger, type NewId, type ResourceRow } from '@atoll/core'
 import type { Mapper } from '@atoll/mapper'
 import type { Engine } from '@atoll/native'
 import { Attachments } from './attachments.ts'
 import { Exports } from './exports.ts'
 import { imageExportKind } from './image-export.ts'
+import { qcow2ExportKind } from './image-export-qcow2.ts'
 import { ImageService } from './image-service.ts'
-import { qcow2ImportKind } from './import-qcow2.ts'
+import { lookupAll } from './import-address.ts'
+import { convertImportKind } from './import-convert.ts'
+import { defaultHeaderTimeoutMs, defaultIdleTimeoutMs, type FetchPolicy } from './import-http-fetch.ts'
+import { httpImportKind, SecretUrls } from './import-http.ts'
+import { nbdImportKind } from './import-nbd.ts'
 import { rawImportKind } from './import-raw.ts'
+import { Spool } from './import-spool.ts'
 import { ImportStreams, streamImportKind } from './import-stream.ts'
 import { ImportTargets } from './import-targets.ts'
 import { Jobs } from './jobs.ts'
@@ -45,6 +51,8 @@ export interface ComposerOptions {
   jobsParallelMax?: number
   /** What imports and exports copy between two looks at whether to go on; default 64 MiB. */
   copyStepBytes?: number
+  /** How images are fetched over HTTP; default: from public addresses only, with the system's resolver. */
+  imageFetch?: Partial<Omit<FetchPolicy, 'setTimer'>> & { saveEveryBytes?: number }
 }
 
 export interface ComposerStatus {
@@ -88,6 +96,19 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   const attachments = new Attachments({ catalog, devices, exports, locks, log, clock, setTimer, newId, nbdSocketPath })
   const targets = new ImportTargets({ mapper, catalog })
   const streams = new ImportStreams()
+  const urls = new SecretUrls()
+  const spool = new Spool(options.home)
+  const { serveTemporaryNbd } = options
+  const convert = { targets, engine, serveTemporaryNbd, newId, setTimer }
+  const { saveEveryBytes, ...imageFetch } = options.imageFetch ?? {}
+  const policy = {
+    allowPrivate: false,
+    lookup: lookupAll,
+    headerTimeoutMs: defaultHeaderTimeoutMs,
+    idleTimeoutMs: defaultIdleTimeoutMs,
+    ...imageFetch,
+  }
+  const findResource = (id: string): Promise<ResourceRow> => reread(catalog, id)
   const jobs = new Jobs({
     catalog,
     log,
@@ -96,13 +117,16 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
     ...(options.jobsParallelMax === undefined ? {} : { parallelMax: options.jobsParallelMax }),
     kinds: [
       rawImportKind(targets, options.copyStepBytes),
-      qcow2ImportKind({ targets, engine, serveTemporaryNbd: options.serveTemporaryNbd, newId, setTimer }),
-      streamImportKind(targets, streams),
+      convertImportKind(convert),
+      streamImportKind({ ...convert, streams, spool }),
+      httpImportKind({ ...convert, spool, urls, policy, ...(saveEveryBytes === undefined ? {} : { saveEveryBytes }) }),
+      nbdImportKind(targets, options.copyStepBytes),
       imageExportKind({
         devices,
-        findResource: (id) => reread(catalog, id),
+        findResource,
         ...(options.copyStepBytes === undefined ? {} : { copyStepBytes: options.copyStepBytes }),
       }),
+      qcow2ExportKind({ devices, findResource, serveTemporaryNbd, newId, setTimer }),
       reclaimKind(mapper),
     ],
   })
@@ -112,6 +136,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   await attachments.start()
   await jobs.resumeAll()
   await targets.removeOrphans(jobs.subjects(), log)
+  await spool.removeOrphans(jobs.subjects(), log)
 
   let closed: Promise<void> | null = null
   const close = async (): Promise<void> => {
@@ -122,7 +147,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   return {
     volumes: new VolumeService(context),
     snapshots: new SnapshotService(context),
-    images: new ImageService(context, { targets, streams }),
+    images: new ImageService(context, { targets, streams, urls }),
     pools: new PoolService(context),
     jobs,
     exports,

@@ -2,8 +2,8 @@
  * Runs qemu-img on bytes that nobody trusts.
  *
  * Rules:
- * - qemu-img gets no file: its source and its target are exports of ours on one unix socket, in a directory that only its
- *   user may enter. It runs without network, privileges, capabilities and environment; memory, processor time and the size of
+ * - qemu-img gets no file but, for an export, the one that it writes: its sources and targets are exports of ours on one unix
+ *   socket, in a directory that only its user may enter. It runs without network, privileges, capabilities and environment; memory, processor time and the size of
  *   files that it writes are limited, and it dies with the daemon.
  * - As root we run it as nobody; as anybody else we run it as ourselves in a user namespace of its own, which is what takes
  *   the network away. Where that is refused, qemu-img is not run at all.
@@ -49,6 +49,8 @@ export interface QemuImgRun {
   activity: () => number
   /** qemu-img is ended when nothing has moved for so long. */
   stallTimeoutMs: number
+  /** A file that is handed over as descriptor 3, and how large it may become. Default: no file can be written. */
+  outputFile?: { descriptor: number; sizeBytesMax: number }
   /** Called with each percentage that `-p` prints. */
   onPercent?: (percent: number) => void
 }
@@ -96,19 +98,20 @@ export async function requireQemuImg(pathVariable = process.env['PATH'] ?? ''): 
 export async function runQemuImg(run: QemuImgRun): Promise<string> {
   if (run.signal.aborted) throw new JobInterrupted()
   const qemuImg = await requireQemuImg()
-  const [program, ...programArguments] = [...confinement(run.workBytesMax), qemuImg, ...run.arguments]
+  const [program, ...programArguments] = [...confinement(run), qemuImg, ...run.arguments]
+  const pipes = ['ignore', 'pipe', 'pipe'] as const
   const child = spawn(program ?? '', programArguments, {
     cwd: '/',
     env: { PATH: process.env['PATH'] ?? '/usr/bin:/bin', LC_ALL: 'C' },
-    stdio: ['ignore', 'pipe', 'pipe'],
+    stdio: run.outputFile === undefined ? [...pipes] : [...pipes, run.outputFile.descriptor],
   })
   const output = { stdout: '', stderr: '' }
-  child.stdout.setEncoding('latin1').on('data', (text: string) => {
+  child.stdout?.setEncoding('latin1').on('data', (text: string) => {
     output.stdout = (output.stdout + text).slice(-outputBytesMax)
     const percent = lastPercent(output.stdout)
     if (percent !== null) run.onPercent?.(percent)
   })
-  child.stderr.setEncoding('latin1').on('data', (text: string) => {
+  child.stderr?.setEncoding('latin1').on('data', (text: string) => {
     output.stderr = (output.stderr + text).slice(-outputBytesMax)
   })
   const kill = (): void => void child.kill('SIGKILL')
@@ -155,13 +158,22 @@ function watchForStall(run: QemuImgRun, kill: () => void): { stalled(): boolean;
   return { stalled: () => stalled, stop: () => cancel() }
 }
 
-/** The `json:` name of an export for qemu-img, so that no separator in a path has a meaning. */
-export function nbdImageName(driver: 'raw' | 'qcow2', socketPath: string, exportName: string): string {
-  return `json:${JSON.stringify({ driver, file: { driver: 'nbd', server: { type: 'unix', path: socketPath }, export: exportName } })}`
+/** A driver of QEMU that an image is opened with. */
+export type QemuDriver = 'raw' | 'qcow2' | 'vmdk' | 'vdi' | 'vhdx' | 'vpc'
+
+/**
+ * The `json:` name of an export for qemu-img, so that no separator in a path has a meaning. A backing file is never opened,
+ * even if the inspection overlooked one.
+ */
+export function nbdImageName(driver: QemuDriver, socketPath: string, exportName: string): string {
+  const file = { driver: 'nbd', server: { type: 'unix', path: socketPath }, export: exportName }
+  // The size that we inspected, not the one of the disk's geometry.
+  const size = driver === 'vpc' ? { force_size_calc: 'current_size' } : {}
+  return `json:${JSON.stringify({ driver, ...size, ...(driver === 'raw' ? {} : { backing: null }), file })}`
 }
 
 /** Each program of the chain replaces itself with the next, so that the one process is qemu-img in the end. */
-function confinement(workBytesMax: number): string[] {
+function confinement({ workBytesMax, outputFile }: QemuImgRun): string[] {
   const processorSeconds = processorSecondsBase + Math.ceil(workBytesMax / bytesPerProcessorSecond)
   const isolation = isRoot() ? ['--net', '--ipc'] : ['--user', '--map-current-user', '--net', '--ipc']
   const user = ['--reuid', String(sandboxUserId), '--regid', String(sandboxGroupId), '--clear-groups']
@@ -171,7 +183,7 @@ function confinement(workBytesMax: number): string[] {
     `--as=${addressSpaceBytesMax}`,
     `--cpu=${processorSeconds}`,
     `--nofile=${openFilesMax}`,
-    '--fsize=0',
+    `--fsize=${outputFile?.sizeBytesMax ?? 0}`,
     '--core=0',
   ]
   return ['unshare', ...isolation, '--', 'setpriv', ...privileges, '--', 'prlimit', ...limits, '--']

@@ -2,23 +2,17 @@
  * The job that writes an image (or a snapshot) to a raw file, holes kept.
  *
  * Rules:
- * - Bytes go to a new file of our own beside the destination; it gets the destination's name when it is whole and durable.
- *   So nobody sees half an image, and a failed export with `overwrite` leaves the old file as it was.
+ * - Bytes go to a new file beside the destination, which is placed when it is whole (image-destination.ts).
  * - The file is made with mode 0600, exclusively, and is written through its descriptor.
  * - What is exported is read-only, so a step that was interrupted can be done again.
  */
-import { constants, link, open, rename, stat, unlink, type FileHandle } from 'node:fs/promises'
-import { dirname, isAbsolute, join } from 'node:path'
+import { constants, open, type FileHandle } from 'node:fs/promises'
+import { dirname, join } from 'node:path'
 import { AtollError, type JsonObject, type ResourceRow } from '@atoll/core'
+import { isPlaced, placeExport, unlinkIfPresent, type DestinationParams } from './image-destination.ts'
 import { copyStepBytesDefault, stepsPerSave } from './import-raw.ts'
 import type { JobContext, JobKind } from './job-kind.ts'
 import type { OpenDevices } from './open-devices.ts'
-
-export interface ExportParams extends JsonObject {
-  path: string
-  /** Replace a regular file that is there. */
-  overwrite: boolean
-}
 
 interface ExportCursor extends JsonObject {
   offsetBytes: number
@@ -33,41 +27,25 @@ export interface ExportKindOptions {
   copyStepBytes?: number
 }
 
-/**
- * Checks a destination before a job is started.
- * @throws AtollError DESTINATION_INVALID, DESTINATION_EXISTS
- */
-export async function checkDestination(path: string, overwrite: boolean): Promise<void> {
-  const invalid = (why: string): AtollError =>
-    new AtollError('DESTINATION_INVALID', `cannot export to ${JSON.stringify(path)}: ${why}`, { values: { path } })
-  if (!isAbsolute(path) || path.includes('\0') || path.endsWith('/')) throw invalid('it is not an absolute path of a file')
-  const directory = await stat(dirname(path)).catch(() => null)
-  if (directory === null || !directory.isDirectory()) throw invalid(`there is no directory ${dirname(path)}`)
-  const present = await stat(path).catch(() => null)
-  if (present === null) return
-  if (!overwrite) throw destinationExists(path)
-  if (!present.isFile()) throw invalid('it is not a regular file')
-}
-
 export function imageExportKind(options: ExportKindOptions): JobKind {
   return {
     kind: 'image-export',
     pausable: true,
     parallelMax: 2,
     run: (context) => exportImage(context, options),
-    discard: async ({ jobId, params }) => unlinkIfPresent(partialPath((params as ExportParams).path, jobId)),
+    discard: async ({ jobId, params }) => unlinkIfPresent(partialPath((params as DestinationParams).path, jobId)),
   }
 }
 
 async function exportImage(context: JobContext, options: ExportKindOptions): Promise<JsonObject> {
-  const params = context.params as ExportParams
+  const params = context.params as DestinationParams
   const cursor = context.cursor as ExportCursor | null
   const resource = await options.findResource(context.subject)
   const sizeBytes = resource.size_bytes
   const copyStepBytes = options.copyStepBytes ?? copyStepBytesDefault
   const partial = partialPath(params.path, context.jobId)
   const result = { path: params.path, sizeBytes }
-  if (cursor?.offsetBytes === sizeBytes && (await isPlaced(params.path, cursor))) {
+  if (cursor?.offsetBytes === sizeBytes && (await isPlaced(params.path, cursor.inode))) {
     // The daemon was stopped between the last step and the end of the job.
     await unlinkIfPresent(partial)
     return result
@@ -96,7 +74,7 @@ async function exportImage(context: JobContext, options: ExportKindOptions): Pro
     } finally {
       await handle.close()
     }
-    await place(partial, params)
+    await placeExport(partial, params)
     return result
   } finally {
     await hold.release()
@@ -135,41 +113,6 @@ async function openPartial(
   }
 }
 
-/** Gives the whole file its name; the name is durable on return. */
-async function place(partial: string, params: ExportParams): Promise<void> {
-  if (params.overwrite) await rename(partial, params.path)
-  else {
-    // A link, because a rename would replace what somebody put there meanwhile.
-    await link(partial, params.path).catch((error: unknown) => {
-      throw (error as NodeJS.ErrnoException).code === 'EEXIST' ? destinationExists(params.path) : error
-    })
-    await unlinkIfPresent(partial)
-  }
-  const directory = await open(dirname(params.path), constants.O_RDONLY | constants.O_DIRECTORY)
-  try {
-    await directory.sync()
-  } finally {
-    await directory.close()
-  }
-}
-
-async function isPlaced(path: string, cursor: ExportCursor): Promise<boolean> {
-  const status = await stat(path, { bigint: true }).catch(() => null)
-  return status !== null && String(status.ino) === cursor.inode
-}
-
 function partialPath(path: string, jobId: string): string {
   return join(dirname(path), `.atoll-export-${jobId}`)
-}
-
-async function unlinkIfPresent(path: string): Promise<void> {
-  await unlink(path).catch((error: unknown) => {
-    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error
-  })
-}
-
-function destinationExists(path: string): AtollError {
-  return new AtollError('DESTINATION_EXISTS', `${path} exists already: choose another path, or overwrite it with --force`, {
-    values: { path },
-  })
 }

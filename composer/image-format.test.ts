@@ -31,7 +31,7 @@ describe('the format of an image', () => {
   })
 
   test('is refused by name when it cannot be imported', () => {
-    expect(() => requireSupported('vmdk', '/images/disk.vmdk')).toThrow(/disk\.vmdk looks like vmdk/)
+    expect(() => requireSupported('qed', '/images/disk.qed')).toThrow(/disk\.qed looks like qed/)
     expect(requireSupported('qcow2', '/x')).toBe('qcow2')
   })
 })

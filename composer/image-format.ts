@@ -1,8 +1,11 @@
 /** Tells the format of a disk image by its magic. Only asked when nobody said that the content is raw. */
 import { AtollError } from '@atoll/core'
 
+/** The formats that can be imported. */
+export const imageFormats = ['raw', 'qcow2', 'vmdk', 'vdi', 'vhdx', 'vhd'] as const
+
 /** What an import is told about its source; undefined: look. */
-export type ImageFormat = 'raw' | 'qcow2'
+export type ImageFormat = (typeof imageFormats)[number]
 
 /** Bytes at the start that detection looks at. */
 export const magicHeadBytes = 512
@@ -38,10 +41,11 @@ export function detectFormat(head: Uint8Array, tail: Uint8Array): string {
 
 /** The detected format if it can be imported. @throws AtollError IMAGE_FORMAT_UNSUPPORTED naming it */
 export function requireSupported(format: string, source: string): ImageFormat {
-  if (format === 'raw' || format === 'qcow2') return format
+  const found = imageFormats.find((supported) => supported === format)
+  if (found !== undefined) return found
   throw new AtollError(
     'IMAGE_FORMAT_UNSUPPORTED',
-    `${source} looks like ${format}, which cannot be imported; raw and qcow2 can. If its content is raw all the same, say so with --format raw`,
+    `${source} looks like ${format}, which cannot be imported; ${imageFormats.join(', ')} can. If its content is raw all the same, say so with --format raw`,
     { values: { source, format } },
   )
 }

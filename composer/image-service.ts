@@ -1,14 +1,17 @@
 /** Images: imports and exports (as jobs), and everything else about them. Names and ids are taken alike. */
 import { AtollError, checkName, type JsonObject, type PoolRow, type ProjectRow, type ResourceRow } from '@atoll/core'
 import { requireQemuImg } from './convert-sandbox.ts'
-import { checkDestination } from './image-export.ts'
-import { detectFormat, requireSupported, type ImageFormat } from './image-format.ts'
+import { checkDestination } from './image-destination.ts'
+import type { ImageFormat } from './image-format.ts'
+import { planImage } from './image-inspect.ts'
 import { checkImageSize } from './image-size.ts'
 import { ImageSource } from './image-source.ts'
+import { parseHttpUrl } from './import-http-fetch.ts'
+import { SecretUrls } from './import-http.ts'
+import { inspectNbd } from './import-nbd.ts'
 import { ImageStream, type ImportStreams } from './import-stream.ts'
 import type { ImportTargets } from './import-targets.ts'
 import type { JobView } from './job-kind.ts'
-import { inspectQcow2 } from './qcow2-inspect.ts'
 import type { ProjectScope } from './resolve.ts'
 import {
   nameKey,
@@ -37,6 +40,11 @@ export interface ImportFileOptions extends ImportOptions {
   path: string
 }
 
+export interface ImportUrlOptions extends ImportOptions {
+  /** `http://…`, `https://…`, `nbd://…` or `nbd+unix://…`. */
+  url: string
+}
+
 export interface ImportStreamOptions extends ImportOptions {
   stream: AsyncIterable<Uint8Array>
   /** If it is known: a stream that ends earlier is refused. */
@@ -46,8 +54,10 @@ export interface ImportStreamOptions extends ImportOptions {
 export interface ExportOptions extends ProjectScope {
   /** Absolute path of the file to be made. */
   path: string
-  /** Default and only one for now: raw. */
+  /** `raw` (default) or `qcow2`. */
   format?: string
+  /** Default false. True: the clusters of a qcow2 file are compressed. */
+  compress?: boolean
   /** Default false. True: a regular file that is there is replaced when the export is whole. */
   overwrite?: boolean
 }
@@ -64,11 +74,13 @@ export class ImageService {
   private readonly context: ServiceContext
   private readonly targets: ImportTargets
   private readonly streams: ImportStreams
+  private readonly urls: SecretUrls
 
-  constructor(context: ServiceContext, parts: { targets: ImportTargets; streams: ImportStreams }) {
+  constructor(context: ServiceContext, parts: { targets: ImportTargets; streams: ImportStreams; urls: SecretUrls }) {
     this.context = context
     this.targets = parts.targets
     this.streams = parts.streams
+    this.urls = parts.urls
   }
 
   /**
@@ -90,7 +102,34 @@ export class ImageService {
   }
 
   /**
-   * Starts the import of a stream of raw bytes. The stream is read as fast as it can be stored; when the job ends early it is
+   * Starts the import of what a URL names. HTTP is asked when the job runs, so what is wrong there makes the job fail; an NBD
+   * server is asked for the size first. An NBD export is taken as it is, never probed.
+   * @throws AtollError NAME_INVALID, NAME_TAKEN, IMAGE_SOURCE_INVALID, IMAGE_FETCH_FAILED, IMAGE_FORMAT_UNSUPPORTED, SIZE_INVALID,
+   *   POOL_NOT_FOUND, JOB_QUEUE_FULL
+   */
+  async importUrl(options: ImportUrlOptions): Promise<JobView> {
+    const place = await this.placeOf(options)
+    if (/^nbd[a-z+]*:/.test(options.url)) {
+      if (options.format !== undefined && options.format !== 'raw') {
+        throw new AtollError(
+          'IMAGE_FORMAT_UNSUPPORTED',
+          `an NBD export is a disk, whose content is taken as it is: it cannot be imported as ${options.format}`,
+          { values: { format: options.format } },
+        )
+      }
+      const params = await inspectNbd(options.url)
+      return await this.begin(options, place, { kind: 'image-import-nbd', params, sizeBytes: params.sizeBytes })
+    }
+    const url = parseHttpUrl(options.url)
+    const params = { ...SecretUrls.split(url), format: options.format ?? null }
+    if (params.format !== null && params.format !== 'raw') await requireQemuImg()
+    return await this.begin(options, place, { kind: 'image-import-http', params, sizeBytes: null }, (imageId) => {
+      if (params.hasSecrets) this.urls.add(imageId, url)
+    })
+  }
+
+  /**
+   * Starts the import of a stream. Any format but raw is kept in the home until it is whole. The stream is read as fast as it can be stored; when the job ends early it is
    * not read further. The job cannot be paused and does not survive a restart of the daemon.
    * @throws AtollError as `import`, IMAGE_STREAM_LOST
    */
@@ -100,8 +139,13 @@ export class ImageService {
     const stream = await ImageStream.begin(options.stream, options.format)
     try {
       const sizeBytes = options.sizeBytes ?? null
-      const params = { sizeBytes, format: options.format === 'raw' ? 'raw' : null }
-      return await this.begin(options, place, { kind: 'image-import-stream', params, sizeBytes }, stream)
+      const params = { sizeBytes, format: options.format ?? null }
+      if (stream.format !== 'raw') await requireQemuImg()
+      // What arrives is as large as the image only if it is raw.
+      const imageBytes = stream.format === 'raw' ? sizeBytes : null
+      return await this.begin(options, place, { kind: 'image-import-stream', params, sizeBytes: imageBytes }, (imageId) => {
+        this.streams.add(imageId, stream)
+      })
     } catch (error) {
       stream.end()
       throw error
@@ -114,11 +158,17 @@ export class ImageService {
    */
   async export(image: string, options: ExportOptions): Promise<JobView> {
     const { resolver, jobs, locks, catalog } = this.context
-    if (options.format !== undefined && options.format !== 'raw') {
-      throw new AtollError('IMAGE_FORMAT_UNSUPPORTED', `images cannot be exported as ${options.format}; raw can`, {
-        values: { format: options.format },
+    const format = options.format ?? 'raw'
+    if (format !== 'raw' && format !== 'qcow2') {
+      throw new AtollError('IMAGE_FORMAT_UNSUPPORTED', `images cannot be exported as ${format}; raw and qcow2 can`, {
+        values: { format },
       })
     }
+    const compress = options.compress ?? false
+    if (compress && format === 'raw') {
+      throw new AtollError('ARGUMENT_INVALID', 'a raw file cannot be compressed: export as qcow2', { values: { format } })
+    }
+    if (format === 'qcow2') await requireQemuImg()
     const { id } = image.startsWith('snapshot:')
       ? await resolver.source(image, options)
       : await resolver.resource('image', image, options)
@@ -127,12 +177,12 @@ export class ImageService {
     return await locks.run(id, async () => {
       const row = await reread(catalog, id)
       requireAvailable(row, 'exported')
-      const params = { path: options.path, overwrite }
+      const destination = { path: options.path, overwrite }
       return await jobs.start({
         projectId: row.project_id,
-        kind: 'image-export',
+        kind: format === 'raw' ? 'image-export' : 'image-export-qcow2',
         subject: id,
-        params,
+        params: format === 'raw' ? destination : { ...destination, compress },
         totalBytes: row.size_bytes,
       })
     })
@@ -219,7 +269,7 @@ export class ImageService {
     options: ImportOptions,
     place: { project: ProjectRow; pool: PoolRow },
     planned: PlannedImport,
-    stream?: ImageStream,
+    keep: (imageId: string) => void = () => undefined,
   ): Promise<JobView> {
     const { catalog, locks, jobs } = this.context
     return await locks.run(nameKey('image', place.project.id, options.name), async () => {
@@ -230,7 +280,7 @@ export class ImageService {
         sizeBytes: planned.sizeBytes,
         poolId: place.pool.id,
       })
-      if (stream !== undefined) this.streams.add(imageId, stream)
+      keep(imageId)
       try {
         return await jobs.start({
           projectId: place.project.id,
@@ -241,6 +291,7 @@ export class ImageService {
         })
       } catch (error) {
         this.streams.drop(imageId)
+        this.urls.drop(imageId)
         await this.targets.abort(imageId)
         throw error
       }
@@ -253,19 +304,18 @@ export class ImageService {
 }
 
 async function planFile(source: ImageSource, format: ImageFormat | undefined): Promise<PlannedImport> {
-  const { identity } = source
-  let found = format
-  if (found === undefined) {
-    const { head, tail } = await source.magicBytes()
-    found = requireSupported(detectFormat(head, tail), identity.path)
+  const plan = await planImage(source, format, source.identity.path)
+  const { virtualSizeBytes } = plan
+  if (plan.how === 'copy') {
+    return {
+      kind: 'image-import-raw',
+      params: { source: source.identity, sizeBytes: virtualSizeBytes },
+      sizeBytes: virtualSizeBytes,
+    }
   }
-  if (found === 'raw') {
-    checkImageSize(identity.sizeBytes)
-    return { kind: 'image-import-raw', params: { source: identity }, sizeBytes: identity.sizeBytes }
-  }
-  const { virtualSizeBytes } = await inspectQcow2(source)
   await requireQemuImg()
-  return { kind: 'image-import-qcow2', params: { source: identity, virtualSizeBytes }, sizeBytes: virtualSizeBytes }
+  const { how: _how, ...convert } = plan
+  return { kind: 'image-import-convert', params: { source: source.identity, ...convert }, sizeBytes: virtualSizeBytes }
 }
 
 function requireAvailable(row: ResourceRow, what: string): void {

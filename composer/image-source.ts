@@ -6,7 +6,7 @@ import { constants, open, type FileHandle } from 'node:fs/promises'
 import { isAbsolute } from 'node:path'
 import { AtollError, type JsonObject } from '@atoll/core'
 import { magicHeadBytes, magicTailBytes } from './image-format.ts'
-import type { ByteSource } from './qcow2-inspect.ts'
+import type { ByteSource } from './image-metadata.ts'
 
 /** What must stay the same while an import reads its source; stands in the job. */
 export interface SourceIdentity extends JsonObject {

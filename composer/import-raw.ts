@@ -11,6 +11,8 @@ export const stepsPerSave = 4
 
 export interface RawImportParams extends JsonObject {
   source: SourceIdentity
+  /** The image is so much of the source's beginning: a fixed VHD ends with a footer. */
+  sizeBytes: number
 }
 
 export function rawImportKind(targets: ImportTargets, copyStepBytes = copyStepBytesDefault): JobKind {
@@ -24,8 +26,8 @@ export function rawImportKind(targets: ImportTargets, copyStepBytes = copyStepBy
 }
 
 async function copyRaw(context: JobContext, targets: ImportTargets, copyStepBytes: number): Promise<JsonObject> {
-  const { source: identity } = context.params as RawImportParams
-  const result = { imageId: context.subject, sizeBytes: identity.sizeBytes }
+  const { source: identity, sizeBytes } = context.params as RawImportParams
+  const result = { imageId: context.subject, sizeBytes }
   const target = await targets.get(context.subject)
   // The job was stopped between the image's last commit and its own.
   if (target === null) return result
@@ -39,15 +41,15 @@ async function copyRaw(context: JobContext, targets: ImportTargets, copyStepByte
       await context.save({ offsetBytes })
       savedBytes = offsetBytes
     }
-    while (offsetBytes < source.sizeBytes) {
+    while (offsetBytes < sizeBytes) {
       if (context.signal.aborted) await save()
       context.checkInterrupted()
-      const lengthBytes = Math.min(copyStepBytes, source.sizeBytes - offsetBytes)
+      const lengthBytes = Math.min(copyStepBytes, sizeBytes - offsetBytes)
       const step = { path: source.descriptorPath, sourceOffsetBytes: offsetBytes, offsetBytes, lengthBytes }
       // Whatever the copy says: a source that changed is the reason to name.
       await target.device.copyIn(step).finally(() => source.requireUnchanged())
       offsetBytes += lengthBytes
-      context.report(offsetBytes, source.sizeBytes)
+      context.report(offsetBytes, sizeBytes)
       if (offsetBytes - savedBytes >= stepsPerSave * copyStepBytes) await save()
     }
     await targets.finish(context.subject)

@@ -1,23 +1,26 @@
 /**
- * The job that writes a stream of raw bytes into an image. A stream cannot be read twice: the job cannot be paused, and one
- * that a restart of the daemon interrupts fails and leaves nothing.
+ * The job that makes an image of a stream: raw bytes go straight into it, any other format into the spool first. A stream
+ * cannot be read twice: the job cannot be paused, and one that a restart of the daemon interrupts fails and leaves nothing.
  */
 import { AtollError, volumeSizeMaxBytes, type JsonObject } from '@atoll/core'
-import { detectFormat, magicHeadBytes, magicTailBytes, requireSupported, type ImageFormat } from './image-format.ts'
+import type { Device } from '@atoll/native'
+import { detectFormat, magicHeadBytes, requireSupported, type ImageFormat } from './image-format.ts'
+import { fixedVhdSize, isVhdFooter, vhdFooterBytes } from './image-inspect-vhd.ts'
 import { checkImageSize } from './image-size.ts'
+import { DeviceSink, type ImportSink } from './import-sink.ts'
+import type { Spool } from './import-spool.ts'
+import { storeSpooled, type SpooledOptions } from './import-spooled.ts'
 import type { ImportTargets } from './import-targets.ts'
 import { JobInterrupted, type JobContext, type JobKind } from './job-kind.ts'
-import { nonZeroRuns, zeroBlockBytes } from './non-zero-runs.ts'
 
-/** Chunks of the stream are gathered to writes of this size. */
-const writeBytes = 2 ** 20
 /** A single chunk of the stream may be this large. */
 const chunkBytesMax = 64 * 2 ** 20
 
 export interface StreamImportParams extends JsonObject {
   /** null: known when the stream ends. */
   sizeBytes: number | null
-  format: 'raw' | null
+  /** As it was asked for; null: told by the content. */
+  format: ImageFormat | null
 }
 
 /** The streams of the jobs that are not finished, by the id of their image. */
@@ -51,6 +54,8 @@ export class ImageStream {
   private readonly iterator: AsyncIterator<Uint8Array>
   private readonly head: Buffer
   private headTaken = false
+  /** As it was asked for, or as the first bytes say. */
+  format: ImageFormat = 'raw'
 
   private constructor(iterator: AsyncIterator<Uint8Array>, head: Buffer) {
     this.iterator = iterator
@@ -58,7 +63,7 @@ export class ImageStream {
   }
 
   /**
-   * Reads the first bytes; without `format` their magic must not be that of a foreign format.
+   * Reads the first bytes; without `format` their magic tells what it is.
    * @throws AtollError IMAGE_FORMAT_UNSUPPORTED, IMAGE_STREAM_LOST
    */
   static async begin(stream: AsyncIterable<Uint8Array>, format: ImageFormat | undefined): Promise<ImageStream> {
@@ -71,16 +76,7 @@ export class ImageStream {
     }
     const begun = new ImageStream(iterator, head)
     try {
-      const found = format ?? requireSupported(detectFormat(head, new Uint8Array()), 'the stream')
-      if (found !== 'raw') {
-        throw new AtollError(
-          'IMAGE_FORMAT_UNSUPPORTED',
-          `an image of the format ${found} cannot be read from a stream: save it to a file and import that`,
-          {
-            values: { format: found },
-          },
-        )
-      }
+      begun.format = format ?? requireSupported(detectFormat(head, new Uint8Array()), 'the stream')
       return begun
     } catch (error) {
       begun.end()
@@ -136,61 +132,83 @@ async function nextChunk(iterator: AsyncIterator<Uint8Array>): Promise<Buffer | 
   return Buffer.from(value.buffer, value.byteOffset, value.length)
 }
 
-export function streamImportKind(targets: ImportTargets, streams: ImportStreams): JobKind {
+export interface StreamImportOptions extends SpooledOptions {
+  streams: ImportStreams
+}
+
+export function streamImportKind(options: StreamImportOptions): JobKind {
   return {
     kind: 'image-import-stream',
     pausable: false,
     parallelMax: 4,
-    run: (context) => writeStream(context, targets, streams),
-    async discard({ subject }) {
-      streams.drop(subject)
-      await targets.abort(subject)
-    },
+    run: (context) => importStream(context, options),
+    discard: ({ subject }) => discardStream(subject, options),
   }
 }
 
-async function writeStream(context: JobContext, targets: ImportTargets, streams: ImportStreams): Promise<JsonObject> {
+async function discardStream(
+  imageId: string,
+  { streams, spool, targets }: { streams: ImportStreams; spool: Spool; targets: ImportTargets },
+): Promise<void> {
+  streams.drop(imageId)
+  await spool.remove(imageId)
+  await targets.abort(imageId)
+}
+
+async function importStream(context: JobContext, options: StreamImportOptions): Promise<JsonObject> {
+  const { streams, spool, targets } = options
   const params = context.params as StreamImportParams
   const target = await targets.get(context.subject)
   // The job was stopped between the image's last commit and its own.
   if (target === null) return { imageId: context.subject }
   const stream = streams.take(context.subject)
-  const limitBytes = params.sizeBytes ?? volumeSizeMaxBytes
-  let pending: Buffer[] = []
-  let pendingBytes = 0
-  let writtenBytes = 0
-  let tail = Buffer.alloc(0)
-  // Whole blocks only, so that a block of zeros is seen as one wherever the chunks of the stream end.
-  const writePending = async (lengthBytes: number): Promise<void> => {
-    const data = Buffer.concat(pending)
-    for (const { startBytes, endBytes } of nonZeroRuns(data.subarray(0, lengthBytes))) {
-      await target.device.write(writtenBytes + startBytes, data.subarray(startBytes, endBytes))
+  if (stream.format !== 'raw') {
+    const sink = await spool.open(context.subject, 0, params.sizeBytes)
+    try {
+      await receive(context, stream, sink, params)
+    } finally {
+      await sink.close()
     }
-    writtenBytes += lengthBytes
-    pending = [data.subarray(lengthBytes)]
-    pendingBytes -= lengthBytes
-    context.report(writtenBytes, params.sizeBytes)
+    const format = params.format ?? undefined
+    const result = await storeSpooled(context, options, { target, format, name: 'the stream', begunBefore: false })
+    streams.drop(context.subject)
+    return result
   }
+  const sink = new DeviceSink(target.device)
+  await receive(context, stream, sink, params)
+  const sizeBytes = await rawImageSize(target.device, sink.takenBytes, params.format)
+  await targets.finish(context.subject, sizeBytes)
+  streams.drop(context.subject)
+  return { imageId: context.subject, sizeBytes }
+}
+
+/** @throws AtollError SIZE_INVALID, IMAGE_STREAM_LOST when it ends early */
+async function receive(context: JobContext, stream: ImageStream, sink: ImportSink, params: StreamImportParams): Promise<void> {
+  const limitBytes = params.sizeBytes ?? volumeSizeMaxBytes
   for (;;) {
     const chunk = await stream.next(context.signal)
     if (chunk === null) break
-    if (writtenBytes + pendingBytes + chunk.length > limitBytes) {
+    if (sink.takenBytes + chunk.length > limitBytes) {
       throw new AtollError('SIZE_INVALID', `the stream has more than ${limitBytes} bytes`, { values: { limitBytes } })
     }
-    pending.push(chunk)
-    pendingBytes += chunk.length
-    tail = Buffer.concat([tail, chunk.subarray(-magicTailBytes)]).subarray(-magicTailBytes)
-    if (pendingBytes >= writeBytes) await writePending(pendingBytes - (pendingBytes % zeroBlockBytes))
+    await sink.write(chunk)
+    context.report(sink.takenBytes, params.sizeBytes)
   }
-  await writePending(pendingBytes)
-  checkImageSize(writtenBytes)
-  if (params.sizeBytes !== null && writtenBytes !== params.sizeBytes) {
-    throw new AtollError('IMAGE_STREAM_LOST', `the stream ended after ${writtenBytes} of ${params.sizeBytes} bytes`, {
-      values: { sizeBytes: params.sizeBytes, receivedBytes: writtenBytes },
+  await sink.end()
+  checkImageSize(sink.takenBytes)
+  if (params.sizeBytes !== null && sink.takenBytes !== params.sizeBytes) {
+    throw new AtollError('IMAGE_STREAM_LOST', `the stream ended after ${sink.takenBytes} of ${params.sizeBytes} bytes`, {
+      values: { sizeBytes: params.sizeBytes, receivedBytes: sink.takenBytes },
     })
   }
-  if (params.format === null) requireSupported(detectFormat(new Uint8Array(), tail), 'the stream')
-  await targets.finish(context.subject, writtenBytes)
-  streams.drop(context.subject)
-  return { imageId: context.subject, sizeBytes: writtenBytes }
+}
+
+/**
+ * The size of an image that was written to the device as it came: without the footer if that makes a fixed VHD of it.
+ * Content that is said to be raw is not looked at.
+ */
+export async function rawImageSize(device: Device, receivedBytes: number, format: ImageFormat | null): Promise<number> {
+  if (format === 'raw' || receivedBytes <= vhdFooterBytes) return receivedBytes
+  const tail = Buffer.from(await device.read(receivedBytes - vhdFooterBytes, vhdFooterBytes))
+  return isVhdFooter(tail) ? fixedVhdSize(tail, receivedBytes) : receivedBytes
 }

@@ -5,7 +5,8 @@ import { join } from 'node:path'
 import { promisify } from 'node:util'
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { ImageSource } from './image-source.ts'
-import { inspectQcow2, type ByteSource, type Qcow2Info } from './qcow2-inspect.ts'
+import type { ByteSource } from './image-metadata.ts'
+import { inspectQcow2, type Qcow2Info } from './qcow2-inspect.ts'
 import { requireQemuImg } from './convert-sandbox.ts'
 
 const run = promisify(execFile)

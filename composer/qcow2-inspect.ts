@@ -25,28 +25,20 @@
  * | 100 | 4 | header bytes | version 3 |
  * | 104 | 1 | compression type | header bytes > 104 |
  *
- * Every bound is checked before a read depends on it (I7): the tables lie within the file, and no table is read twice, so
- * the bytes read are at most those of the file.
+ * Every bound is checked before a read depends on it (I7): the tables lie within the file, none overlaps another, and none is
+ * read twice, so the bytes read are at most those of the file.
  */
 import { setImmediate } from 'node:timers/promises'
-import { AtollError, type ErrorCode } from '@atoll/core'
+import type { AtollError, ErrorCode } from '@atoll/core'
 import { checkImageSize } from './image-size.ts'
+import { MetadataMap, Refusals, type ByteSource, type Inspected } from './image-metadata.ts'
 
-/** Where the image's bytes come from. */
-export interface ByteSource {
-  readonly sizeBytes: number
-  /** Exactly `lengthBytes`; the range lies within the source. */
-  read(offsetBytes: number, lengthBytes: number): Promise<Buffer>
-}
-
-export interface Qcow2Info {
+export interface Qcow2Info extends Inspected {
   version: 2 | 3
-  /** What the guest sees. */
-  virtualSizeBytes: number
   clusterBytes: number
-  /** Bytes of the virtual disk for which the image holds data. */
-  allocatedBytes: number
 }
+
+const refusals = new Refusals('qcow2')
 
 const headerVersion2Bytes = 72
 const headerVersion3BytesMin = 104
@@ -55,6 +47,8 @@ const l1TableBytesMax = 32 * 2 ** 20
 const refcountTableBytesMax = 8 * 2 ** 20
 const snapshotCountMax = 65_536
 const headerExtensionCountMax = 64
+/** No compression makes less of a cluster. */
+const compressedClusterBytesMin = 8
 const entriesPerTurn = 131_072
 
 const incompatible = { dirty: 0x01, corrupt: 0x02, dataFile: 0x04, compressionType: 0x08, extendedL2: 0x10 } as const
@@ -96,44 +90,65 @@ export async function inspectQcow2(source: ByteSource, signal?: AbortSignal): Pr
   const virtualSizeBytes = Number(header.readBigUInt64BE(24))
   checkImageSize(virtualSizeBytes)
 
-  const tables = new TableBounds(source.sizeBytes, clusterBytes)
+  const places = new MetadataMap(source.sizeBytes, refusals)
+  const table = (name: string, offsetBytes: bigint, lengthBytes: number): number => {
+    if (lengthBytes > 0 && (offsetBytes % BigInt(clusterBytes) !== 0n || offsetBytes === 0n)) {
+      throw corrupt(`its ${name} lies at offset ${offsetBytes}`)
+    }
+    return lengthBytes === 0 ? 0 : places.add(name, offsetBytes, lengthBytes)
+  }
+  places.add('header', 0, Math.min(clusterBytes, source.sizeBytes))
   const l2EntryBytes = features.extendedL2 ? 16 : 8
   const l1Count = header.readUInt32BE(36)
   const l1CountNeeded = Math.ceil(virtualSizeBytes / (clusterBytes * (clusterBytes / l2EntryBytes)))
   if (l1Count * 8 > l1TableBytesMax) throw corrupt(`its L1 table has ${l1Count} entries, more than ${l1TableBytesMax / 8}`)
   if (l1Count < l1CountNeeded) throw corrupt(`its L1 table has ${l1Count} entries, but ${l1CountNeeded} are needed for its size`)
-  const l1OffsetBytes = tables.check('L1 table', header.readBigUInt64BE(40), l1Count * 8)
+  const l1OffsetBytes = table('L1 table', header.readBigUInt64BE(40), l1Count * 8)
   const refcountTableBytes = header.readUInt32BE(56) * clusterBytes
   if (refcountTableBytes === 0 || refcountTableBytes > refcountTableBytesMax) {
     throw corrupt(`its refcount table has ${refcountTableBytes} bytes; 1 cluster to ${refcountTableBytesMax} bytes are possible`)
   }
-  tables.check('refcount table', header.readBigUInt64BE(48), refcountTableBytes)
+  table('refcount table', header.readBigUInt64BE(48), refcountTableBytes)
   const snapshotCount = header.readUInt32BE(60)
   if (snapshotCount > snapshotCountMax)
     throw corrupt(`it has ${snapshotCount} internal snapshots; the limit is ${snapshotCountMax}`)
   // A snapshot's record has at least 40 bytes.
-  if (snapshotCount > 0) tables.check('snapshot table', header.readBigUInt64BE(64), snapshotCount * 40)
+  if (snapshotCount > 0) table('snapshot table', header.readBigUInt64BE(64), snapshotCount * 40)
 
   const l1 = l1Count === 0 ? Buffer.alloc(0) : await source.read(l1OffsetBytes, l1Count * 8)
-  let allocatedClusterCount = 0
-  const seenL2 = new Set<number>()
+  const l2Offsets: number[] = []
   for (let index = 0; index < l1Count; index++) {
     // A large table of zeros must not hold up everything else.
     if (index % entriesPerTurn === entriesPerTurn - 1) await setImmediate()
     const l2OffsetBytes = offsetOf(l1.readUInt32BE(index * 8), l1.readUInt32BE(index * 8 + 4))
     if (l2OffsetBytes === 0) continue
+    if (l2OffsetBytes % clusterBytes !== 0) throw corrupt(`its L2 table ${index} lies at offset ${l2OffsetBytes}`)
+    if (l2OffsetBytes + clusterBytes > source.sizeBytes) {
+      throw corrupt(
+        `its L2 table ${index} at offset ${l2OffsetBytes} with ${clusterBytes} bytes goes past the end of the file (${source.sizeBytes} bytes): it is truncated`,
+      )
+    }
+    l2Offsets.push(l2OffsetBytes)
+  }
+  places.addTables('L2 table', clusterBytes, Float64Array.from(l2Offsets))
+  places.seal()
+  const clusters = { clusterBits, entryBytes: l2EntryBytes, fileBytes: source.sizeBytes, places }
+  const counts = { stored: 0, compressed: 0 }
+  for (const l2OffsetBytes of l2Offsets) {
     signal?.throwIfAborted()
-    tables.check(`L2 table ${index}`, BigInt(l2OffsetBytes), clusterBytes)
-    if (seenL2.has(l2OffsetBytes)) throw corrupt(`two L2 tables lie at offset ${l2OffsetBytes}`)
-    seenL2.add(l2OffsetBytes)
-    const l2 = await source.read(l2OffsetBytes, clusterBytes)
-    allocatedClusterCount += checkL2(l2, index, l2EntryBytes, clusterBits, source.sizeBytes)
+    checkL2(await source.read(l2OffsetBytes, clusterBytes), l2OffsetBytes, clusters, counts)
+  }
+  // Clusters that share their bytes would make a small file a large disk.
+  if ((counts.stored - 1) * clusterBytes + counts.compressed * compressedClusterBytesMin > source.sizeBytes) {
+    throw corrupt(
+      `its tables name ${counts.stored} clusters and ${counts.compressed} compressed ones, for which its ${source.sizeBytes} bytes have no room`,
+    )
   }
   return {
     version,
     virtualSizeBytes,
     clusterBytes,
-    allocatedBytes: Math.min(allocatedClusterCount * clusterBytes, virtualSizeBytes),
+    allocatedBytes: Math.min((counts.stored + counts.compressed) * clusterBytes, virtualSizeBytes),
   }
 }
 
@@ -185,25 +200,33 @@ async function checkExtensions(source: ByteSource, headerBytes: number, clusterB
   }
 }
 
-/** Checks that every cluster of an L2 table lies within the file; returns how many hold data. */
-function checkL2(l2: Buffer, l1Index: number, entryBytes: number, clusterBits: number, fileBytes: number): number {
+interface Clusters {
+  clusterBits: number
+  entryBytes: number
+  fileBytes: number
+  places: MetadataMap
+}
+
+/** Checks that every cluster of an L2 table lies within the file and not on metadata; counts those that hold data. */
+function checkL2(l2: Buffer, l2OffsetBytes: number, clusters: Clusters, counts: { stored: number; compressed: number }): void {
+  const { clusterBits, entryBytes, fileBytes, places } = clusters
   const clusterBytes = 2 ** clusterBits
   // The last cluster may be written in part only; QEMU tolerates that, and so do we. What starts past the end was cut off.
   const endBytesMax = Math.ceil(fileBytes / clusterBytes) * clusterBytes
-  let dataCount = 0
   for (let position = 0; position < l2.length; position += entryBytes) {
     const high = l2.readUInt32BE(position)
     const low = l2.readUInt32BE(position + 4)
     if (high === 0 && low === 0) continue
-    const index = position / entryBytes
+    const name = (): string => `cluster ${position / entryBytes} of the L2 table at ${l2OffsetBytes}`
     if ((high & compressedHighBit) === 0) {
       const offsetBytes = offsetOf(high, low)
       if (offsetBytes === 0) continue
       if (offsetBytes % clusterBytes !== 0)
-        throw corrupt(`cluster ${index} of L2 table ${l1Index} lies at offset ${offsetBytes}, which is no start of a cluster`)
-      if (offsetBytes >= fileBytes) throw cutOff(index, l1Index, offsetBytes, fileBytes)
+        throw corrupt(`${name()} lies at offset ${offsetBytes}, which is no start of a cluster`)
+      if (offsetBytes >= fileBytes) throw cutOff(name(), offsetBytes, fileBytes)
+      places.checkData(name, offsetBytes, clusterBytes)
       // Bit 0, "reads as zeros", may stand beside a cluster kept for later.
-      if ((low & 1) === 0) dataCount += 1
+      if ((low & 1) === 0) counts.stored += 1
     } else {
       // Bits 0 to x-1 are the offset, x to 61 the sectors beyond the first; x = 62 - (cluster bits - 8).
       const offsetBits = 62 - (clusterBits - 8)
@@ -211,34 +234,10 @@ function checkL2(l2: Buffer, l1Index: number, entryBytes: number, clusterBits: n
       const offsetBytes = Number(descriptor & ((1n << BigInt(offsetBits)) - 1n))
       const sectorCount = Number(descriptor >> BigInt(offsetBits)) + 1
       const endBytes = Math.floor(offsetBytes / 512) * 512 + sectorCount * 512
-      if (offsetBytes >= fileBytes || endBytes > endBytesMax) throw cutOff(index, l1Index, offsetBytes, fileBytes)
-      dataCount += 1
+      if (offsetBytes >= fileBytes || endBytes > endBytesMax) throw cutOff(name(), offsetBytes, fileBytes)
+      places.checkData(name, offsetBytes, 1)
+      counts.compressed += 1
     }
-  }
-  return dataCount
-}
-
-/** Checks where metadata lies. */
-class TableBounds {
-  private readonly fileBytes: number
-  private readonly clusterBytes: number
-
-  constructor(fileBytes: number, clusterBytes: number) {
-    this.fileBytes = fileBytes
-    this.clusterBytes = clusterBytes
-  }
-
-  /** The offset as a number if the table starts at a cluster, behind the header, and lies within the file. */
-  check(name: string, offsetBytes: bigint, lengthBytes: number): number {
-    if (lengthBytes === 0) return 0
-    if (offsetBytes % BigInt(this.clusterBytes) !== 0n || offsetBytes === 0n)
-      throw corrupt(`its ${name} lies at offset ${offsetBytes}`)
-    if (offsetBytes + BigInt(lengthBytes) > BigInt(this.fileBytes)) {
-      throw corrupt(
-        `its ${name} at offset ${offsetBytes} with ${lengthBytes} bytes goes past the end of the file (${this.fileBytes} bytes): it is truncated`,
-      )
-    }
-    return Number(offsetBytes)
   }
 }
 
@@ -247,15 +246,13 @@ function offsetOf(high: number, low: number): number {
 }
 
 function corrupt(what: string): AtollError {
-  return new AtollError('IMAGE_CORRUPT', `the qcow2 image is damaged: ${what}`, { values: { format: 'qcow2' } })
+  return refusals.corrupt(what)
 }
 
-function cutOff(index: number, l1Index: number, offsetBytes: number, fileBytes: number): AtollError {
-  return corrupt(
-    `cluster ${index} of L2 table ${l1Index} lies at offset ${offsetBytes}, past the end of the file (${fileBytes} bytes): it is truncated`,
-  )
+function cutOff(what: string, offsetBytes: number, fileBytes: number): AtollError {
+  return corrupt(`${what} lies at offset ${offsetBytes}, past the end of the file (${fileBytes} bytes): it is truncated`)
 }
 
 function refused(code: ErrorCode, what: string, values: Record<string, string | number>): AtollError {
-  return new AtollError(code, `the qcow2 image is refused: ${what}`, { values: { format: 'qcow2', ...values } })
+  return refusals.refused(code, what, values)
 }

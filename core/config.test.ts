@@ -12,6 +12,7 @@ describe('resolveConfig', () => {
       nbdSocket: true,
       socketGroup: null,
       publicUrl: null,
+      allowPrivateImageSources: false,
       logLevel: 'info',
       paths: {
         catalog: '/home/catalog.db',

@@ -63,6 +63,8 @@ const settingsSchema = z.strictObject({
     .prefault(null),
   /** The catalog's file; null: catalog.db in the home. */
   catalog: z.string().min(1).nullable().prefault(null),
+  /** Whether images may be fetched over HTTP from addresses that are not public: loopback, private networks, link-local. */
+  allowPrivateImageSources: onOff.prefault('off'),
   logLevel: z.enum([...logLevels, 'silent']).prefault('info'),
 })
 
@@ -76,6 +78,7 @@ export interface Config {
   nbdSocket: boolean
   socketGroup: string | null
   publicUrl: string | null
+  allowPrivateImageSources: boolean
   logLevel: z.output<typeof settingsSchema>['logLevel']
   paths: HomePaths
 }

@@ -102,6 +102,16 @@ export const errorCatalogue = {
     'The stream that an import read ended early, or the daemon was restarted meanwhile.',
     'Start the import again.',
   ),
+  IMAGE_SOURCE_FORBIDDEN: entry(
+    403,
+    'The source of an import is at an address that images are not fetched from, or redirects to another host.',
+    'Name a public source, or start the daemon with --allow-private-image-sources.',
+  ),
+  IMAGE_FETCH_FAILED: entry(
+    502,
+    'The source of an import could not be read over the network.',
+    'Look at the source, then start again.',
+  ),
   IMAGE_FORMAT_UNSUPPORTED: entry(415, 'The format of the image is not supported here.', 'Convert it to raw or qcow2 first.'),
   IMAGE_CORRUPT: entry(
     422,

@@ -41,7 +41,7 @@ export const packageRules: Readonly<Record<string, PackageRule>> = {
   },
   '@atoll/composer': {
     folder: 'composer',
-    mayImport: ['@atoll/core', '@atoll/native', '@atoll/southbound', '@atoll/mapper'],
+    mayImport: ['@atoll/core', '@atoll/native', '@atoll/nbd-client', '@atoll/southbound', '@atoll/mapper'],
     reason: 'the composer opens volumes; protocols and commands are built on it, never the other way round',
   },
   '@atoll/northbound': {

@@ -28,11 +28,20 @@ function registerTransfer(image: Command): void {
   withExample(
     image
       .command('import')
-      .description('make an image from a file (raw or qcow2) or from standard input')
+      .description('make an image from a file, a URL or standard input')
       .argument('<name>')
-      .argument('<source>', 'a path, or - for standard input')
+      .argument('<source>', 'a path, an http(s):// or nbd:// or nbd+unix:// URL, or - for standard input')
       .option('--pool <pool>', 'name or id of the pool (default: "default")')
-      .addOption(new Option('--format <format>', 'what the source is (default: detected)').choices(['raw', 'qcow2']))
+      .addOption(
+        new Option('--format <format>', 'what the source is; with raw it is never looked at (default: detected)').choices([
+          'raw',
+          'qcow2',
+          'vmdk',
+          'vdi',
+          'vhdx',
+          'vhd',
+        ]),
+      )
       .option('--no-wait', 'return as soon as the job runs')
       .action(async (name: string, source: string, options: ImportOptions, command: Command) => {
         const context = contextOf(command)
@@ -48,7 +57,8 @@ function registerTransfer(image: Command): void {
         context.print(document, () => document.id)
       }),
     'atoll image import debian debian-12.qcow2',
-    'curl -s http://mirror/disk.raw | atoll image import disk -',
+    'atoll image import debian https://cloud.debian.org/images/cloud/bookworm/latest/debian-12-generic-amd64.qcow2',
+    'zcat disk.raw.gz | atoll image import disk -',
   )
   withExample(
     image
@@ -56,25 +66,33 @@ function registerTransfer(image: Command): void {
       .description('write an image to a file')
       .argument('<image>', 'name or id')
       .argument('<dest>', 'path of the file')
-      .addOption(new Option('--format <format>', 'what to write').choices(['raw']).default('raw'))
+      .addOption(new Option('--format <format>', 'what to write').choices(['raw', 'qcow2']).default('raw'))
+      .option('--compress', 'compress the clusters of a qcow2 file')
       .option('--force', 'replace the file if there is one')
       .option('--no-wait', 'return as soon as the job runs')
-      .action(
-        async (name: string, dest: string, options: { format: string; force?: boolean; wait: boolean }, command: Command) => {
-          const context = contextOf(command)
-          const body = {
-            path: resolve(dest),
-            format: options.format,
-            overwrite: options.force === true,
-            project: context.project,
-          }
-          const started = await context.client.post<JobDocument>(`/v1/images/${segment(name)}/export`, body)
-          const job = options.wait ? await waitForJob(context, started, `export ${name}`) : started
-          context.print(job, () => (options.wait ? `wrote ${body.path}` : `job ${job.id}`))
-        },
-      ),
+      .action(async (name: string, dest: string, options: ExportOptions, command: Command) => {
+        const context = contextOf(command)
+        const body = {
+          path: resolve(dest),
+          format: options.format,
+          compress: options.compress === true,
+          overwrite: options.force === true,
+          project: context.project,
+        }
+        const started = await context.client.post<JobDocument>(`/v1/images/${segment(name)}/export`, body)
+        const job = options.wait ? await waitForJob(context, started, `export ${name}`) : started
+        context.print(job, () => (options.wait ? `wrote ${body.path}` : `job ${job.id}`))
+      }),
     'atoll image export debian /srv/debian.img',
+    'atoll image export debian /srv/debian.qcow2 --format qcow2 --compress',
   )
+}
+
+interface ExportOptions {
+  readonly format: string
+  readonly compress?: boolean
+  readonly force?: boolean
+  readonly wait: boolean
 }
 
 interface ImportTarget {

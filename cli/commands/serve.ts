@@ -12,6 +12,7 @@ interface ServeFlags extends GlobalOptions {
   readonly iscsi?: string
   readonly socketGroup?: string
   readonly catalog?: string
+  readonly allowPrivateImageSources?: boolean
 }
 
 export function register(serve: Command): void {
@@ -19,6 +20,10 @@ export function register(serve: Command): void {
     .option('--http <host:port>', 'address of the HTTP listener; port 0 picks a free one; off (default: 127.0.0.1:8776)')
     .option('--socket-group <group>', 'group that may use the NBD socket besides you (name or number)')
     .option('--catalog <path>', 'file of the catalog (default: catalog.db in the home)')
+    .option(
+      '--allow-private-image-sources',
+      'let imports fetch over HTTP from addresses that are not public (default: they may not)',
+    )
     // Known by name so that scripts can switch off what this version does not have; it is refused by name otherwise.
     .addOption(new Option('--nbd <host:port>').hideHelp())
     .addOption(new Option('--iscsi <host:port>').hideHelp())
@@ -38,6 +43,7 @@ export function register(serve: Command): void {
         settings: {
           http: flags.http,
           socketGroup: flags.socketGroup,
+          allowPrivateImageSources: flags.allowPrivateImageSources,
           catalog: flags.catalog === undefined ? undefined : resolve(flags.catalog),
         },
       })

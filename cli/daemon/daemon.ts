@@ -96,6 +96,7 @@ async function start(config: Config, log: Logger, cleanup: Cleanup): Promise<Dae
     home,
     serveTemporaryNbd: (exports, options) => serveTemporaryNbd(engine, exports, { ...options, log: nbdLog }),
     nbdSocketPath: paths.nbdSocket,
+    imageFetch: { allowPrivate: config.allowPrivateImageSources },
     clock,
     newId,
   })

@@ -449,11 +449,12 @@ describe('images', () => {
 
   test('sources that cannot be are refused and leave nothing', async () => {
     expect(home.fail('image', 'import', 'x', '/does/not/exist')).toBe('IMAGE_SOURCE_INVALID')
-    expect(home.fail('image', 'import', 'x', 'http://127.0.0.1:1/disk.img')).toBe('IMAGE_SOURCE_INVALID')
+    expect(home.fail('image', 'import', 'x', 'ftp://127.0.0.1/disk.img')).toBe('IMAGE_SOURCE_INVALID')
+    expect(home.fail('image', 'import', 'x', 'http://127.0.0.1:1/disk.img')).toBe('IMAGE_SOURCE_FORBIDDEN')
     await writeFile(join(home.path, 'empty.img'), '')
     expect(home.fail('image', 'import', 'x', join(home.path, 'empty.img'))).toBe('SIZE_INVALID')
     await writeFile(join(home.path, 'disk.vhdx'), Buffer.concat([Buffer.from('vhdxfile'), Buffer.alloc(mib)]))
-    expect(home.fail('image', 'import', 'x', join(home.path, 'disk.vhdx'))).toBe('IMAGE_FORMAT_UNSUPPORTED')
+    expect(home.fail('image', 'import', 'x', join(home.path, 'disk.vhdx'))).toBe('IMAGE_CORRUPT')
     expect(home.json<unknown[]>('image', 'list')).toEqual([])
   })
 })

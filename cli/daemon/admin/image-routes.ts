@@ -2,7 +2,7 @@ import type { Readable } from 'node:stream'
 import type { FastifyInstance } from 'fastify'
 import { z } from 'zod'
 import { AtollError } from '@atoll/core'
-import { JobInterrupted } from '@atoll/composer'
+import { imageFormats, JobInterrupted } from '@atoll/composer'
 import type { JobView } from '@atoll/composer'
 import type { AdminContext } from './admin-context.ts'
 import { checkRequest, projectField, typedText } from './check-request.ts'
@@ -10,12 +10,13 @@ import { toDocument } from './document.ts'
 
 const named = z.strictObject({ image: typedText })
 const scope = z.strictObject(projectField)
-const target = { name: typedText, pool: typedText.optional(), format: z.enum(['raw', 'qcow2']).optional(), ...projectField }
+const target = { name: typedText, pool: typedText.optional(), format: z.enum(imageFormats).optional(), ...projectField }
 const importing = z.strictObject({ source: typedText, ...target })
 const uploading = z.strictObject({ sizeBytes: z.coerce.number().int().min(0).optional(), ...target })
 const exporting = z.strictObject({
   path: typedText,
   format: typedText.optional(),
+  compress: z.boolean().optional(),
   overwrite: z.boolean().optional(),
   ...projectField,
 })
@@ -43,16 +44,18 @@ export function addImageRoutes(server: FastifyInstance, { composer, stopping }: 
   })
   server.post('/v1/images/import', async (request, reply) => {
     const { source, ...options } = checkRequest(importing, request.body)
-    if (!source.startsWith('/')) {
+    if (source.startsWith('/')) {
+      const started = await images.import({ ...options, path: source })
+      return reply.code(202).send(toDocument(started))
+    }
+    if (!/^(?:https?|nbd(?:\+unix)?):\/\//.test(source)) {
+      // Not shown: a URL may hold a password.
       throw new AtollError(
         'IMAGE_SOURCE_INVALID',
-        `${JSON.stringify(source)} cannot be imported: a path or - (standard input) is wanted`,
-        {
-          values: { source },
-        },
+        'this source cannot be imported: a path, an http://, https://, nbd:// or nbd+unix:// URL, or - (standard input) is wanted',
       )
     }
-    const started = await images.import({ ...options, path: source })
+    const started = await images.importUrl({ ...options, url: source })
     return reply.code(202).send(toDocument(started))
   })
   // The stream is the body of this request, so the answer comes when the job has ended.

@@ -1,12 +1,14 @@
 /**
- * The job that converts a qcow2 file into an image. qemu-img reads the file and writes the image through exports of ours and
- * is confined (convert-sandbox.ts). A conversion cannot go on in the middle: after a pause or a restart it begins anew.
+ * The job that converts a file of a foreign format into an image. qemu-img reads the file and writes the image through
+ * exports of ours and is confined (convert-sandbox.ts). A conversion cannot go on in the middle: after a pause or a restart it
+ * begins anew.
  */
 import { tmpdir } from 'node:os'
 import { AtollError, type JsonObject, type NewId } from '@atoll/core'
 import type { ImportTarget } from '@atoll/mapper'
 import type { Device, Engine } from '@atoll/native'
-import { makeSandboxDirectory, nbdImageName, runQemuImg } from './convert-sandbox.ts'
+import { makeSandboxDirectory, nbdImageName, runQemuImg, type QemuDriver } from './convert-sandbox.ts'
+import type { ForeignFormat, ImagePlan } from './image-inspect.ts'
 import { ImageSource, type SourceIdentity } from './image-source.ts'
 import type { ImportTargets } from './import-targets.ts'
 import type { JobContext, JobKind } from './job-kind.ts'
@@ -16,15 +18,19 @@ import type { SetTimer } from './timers.ts'
 /** qemu-img must read the header in this time. */
 const infoTimeoutMs = 30_000
 /** A conversion that moves nothing for so long is ended. */
-const stallTimeoutMs = 10 * 60_000
+export const stallTimeoutMs = 10 * 60_000
+/** Of the processor time's budget: a byte that is a hole costs so much less than one of data. */
+const holeBytesPerDataByte = 256
 
-export interface Qcow2ImportParams extends JsonObject {
+export interface ConvertImportParams extends JsonObject {
   source: SourceIdentity
+  format: ForeignFormat
   /** As our own inspection found it. */
   virtualSizeBytes: number
+  allocatedBytes: number
 }
 
-export interface Qcow2ImportOptions {
+export interface ConvertOptions {
   targets: ImportTargets
   engine: Engine
   serveTemporaryNbd: ServeTemporaryNbd
@@ -32,18 +38,30 @@ export interface Qcow2ImportOptions {
   setTimer: SetTimer
 }
 
-export function qcow2ImportKind(options: Qcow2ImportOptions): JobKind {
+/** A plan that needs qemu-img. */
+export type ConvertPlan = Extract<ImagePlan, { how: 'convert' }>
+
+/** How QEMU calls the formats. */
+const qemuDrivers: Readonly<Record<ForeignFormat, Exclude<QemuDriver, 'raw'>>> = {
+  qcow2: 'qcow2',
+  vmdk: 'vmdk',
+  vdi: 'vdi',
+  vhdx: 'vhdx',
+  vhd: 'vpc',
+}
+
+export function convertImportKind(options: ConvertOptions): JobKind {
   return {
-    kind: 'image-import-qcow2',
+    kind: 'image-import-convert',
     pausable: true,
     parallelMax: 2,
-    run: (context) => convertQcow2(context, options),
+    run: (context) => convertFile(context, options),
     discard: async ({ subject }) => options.targets.abort(subject),
   }
 }
 
-async function convertQcow2(context: JobContext, options: Qcow2ImportOptions): Promise<JsonObject> {
-  const { source: identity, virtualSizeBytes } = context.params as Qcow2ImportParams
+async function convertFile(context: JobContext, options: ConvertOptions): Promise<JsonObject> {
+  const { source: identity, format, virtualSizeBytes, allocatedBytes } = context.params as ConvertImportParams
   const result = { imageId: context.subject, sizeBytes: virtualSizeBytes }
   const target = await options.targets.get(context.subject)
   // The job was stopped between the image's last commit and its own.
@@ -51,16 +69,9 @@ async function convertQcow2(context: JobContext, options: Qcow2ImportOptions): P
   // qemu-img is told that the target is zero; after an interrupted attempt it must be made so.
   if (context.cursor === null) await context.save({ begun: true })
   else await target.device.writeZeroes(0, virtualSizeBytes)
-  context.report(0, virtualSizeBytes)
   const source = await ImageSource.openAgain(identity)
   try {
-    const sourceDevice = await options.engine.openFileDevice({ path: source.descriptorPath })
-    try {
-      await convertDevice(context, options, { sourceDevice, target, virtualSizeBytes, fileBytes: identity.sizeBytes })
-    } finally {
-      await sourceDevice.close()
-    }
-    await source.requireUnchanged()
+    await convertSource(context, options, { source, target, plan: { how: 'convert', format, virtualSizeBytes, allocatedBytes } })
   } finally {
     await source.close()
   }
@@ -69,15 +80,41 @@ async function convertQcow2(context: JobContext, options: Qcow2ImportOptions): P
   return result
 }
 
+/**
+ * Converts an inspected source into a target that reads as zeros.
+ * @throws AtollError IMAGE_CORRUPT, IMAGE_CONVERT_FAILED, IMAGE_SOURCE_CHANGED, QEMU_IMG_MISSING, SANDBOX_UNAVAILABLE
+ * @throws JobInterrupted
+ */
+export async function convertSource(
+  context: JobContext,
+  options: Omit<ConvertOptions, 'targets'>,
+  conversion: { source: ImageSource; target: ImportTarget; plan: ConvertPlan },
+): Promise<void> {
+  const { source, target, plan } = conversion
+  context.report(0, plan.virtualSizeBytes)
+  const sourceDevice = await options.engine.openFileDevice({ path: source.descriptorPath })
+  try {
+    await convertDevice(context, options, { sourceDevice, target, plan, fileBytes: source.sizeBytes })
+  } finally {
+    await sourceDevice.close()
+  }
+  await source.requireUnchanged()
+}
+
 interface Conversion {
   sourceDevice: Device
   target: ImportTarget
-  virtualSizeBytes: number
+  plan: ConvertPlan
   fileBytes: number
 }
 
-async function convertDevice(context: JobContext, options: Qcow2ImportOptions, conversion: Conversion): Promise<void> {
-  const { sourceDevice, target, virtualSizeBytes } = conversion
+async function convertDevice(
+  context: JobContext,
+  options: Omit<ConvertOptions, 'targets'>,
+  conversion: Conversion,
+): Promise<void> {
+  const { sourceDevice, target, plan } = conversion
+  const { virtualSizeBytes } = plan
   // Names that nobody can guess: other processes of the confined user might find the directory.
   const names = { source: options.newId(), target: options.newId() }
   const directory = await makeSandboxDirectory(tmpdir())
@@ -90,16 +127,20 @@ async function convertDevice(context: JobContext, options: Qcow2ImportOptions, c
       { dir: directory.path, ...(directory.groupId === null ? {} : { groupId: directory.groupId }) },
     )
     try {
-      const sourceName = nbdImageName('qcow2', server.socketPath, names.source)
+      const sourceName = nbdImageName(qemuDrivers[plan.format], server.socketPath, names.source)
       const targetName = nbdImageName('raw', server.socketPath, names.target)
-      const common = { workBytesMax: conversion.fileBytes + virtualSizeBytes, signal: context.signal, setTimer: options.setTimer }
+      const common = {
+        workBytesMax: conversion.fileBytes + plan.allocatedBytes + Math.ceil(virtualSizeBytes / holeBytesPerDataByte),
+        signal: context.signal,
+        setTimer: options.setTimer,
+      }
       const info = await runQemuImg({
         ...common,
         arguments: ['info', '--output=json', sourceName],
         activity: () => 0,
         stallTimeoutMs: infoTimeoutMs,
       })
-      requireAsInspected(info, virtualSizeBytes)
+      requireAsInspected(info, plan)
       await runQemuImg({
         ...common,
         arguments: ['convert', '-p', '-n', '--target-is-zero', '-W', '-O', 'raw', sourceName, targetName],
@@ -116,11 +157,9 @@ async function convertDevice(context: JobContext, options: Qcow2ImportOptions, c
 }
 
 /** Two readers of one header must agree, or one of them was deceived. */
-function requireAsInspected(output: string, virtualSizeBytes: number): void {
+function requireAsInspected(output: string, { format, virtualSizeBytes }: ConvertPlan): void {
   const refuse = (why: string): never => {
-    throw new AtollError('IMAGE_CORRUPT', `qemu-img sees another image than our own inspection: ${why}`, {
-      values: { format: 'qcow2' },
-    })
+    throw new AtollError('IMAGE_CORRUPT', `qemu-img sees another image than our own inspection: ${why}`, { values: { format } })
   }
   let info: Record<string, unknown>
   try {
@@ -128,10 +167,12 @@ function requireAsInspected(output: string, virtualSizeBytes: number): void {
   } catch {
     return refuse('its answer is no JSON')
   }
-  if (info['format'] !== 'qcow2') refuse(`its format is ${String(info['format'])}`)
+  if (info['format'] !== qemuDrivers[format]) refuse(`its format is ${String(info['format'])}`)
   if (info['virtual-size'] !== virtualSizeBytes) refuse(`its size is ${String(info['virtual-size'])}, not ${virtualSizeBytes}`)
   if (info['backing-filename'] !== undefined) refuse('it has a backing file')
   if (info['encrypted'] === true) refuse('it is encrypted')
   const specific = (info['format-specific'] as { data?: Record<string, unknown> } | undefined)?.data
   if (specific?.['data-file'] !== undefined) refuse('it has a data file')
+  const extents = specific?.['extents']
+  if (Array.isArray(extents) && extents.length !== 1) refuse(`it has ${extents.length} extents`)
 }
