@@ -106,7 +106,7 @@ export const nativeBugs: PlantedBug[] = [
         file: 'native/engine/src/device/write.rs',
         find: '            active\n                .writer()?\n                .write(',
         replace:
-          '            self.change_owner(runs, alias)?;\n            active\n                .writer()?\n                .write(',
+          '            self.change_owner(active, runs, alias)?;\n            active\n                .writer()?\n                .write(',
       },
     ],
     tests: deviceTests,
