@@ -93,7 +93,7 @@ export async function inspectVdi(source: ByteSource, signal?: AbortSignal): Prom
       const index = (startBytes + position) / 4
       if (block >= allocatedCount) throw refusals.corrupt(`block ${index} is number ${block} of ${allocatedCount} that hold data`)
       const offsetBytes = dataOffsetBytes + block * blockBytes
-      if (offsetBytes >= source.sizeBytes) {
+      if (offsetBytes + blockBytes > source.sizeBytes) {
         throw refusals.corrupt(
           `block ${index} lies at offset ${offsetBytes}, past the end of the file (${source.sizeBytes} bytes): it is truncated`,
         )

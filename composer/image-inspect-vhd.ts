@@ -65,6 +65,9 @@ export async function inspectVhd(source: ByteSource, signal?: AbortSignal): Prom
   }
   const { type, sizeBytes, headerOffset } = readFooter(start)
   if (type !== 3) throw refusals.corrupt(`it starts like a dynamic image, but its type is ${type}, not 3`)
+  if (!isVhdFooter(await source.read(source.sizeBytes - vhdFooterBytes, vhdFooterBytes))) {
+    throw refusals.corrupt('it does not end with a footer: it is truncated')
+  }
   const places = new MetadataMap(source.sizeBytes, refusals)
   places.add('copy of the footer', 0, vhdFooterBytes)
   const header = await source.read(places.add('dynamic header', headerOffset, dynamicHeaderBytes), dynamicHeaderBytes)
@@ -94,7 +97,7 @@ export async function inspectVhd(source: ByteSource, signal?: AbortSignal): Prom
       const sector = piece.readUInt32BE(position)
       if (sector === blockUnallocated) continue
       const index = (startBytes + position) / 4
-      if (sector * 512 + bitmapBytes >= source.sizeBytes) {
+      if (sector * 512 + bitmapBytes + blockBytes > source.sizeBytes) {
         throw refusals.corrupt(
           `block ${index} lies at sector ${sector}, past the end of the file (${source.sizeBytes} bytes): it is truncated`,
         )

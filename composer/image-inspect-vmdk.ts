@@ -103,6 +103,7 @@ export async function inspectVmdk(source: ByteSource, signal?: AbortSignal): Pro
   const directoryOffsetBytes = map.add('grain directory', header.directorySector * BigInt(sectorBytes), directoryEntries * 4)
   if (header.isRedundant) map.add('redundant grain directory', header.redundantSector * BigInt(sectorBytes), directoryEntries * 4)
 
+  map.seal()
   const tables: number[] = []
   for await (const { startBytes, piece } of piecesOf(source, directoryOffsetBytes, directoryEntries * 4, signal)) {
     for (let position = 0; position < piece.length; position += 4) {
@@ -204,8 +205,8 @@ function checkDescriptor(text: string): void {
       'its descriptor names a parent (parentFileNameHint), which is never followed',
     )
   }
-  const parent = /^[ \t]*parentCID[ \t]*=[ \t]*"?([0-9a-z]+)/im.exec(text)?.[1]
-  if (parent !== undefined && parent.toLowerCase() !== 'ffffffff') {
+  for (const [, parent = ''] of text.matchAll(/parentCID[ \t]*=[ \t]*"?([0-9a-z]*)/gi)) {
+    if (parent.toLowerCase() === 'ffffffff') continue
     throw refusals.refused('IMAGE_HAS_BACKING_FILE', `it has a parent (parentCID=${parent}), which is never followed`, { parent })
   }
 }

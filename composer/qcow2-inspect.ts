@@ -115,6 +115,7 @@ export async function inspectQcow2(source: ByteSource, signal?: AbortSignal): Pr
   // A snapshot's record has at least 40 bytes.
   if (snapshotCount > 0) table('snapshot table', header.readBigUInt64BE(64), snapshotCount * 40)
 
+  places.seal()
   const l1 = l1Count === 0 ? Buffer.alloc(0) : await source.read(l1OffsetBytes, l1Count * 8)
   const l2Offsets: number[] = []
   for (let index = 0; index < l1Count; index++) {

@@ -1,4 +1,5 @@
 // A composer with everything behind it, in a folder of its own, for tests that bring images in and out.
+import assert from 'node:assert/strict'
 import { execFile } from 'node:child_process'
 import { chmod, mkdir, mkdtemp, readdir, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
@@ -10,7 +11,7 @@ import { openMapper, type Mapper } from '@atoll/mapper'
 import { Engine } from '@atoll/native'
 import { serveTemporaryNbd } from '@atoll/northbound'
 import { drivers } from '@atoll/southbound'
-import { expect, vi } from 'vitest'
+import { vi } from 'vitest'
 
 export const run = promisify(execFile)
 export const mebibyte = 2 ** 20
@@ -79,20 +80,30 @@ export class ImageStand {
   async exported(image: string): Promise<Buffer> {
     const path = this.path(`${image}.exported`)
     const job = await this.composer.images.export(image, { path })
-    await expect(this.composer.jobs.wait(job.id)).resolves.toMatchObject({ state: 'done', error: null })
+    const { state, error } = await this.composer.jobs.wait(job.id)
+    assert.deepEqual({ state, error }, { state: 'done', error: null })
     const bytes = await readFile(path)
     await rm(path)
     return bytes
   }
 
-  /** Nothing of an import is left: no image, no spool, no folder of a sandbox, and no layer once reclaim has run. */
-  async expectNothingLeft(): Promise<void> {
-    await expect(this.composer.images.list()).resolves.toEqual([])
-    await expect(readdir(join(this.folder, 'spool')).catch(() => [])).resolves.toEqual([])
-    await expect(readdir(join(this.folder, 'tmp'))).resolves.toEqual([])
+  /** What is left of imports, once reclaim has run: compare with `nothingLeft`. */
+  async left(): Promise<Left> {
+    const images = (await this.composer.images.list()).map(({ name }) => name)
+    const spool = await readdir(join(this.folder, 'spool')).catch(() => [])
+    const sandboxes = await readdir(join(this.folder, 'tmp'))
     const job = await this.composer.pools.reclaim('default')
     await this.composer.jobs.wait(job.id)
     const { storedBytes } = await this.composer.pools.show('default')
-    expect(storedBytes).toBe(0)
+    return { images, spool, sandboxes, storedBytes }
   }
 }
+
+interface Left {
+  images: string[]
+  spool: string[]
+  sandboxes: string[]
+  storedBytes: number
+}
+
+export const nothingLeft: Left = { images: [], spool: [], sandboxes: [], storedBytes: 0 }
