@@ -8,7 +8,13 @@ export type Document<View> = {
 }
 type DocumentField<Value> = Value extends readonly AttachmentView[] ? AttachmentDocument[] : Value
 
-export type AttachmentDocument = Omit<AttachmentView, 'createdAt'> & { createdAt: string }
+export type AttachmentDocument = Omit<AttachmentView, 'createdAt' | 'socketPath'> & {
+  createdAt: string
+  /** Path of the unix socket; null: clients use `server`. */
+  socketPath: string | null
+  /** Where clients connect over TCP; null: they use the unix socket. */
+  server: { readonly host: string; readonly port: number; readonly tls: boolean } | null
+}
 export type VolumeSummary = Document<VolumeView>
 export type VolumeDocument = Document<VolumeView & ResourceUsage>
 export type SnapshotDocument = Document<SnapshotView>

@@ -10,6 +10,11 @@ describe('resolveConfig', () => {
       home: '/home',
       http: { host: '127.0.0.1', port: 8776 },
       nbdSocket: true,
+      nbd: null,
+      nbdTls: null,
+      nbdTlsVerify: true,
+      nbdInsecure: false,
+      nbdList: false,
       socketGroup: null,
       publicUrl: null,
       allowPrivateImageSources: false,
@@ -53,6 +58,32 @@ describe('resolveConfig', () => {
 
   test('a wrong flag is named as it was typed', () => {
     expect(() => resolveConfig('/home', 'socketGroup: disk', { nbdSocket: 'perhaps' as 'on' })).toThrow('--nbd-socket')
+  })
+})
+
+describe('NBD over TCP', () => {
+  test('is served with TLS, whose folder is relative to the home', () => {
+    expect(resolveConfig('/home', 'nbd: 0.0.0.0:10809\nnbdTls: tls\n')).toMatchObject({
+      nbd: { host: '0.0.0.0', port: 10_809 },
+      nbdTls: '/home/tls',
+      nbdTlsVerify: true,
+      nbdList: false,
+    })
+    const config = resolveConfig('/home', 'nbdTlsVerify: off\nnbdList: on\n', { nbd: ':0', nbdTls: '/etc/tls' })
+    expect(config).toMatchObject({ nbd: { host: '127.0.0.1', port: 0 }, nbdTls: '/etc/tls', nbdTlsVerify: false, nbdList: true })
+  })
+
+  test('without TLS has to be asked for by name', () => {
+    const refusal = expect.objectContaining({ code: 'CONFIG_INVALID', message: expect.stringContaining('--nbd-insecure') })
+    expect(() => resolveConfig('/home', null, { nbd: '127.0.0.1:10809' })).toThrow(refusal)
+    expect(() => resolveConfig('/home', 'nbd: :10809\n')).toThrow(refusal)
+    expect(resolveConfig('/home', null, { nbd: ':10809', nbdInsecure: true })).toMatchObject({ nbdTls: null, nbdInsecure: true })
+  })
+
+  test('is either with TLS or without, and neither is needed where it is off', () => {
+    expect(() => resolveConfig('/home', 'nbdTls: tls\n', { nbd: ':0', nbdInsecure: true })).toThrow('contradict')
+    expect(resolveConfig('/home', 'nbdTls: tls\nnbdInsecure: on\n').nbd).toBeNull()
+    expect(resolveConfig('/home', 'nbd: :10809\n', { nbd: 'off' }).nbd).toBeNull()
   })
 })
 

@@ -51,6 +51,16 @@ const settingsSchema = z.strictObject({
   http: listenAddress.prefault('127.0.0.1:8776'),
   /** Whether the NBD unix socket is served. */
   nbdSocket: onOff.prefault('on'),
+  /** HOST:PORT of NBD over TCP, or off. Wants `nbdTls` or `nbdInsecure`. */
+  nbd: listenAddress.prefault('off'),
+  /** Folder with ca-cert.pem, server-cert.pem and server-key.pem, relative to the home; null: none. */
+  nbdTls: z.string().min(1).nullable().prefault(null),
+  /** Whether clients over TLS need a certificate of the authority in ca-cert.pem. */
+  nbdTlsVerify: onOff.prefault('on'),
+  /** NBD over TCP in the clear: whoever reaches the port reads and writes every attached volume. */
+  nbdInsecure: onOff.prefault('off'),
+  /** Whether clients over TCP are told which exports there are. */
+  nbdList: onOff.prefault('off'),
   /** Group that may open the NBD socket, by name or number; null: the daemon's own. */
   socketGroup: z
     .union([z.string().min(1), z.int().min(0).transform(String)])
@@ -76,6 +86,12 @@ export interface Config {
   home: string
   http: ListenAddress | null
   nbdSocket: boolean
+  nbd: ListenAddress | null
+  /** Absolute. */
+  nbdTls: string | null
+  nbdTlsVerify: boolean
+  nbdInsecure: boolean
+  nbdList: boolean
   socketGroup: string | null
   publicUrl: string | null
   allowPrivateImageSources: boolean
@@ -137,8 +153,35 @@ export function resolveConfig(home: string, file: string | null, flags: Settings
     })
     throw new AtollError('CONFIG_INVALID', problems.join('; '), { values: { problems } })
   }
-  const { catalog, ...settings } = checked.data
-  return { home, ...settings, paths: homePaths(home, catalog) }
+  const { catalog, nbdTls, ...settings } = checked.data
+  checkNbd(settings.nbd, nbdTls, settings.nbdInsecure)
+  return { home, ...settings, nbdTls: nbdTls === null ? null : resolve(home, nbdTls), paths: homePaths(home, catalog) }
+}
+
+/**
+ * Over TCP anybody who reaches the port is a client, also every user and every guest of this machine: without TLS it must have been
+ * asked for by name.
+ */
+function checkNbd(nbd: ListenAddress | null, tls: string | null, insecure: boolean): void {
+  if (nbd === null) return
+  const address = `${nbd.host}:${nbd.port}`
+  if (tls === null && !insecure) {
+    throw new AtollError(
+      'CONFIG_INVALID',
+      `NBD on ${address} would let everybody who reaches it read and write every attached volume: give --nbd-tls DIR with ` +
+        'certificates (the README shows how to make them), or say --nbd-insecure if the network is trusted',
+      { values: { address } },
+    )
+  }
+  if (tls !== null && insecure) {
+    throw new AtollError(
+      'CONFIG_INVALID',
+      `--nbd-tls ${tls} and --nbd-insecure contradict each other: choose one for NBD on ${address}`,
+      {
+        values: { address, nbdTls: tls },
+      },
+    )
+  }
 }
 
 function parseFile(text: string, path: string): Record<string, unknown> {

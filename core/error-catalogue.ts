@@ -289,6 +289,16 @@ export const errorCatalogue = {
   CONNECTION_CLOSED: entry(503, 'The connection is closed.', 'Connect again.', true),
   CONNECTION_BUSY: entry(409, 'Another call of the connection is under way.', 'This is a defect: report it with the log.'),
   READ_TIMEOUT: entry(503, 'The peer sent nothing in time.', 'Look at the network and at the client.', true),
+  TLS_CREDENTIALS_INVALID: entry(
+    400,
+    'A certificate or a key for TLS cannot be used.',
+    'Read the message: it names the file. The README shows how to make the files.',
+  ),
+  TLS_HANDSHAKE_FAILED: entry(
+    400,
+    'A client and the daemon could not agree on TLS, or one did not trust the certificate of the other.',
+    'Look at the reason in the message: a client needs a certificate of the authority in ca-cert.pem.',
+  ),
   ENGINE_BUSY: entry(503, 'Too many jobs wait for the engine already.', 'Try again in a moment.', true),
   ENGINE_PANIC: entry(
     500,

@@ -259,10 +259,25 @@ export interface RawDevice {
   close(): Promise<void>
 }
 
+/** What a handshake settled. */
+export interface TlsPeer {
+  /** `TLSv1_3` or `TLSv1_2`. */
+  protocol: string
+  cipherSuite: string
+  /** The peer's certificate (DER) where one is asked for: it was verified then. */
+  certificate?: Uint8Array
+}
+
+/** Opaque: what a server shows and whom it lets in. */
+export interface RawTlsConfig {
+  readonly rawTlsConfig?: never
+}
+
 export interface RawConnection {
   peer(): string
   read(lengthBytes: number, timeoutMs: number | null): Promise<Uint8Array | null>
   write(bytes: Uint8Array): Promise<void>
+  startTls(config: RawTlsConfig, timeoutMs: number): Promise<TlsPeer>
   serveNbd(
     device: RawDevice,
     structuredReplies: boolean,
@@ -339,6 +354,7 @@ export interface RawEngine {
   readBarrier(): Promise<void>
   listenUnix(path: string, mode: number, groupId: number | null, backlog: number | null): Promise<RawListener>
   listenTcp(host: string, port: number): Promise<RawListener>
+  loadTls(directory: string, verifyClients: boolean): Promise<RawTlsConfig>
   stats(): EngineStats
   close(): Promise<void>
 }

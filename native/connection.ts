@@ -1,7 +1,18 @@
 /** Listeners and the connections they accept. */
-import type { ListenerAddress, RawConnection, RawListener, ServeEnd } from './addon.ts'
+import type { ListenerAddress, RawConnection, RawListener, RawTlsConfig, ServeEnd, TlsPeer } from './addon.ts'
 import type { Device } from './device.ts'
 import { call, settle } from './native-error.ts'
+
+/** What a server of TLS shows, and whom it lets in: made by `Engine.loadTls`, used by any number of connections. */
+export class TlsConfig {
+  /** @internal */
+  readonly raw: RawTlsConfig
+
+  /** @internal */
+  constructor(raw: RawTlsConfig) {
+    this.raw = raw
+  }
+}
 
 /** What the negotiation of NBD settled. */
 export interface ServeNbdOptions {
@@ -45,6 +56,16 @@ export class Connection {
    */
   write(bytes: Uint8Array): Promise<void> {
     return settle(() => this.#raw.write(bytes))
+  }
+
+  /**
+   * Shakes hands as the server of a TLS connection; what is read and written from then on goes through TLS. Call it while no
+   * other call of the connection is under way. The connection is closed if it fails.
+   *
+   * @throws TLS_HANDSHAKE_FAILED, READ_TIMEOUT after `timeoutMs`, CONNECTION_CLOSED
+   */
+  startTls(config: TlsConfig, timeoutMs: number): Promise<TlsPeer> {
+    return settle(() => this.#raw.startTls(config.raw, timeoutMs))
   }
 
   /** Serves the device natively until the connection ends; whatever the client does is no rejection but a reason. */

@@ -9,7 +9,7 @@ import {
   type RootRef,
   type ThrottleLimits,
 } from './addon.ts'
-import { Listener } from './connection.ts'
+import { Listener, TlsConfig } from './connection.ts'
 import { Device, flatten, type LayerRef } from './device.ts'
 import { FrozenMap, MapLoader, Reach } from './maps.ts'
 import { call, settle } from './native-error.ts'
@@ -165,6 +165,16 @@ export class Engine {
    */
   listenTcp(options: { host: string; port: number }): Promise<Listener> {
     return settle(async () => new Listener(await this.#raw.listenTcp(options.host, options.port)))
+  }
+
+  /**
+   * Reads the credentials of a TLS server from a folder: `server-cert.pem` and `server-key.pem`, and to verify clients
+   * `ca-cert.pem` and, if there is one, `ca-crl.pem`. With `verifyClients` a client needs a certificate of that authority.
+   *
+   * @throws TLS_CREDENTIALS_INVALID naming the file and what is wrong with it
+   */
+  loadTls(options: { directory: string; verifyClients: boolean }): Promise<TlsConfig> {
+    return settle(async () => new TlsConfig(await this.#raw.loadTls(options.directory, options.verifyClients)))
   }
 
   stats(): EngineStats {

@@ -25,8 +25,9 @@ export type {
   StoreCapabilities,
   StoreUsage,
   ThrottleLimits,
+  TlsPeer,
 } from './addon.ts'
-export { Connection, Listener, type ServeNbdOptions } from './connection.ts'
+export { Connection, Listener, TlsConfig, type ServeNbdOptions } from './connection.ts'
 export { Checkpoint, Device, type LayerRef } from './device.ts'
 export { Engine, type DeviceEvent, type DeviceSpec, type EngineOptions, type SwapReport } from './engine.ts'
 export { FrozenMap, MapLoader, PageSet, Reach } from './maps.ts'

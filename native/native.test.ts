@@ -1,7 +1,11 @@
-import { mkdtemp, open, readFile, rm, stat, writeFile } from 'node:fs/promises'
+import { execFileSync, spawnSync } from 'node:child_process'
+import { once } from 'node:events'
+import { readFileSync } from 'node:fs'
+import { mkdir, mkdtemp, open, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { connect, type Socket } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { connect as connectTls } from 'node:tls'
 import { AtollError } from '@atoll/core'
 import { afterEach, beforeEach, describe, expect, it } from 'vitest'
 import {
@@ -465,6 +469,34 @@ describe('a connection', () => {
     expect(await listener.accept()).toBe(null)
     return { connection: connection!, socket, next: (length) => readExactly(socket, length) }
   }
+
+  it.skipIf(spawnSync('openssl', ['version']).status !== 0)('goes through TLS from the handshake on', async () => {
+    const credentials = join(directory, 'tls')
+    await mkdir(credentials)
+    const [key, certificate] = [join(credentials, 'server-key.pem'), join(credentials, 'server-cert.pem')]
+    const kind = ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-subj', '/CN=localhost']
+    execFileSync('openssl', ['req', '-x509', ...kind, '-keyout', key, '-out', certificate], { stdio: 'ignore' })
+    const config = await engine.loadTls({ directory: credentials, verifyClients: false })
+    expect(await codeOf(engine.loadTls({ directory: credentials, verifyClients: true }))).toBe('TLS_CREDENTIALS_INVALID')
+
+    const { connection, socket } = await accepted()
+    const started = connection.startTls(config, 10_000)
+    const secure = connectTls({ socket, ca: readFileSync(certificate), servername: 'localhost' })
+    const ended = once(secure.resume(), 'close')
+    expect(await started).toEqual({
+      protocol: 'TLSv1_3',
+      cipherSuite: expect.stringMatching(/^TLS13_AES_/),
+      certificate: undefined,
+    })
+    expect(await codeOf(connection.startTls(config, 10_000))).toBe('ARGUMENT_INVALID')
+    await connection.close()
+    await ended
+
+    const second = await accepted()
+    const failed = codeOf(second.connection.startTls(config, 50))
+    expect(await failed).toBe('READ_TIMEOUT')
+    expect(await second.connection.read(1)).toBeNull()
+  })
 
   it('is driven byte by byte until it serves, and then answers by itself', async () => {
     const store = engine.memoryStore({ capacityBytes: 64 * mebibyte })

@@ -1,5 +1,7 @@
 export type { ExportConnection, ExportTable, NbdExport } from './nbd/export-table.ts'
 export { startNbdServer } from './nbd/nbd-server.ts'
+export type { ConnectionLimits } from './nbd/connection-limits.ts'
+export type { ServerTls } from './nbd/nbd-client-connection.ts'
 export type { NbdListen, NbdServer, NbdServerConnection, NbdServerOptions } from './nbd/nbd-server.ts'
 export { defaultNegotiationLimits } from './nbd/negotiation-limits.ts'
 export type { NegotiationLimits } from './nbd/negotiation-limits.ts'

@@ -16,6 +16,7 @@ export const testTools: readonly TestTool[] = [
   { name: 'nbdcopy', debianPackage: 'libnbd-bin', usedFor: 'NBD with libnbd as the client, the README tour' },
   { name: 'nbdinfo', debianPackage: 'libnbd-bin', usedFor: 'the list of exports as libnbd sees it' },
   { name: 'python3:nbd', debianPackage: 'python3-libnbd', usedFor: 'NBD requests that the command-line clients cannot send' },
+  { name: 'openssl', debianPackage: 'openssl', usedFor: 'certificates for NBD over TLS' },
   { name: 'nbdkit', debianPackage: 'nbdkit', usedFor: 'our NBD client against a server that is not ours' },
   { name: 'fio', debianPackage: 'fio', usedFor: 'load in the crash tests' },
   { name: 'mke2fs', debianPackage: 'e2fsprogs', usedFor: 'disk images with a file system' },

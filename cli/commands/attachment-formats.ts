@@ -9,6 +9,28 @@ export type AttachmentFormat = 'text' | 'uri' | 'qemu' | 'libvirt'
  */
 const reconnectDelaySeconds = 60
 
+/** Id of the object with the client's certificates, in QEMU's formats. */
+const tlsCredentialsId = 'atoll-tls'
+
+/** What has to be known besides the attachment to use it in this format; null: nothing. */
+export function attachmentNote(attachment: AttachmentDocument, format: AttachmentFormat): string | null {
+  if (attachment.server === null || !attachment.server.tls) return null
+  switch (format) {
+    case 'qemu':
+      return (
+        `QEMU needs the client's certificates (ca-cert.pem, client-cert.pem, client-key.pem) from a folder DIR before it: ` +
+        `-object tls-creds-x509,id=${tlsCredentialsId},endpoint=client,dir=DIR`
+      )
+    case 'libvirt':
+      return `QEMU's configuration on the host names the folder of the client's certificates: nbd_tls_x509_cert_dir in /etc/libvirt/qemu.conf`
+    case 'text':
+    case 'uri':
+      return null
+    default:
+      return format satisfies never
+  }
+}
+
 /** The attachment in one of the formats; a single line for all but libvirt. */
 export function attachmentText(attachment: AttachmentDocument, format: AttachmentFormat): string {
   switch (format) {
@@ -35,19 +57,28 @@ function qemuBlockdev(attachment: AttachmentDocument): object {
     'read-only': attachment.readOnly,
     file: {
       driver: 'nbd',
-      server: { type: 'unix', path: attachment.socketPath },
+      ...qemuServer(attachment),
       export: attachment.exportName,
       'reconnect-delay': reconnectDelaySeconds,
     },
   }
 }
 
+function qemuServer({ server, socketPath }: AttachmentDocument): object {
+  if (server === null) return { server: { type: 'unix', path: socketPath } }
+  // The port is a string in QEMU's schema.
+  const inet = { server: { type: 'inet', host: server.host, port: String(server.port) } }
+  return server.tls ? { ...inet, 'tls-creds': tlsCredentialsId } : inet
+}
+
 function libvirtDisk(attachment: AttachmentDocument): string {
   return [
     `<disk type='network' device='disk'>`,
     `  <driver name='qemu' type='raw'/>`,
-    `  <source protocol='nbd' name='${escapeXml(attachment.exportName)}'>`,
-    `    <host transport='unix' socket='${escapeXml(attachment.socketPath)}'/>`,
+    `  <source protocol='nbd' name='${escapeXml(attachment.exportName)}'${attachment.server?.tls === true ? ` tls='yes'` : ''}>`,
+    attachment.server === null
+      ? `    <host transport='unix' socket='${escapeXml(attachment.socketPath ?? '')}'/>`
+      : `    <host name='${escapeXml(attachment.server.host)}' port='${attachment.server.port}'/>`,
     `    <reconnect delay='${reconnectDelaySeconds}'/>`,
     `  </source>`,
     `  <target dev='vda' bus='virtio'/>`,

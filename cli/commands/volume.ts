@@ -4,7 +4,7 @@ import type { AttachmentDocument, VolumeDocument, VolumeSummary } from '../admin
 import { segment } from '../client/admin-client.ts'
 import { bytesIfKnown, formatBytes } from '../terminal/format-bytes.ts'
 import { formatFields, formatTable } from '../terminal/table.ts'
-import { attachmentText } from './attachment-formats.ts'
+import { attachmentNote, attachmentText } from './attachment-formats.ts'
 import type { AttachmentFormat } from './attachment-formats.ts'
 import { contextOf, withExample } from './command-context.ts'
 
@@ -134,6 +134,8 @@ function registerAttachment(volume: Command): void {
         }
         const document = await context.client.post<AttachmentDocument>(`/v1/volumes/${segment(name)}/attach`, body)
         context.print(document, () => attachmentText(document, options.format))
+        const note = attachmentNote(document, options.format)
+        if (note !== null && !context.json) process.stderr.write(`${note}\n`)
       }),
     'qemu-io -f raw -c "write -P 7 0 64k" "$(atoll volume attach root --format uri)"',
   )

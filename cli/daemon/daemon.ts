@@ -11,15 +11,19 @@ import { Engine } from '@atoll/native'
 import { drivers } from '@atoll/southbound'
 import { openMapper } from '@atoll/mapper'
 import { defaultPoolName, openComposer } from '@atoll/composer'
-import { serveTemporaryNbd, startNbdServer } from '@atoll/northbound'
+import { serveTemporaryNbd, startNbdServer, type NbdServer } from '@atoll/northbound'
 import { createAdminServer, listenAdmin } from './admin/admin-server.ts'
 import type { Endpoints } from './endpoints.ts'
 import { letGroupPass, lockHome } from './home-directory.ts'
 import { startHttpListener } from './http-listener.ts'
+import { nbdTcpUrl, reachableServer, type NbdTcpServer } from './nbd-tcp-address.ts'
 import { checkSocketPath, findGroupId, removeStaleSocket } from './socket-files.ts'
+import { loadTlsCredentials } from './tls-credentials.ts'
 
 export interface Daemon {
   readonly endpoints: Endpoints
+  /** Reads the certificates again; null: there are none. @throws AtollError TLS_CREDENTIALS_INVALID; the old ones stay then */
+  readonly reloadTls: (() => Promise<void>) | null
   /** Takes no more requests, finishes those in flight, makes everything durable. Call it once. */
   stop(): Promise<void>
 }
@@ -54,7 +58,7 @@ class Cleanup {
 
 /**
  * Starts everything; clients can come when this returns.
- * @throws AtollError HOME_LOCKED, CONFIG_INVALID, LISTEN_FAILED, FORMAT_VERSION, what opening the catalog and the pools throws
+ * @throws AtollError HOME_LOCKED, CONFIG_INVALID, TLS_CREDENTIALS_INVALID, LISTEN_FAILED, FORMAT_VERSION, what opening the catalog and the pools throws
  */
 export async function startDaemon(config: Config, log: Logger): Promise<Daemon> {
   const cleanup = new Cleanup(log)
@@ -85,9 +89,14 @@ async function start(config: Config, log: Logger, cleanup: Cleanup): Promise<Dae
   await mkdir(paths.batchLogs, { recursive: true })
   const engine = new Engine({ pageFile: paths.pageFile, batchLogDirectory: paths.batchLogs })
   cleanup.add('engine', () => engine.close())
+  const nbdLog = log.child({ part: 'nbd' })
+  // Before the pools are opened: a certificate that cannot be used should not take long to hear of.
+  const credentials =
+    config.nbd === null || config.nbdTls === null
+      ? null
+      : await loadTlsCredentials({ engine, directory: config.nbdTls, verifyClients: config.nbdTlsVerify, log: nbdLog, clock })
   const mapper = await openMapper({ catalog, engine, drivers, log: log.child({ part: 'mapper' }), clock, newId })
   cleanup.add('mapper', () => mapper.close())
-  const nbdLog = log.child({ part: 'nbd' })
   const composer = await openComposer({
     mapper,
     catalog,
@@ -111,6 +120,7 @@ async function start(config: Config, log: Logger, cleanup: Cleanup): Promise<Dae
     nbdSocket: null,
     iscsi: null,
   }
+  const nbdServers: NbdServer[] = []
   if (config.nbdSocket) {
     const nbd = await startNbdServer({
       engine,
@@ -119,10 +129,29 @@ async function start(config: Config, log: Logger, cleanup: Cleanup): Promise<Dae
       listen: { path: paths.nbdSocket, mode: 0o660, ...(groupId === undefined ? {} : { groupId }) },
     })
     cleanup.add('NBD server', () => nbd.close())
-    cleanup.add('NBD clients', () => nbd.drain())
+    nbdServers.push(nbd)
     endpoints.nbdSocket = paths.nbdSocket
   }
-  const context = { composer, engine, clock, endpoints, startedAtMs, stopping: stopping.signal }
+  let nbdTcp: NbdTcpServer | null = null
+  if (config.nbd !== null) {
+    const nbd = await startNbdServer({
+      engine,
+      exports: composer.exports,
+      log: nbdLog,
+      listen: config.nbd,
+      listing: config.nbdList,
+      ...(credentials === null ? {} : { tls: { mode: 'required', config: credentials.current } }),
+    })
+    cleanup.add('NBD server on TCP', () => nbd.close())
+    nbdServers.push(nbd)
+    const port = nbd.address.port ?? config.nbd.port
+    nbdTcp = reachableServer(config.nbd, port, credentials !== null)
+    endpoints.nbd = nbdTcpUrl({ ...nbdTcp, host: config.nbd.host })
+    if (credentials === null)
+      nbdLog.warn({ nbd: endpoints.nbd }, 'NBD over TCP goes in the clear: everybody who reaches it is let in')
+  }
+  cleanup.add('NBD clients', async () => void (await Promise.all(nbdServers.map((nbd) => nbd.drain()))))
+  const context = { composer, engine, clock, endpoints, nbdTcp, startedAtMs, stopping: stopping.signal }
   const admin = await listenAdmin(createAdminServer(context, log.child({ part: 'admin' })), paths.adminSocket)
   cleanup.add('admin socket', () => admin.close())
   if (config.http !== null) {
@@ -135,6 +164,7 @@ async function start(config: Config, log: Logger, cleanup: Cleanup): Promise<Dae
   log.info({ ...endpoints, startedInMs: Math.round(clock.monotonicMs() - startedAtMs) }, 'ready')
   return {
     endpoints,
+    reloadTls: credentials === null ? null : () => credentials.reload(),
     stop: async () => {
       if (!(await cleanup.run())) throw new AtollError('INTERNAL', 'the daemon could not be stopped cleanly; the log says why')
     },

@@ -52,6 +52,16 @@ export async function serveUntilSignal(options: ServeOptions): Promise<void> {
     : readyLine(daemon.endpoints, process.pid)
   process.stdout.write(`${line}\n`)
 
+  const { reloadTls } = daemon
+  if (reloadTls !== null) {
+    process.on('SIGHUP', () => {
+      reloadTls().then(
+        () => log.info('the certificates were read again'),
+        (error: unknown) => log.error({ err: error }, 'the certificates could not be read again; the old ones stay in use'),
+      )
+    })
+  }
+
   const signal = await asked.promise
   log.info({ signal }, 'stopping')
   await daemon.stop()

@@ -1,10 +1,20 @@
 import { AtollError, isAtollError, type Logger } from '@atoll/core'
-import type { Connection } from '@atoll/native'
+import type { Connection, TlsConfig } from '@atoll/native'
+import { certificateName } from './certificate-name.ts'
+import { addressOf, type LimitedClient } from './connection-limits.ts'
 import type { ExportConnection, ExportTable, NbdExport } from './export-table.ts'
 import { negotiate } from './negotiation.ts'
 import type { NegotiationLimits } from './negotiation-limits.ts'
 import { NegotiationEnded } from './option-channel.ts'
+import type { TlsMode } from './option-starttls.ts'
 import { transmit } from './phase-transmission.ts'
+
+/** TLS of a server. */
+export interface ServerTls {
+  readonly mode: TlsMode
+  /** Asked for each handshake: certificates may be replaced while the server runs. */
+  config(): TlsConfig
+}
 
 /** What a connection takes from its server. */
 export interface ServerSettings {
@@ -12,6 +22,7 @@ export interface ServerSettings {
   readonly log: Logger
   readonly listing: boolean
   readonly limits: NegotiationLimits
+  readonly tls?: ServerTls
   isDraining(): boolean
 }
 
@@ -19,17 +30,30 @@ export interface ServerSettings {
  * One client, from its first byte to its last. It is in its export's list from the moment that GO succeeds until native code
  * has let go of the device.
  */
-export class NbdClientConnection implements ExportConnection {
-  readonly peer: string
+export class NbdClientConnection implements ExportConnection, LimitedClient {
+  /** Its network address, by which it is limited; null on a unix socket. */
+  readonly address: string | null
   readonly #connection: Connection
   readonly #settings: ServerSettings
   readonly #ended = Promise.withResolvers<void>()
   #entry: NbdExport | null = null
+  #peer: string
+  #isProtected = false
 
   constructor(connection: Connection, settings: ServerSettings) {
     this.#connection = connection
     this.#settings = settings
-    this.peer = connection.peer
+    this.#peer = connection.peer
+    this.address = addressOf(connection.peer)
+  }
+
+  /** Where it comes from and, once that is known, whom its certificate names. */
+  get peer(): string {
+    return this.#peer
+  }
+
+  get isNegotiating(): boolean {
+    return this.#entry === null
   }
 
   /** The export that it serves; null while it negotiates. */
@@ -61,6 +85,8 @@ export class NbdClientConnection implements ExportConnection {
       if (error instanceof NegotiationEnded) log.debug({ peer: this.peer, reason: error.message }, 'an NBD negotiation ended')
       else if (isAtollError(error) && connectionCodes.has(error.code))
         log.debug({ peer: this.peer, err: error }, 'an NBD client went away')
+      else if (isAtollError(error, 'TLS_HANDSHAKE_FAILED'))
+        log.info({ peer: this.peer, reason: error.message }, 'an NBD client could not start TLS')
       else log.error({ peer: this.peer, err: error }, 'serving an NBD client failed')
     } finally {
       clearTimeout(timer)
@@ -85,7 +111,19 @@ export class NbdClientConnection implements ExportConnection {
 
   #contextFacts(): Omit<Parameters<typeof negotiate>[1], 'enter'> {
     const { exports, listing } = this.#settings
-    return { exports, listing, isDraining: () => this.#settings.isDraining() }
+    const facts = { exports, listing, isDraining: () => this.#settings.isDraining() }
+    const { tls } = this.#settings
+    if (tls === undefined) return facts
+    const start = (): Promise<void> => this.#startTls(tls.config())
+    return { ...facts, tls: { mode: tls.mode, isActive: () => this.#isProtected, start } }
+  }
+
+  async #startTls(config: TlsConfig): Promise<void> {
+    const { log, limits } = this.#settings
+    const { certificate, protocol, cipherSuite } = await this.#connection.startTls(config, limits.handshakeTimeoutMs)
+    this.#isProtected = true
+    if (certificate !== undefined) this.#peer = `${this.#connection.peer} (${certificateName(certificate)})`
+    log.debug({ peer: this.#peer, protocol, cipherSuite }, 'an NBD client started TLS')
   }
 
   #enter(entry: NbdExport): void {

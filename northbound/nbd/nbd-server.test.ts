@@ -149,7 +149,7 @@ describe('the NBD server', () => {
   })
 
   it('turns clients away beyond its bound and takes others when one has left', async () => {
-    fixture = await NbdFixture.start({ server: { connectionCountMax: 2 } })
+    fixture = await NbdFixture.start({ server: { connectionLimits: { connectionCountMax: 2 } } })
     const first = await connect(fixture.uri())
     await using second = await connect(fixture.uri())
     await expect(connect(fixture.uri())).rejects.toMatchObject({ code: 'NBD_CONNECTION_LOST' })

@@ -7,7 +7,8 @@
 import type { Logger } from '@atoll/core'
 import type { Connection, Engine, Listener } from '@atoll/native'
 import type { ExportTable } from './export-table.ts'
-import { NbdClientConnection } from './nbd-client-connection.ts'
+import { admit, addressOf, defaultConnectionLimits, type ConnectionLimits } from './connection-limits.ts'
+import { NbdClientConnection, type ServerTls } from './nbd-client-connection.ts'
 import { defaultNegotiationLimits, type NegotiationLimits } from './negotiation-limits.ts'
 
 /** Where to listen: a unix socket with its file mode and group, or TCP (port 0 picks a free one). */
@@ -22,8 +23,10 @@ export interface NbdServerOptions {
   readonly listen: NbdListen
   /** Whether LIST names the exports. Default true. */
   readonly listing?: boolean
-  /** Connections of this server at a time; more are closed at once. Default 512. */
-  readonly connectionCountMax?: number
+  /** Default: none. Without it everything goes in the clear. */
+  readonly tls?: ServerTls
+  /** How many clients it takes; see connection-limits.ts. */
+  readonly connectionLimits?: Partial<ConnectionLimits>
   /** How long `drain` waits for requests in flight before it cuts a client off. Default 10,000. */
   readonly drainTimeoutMs?: number
   readonly limits?: Partial<NegotiationLimits>
@@ -65,7 +68,11 @@ class RunningNbdServer implements NbdServer {
   readonly #listener: Listener
   readonly #options: NbdServerOptions
   readonly #limits: NegotiationLimits
+  readonly #connectionLimits: ConnectionLimits
+  /** Those that count, the oldest first. */
   readonly #clients = new Set<NbdClientConnection>()
+  /** Those that made room for others and are not gone yet. */
+  readonly #leaving = new Set<NbdClientConnection>()
   readonly #accepting: Promise<void>
   #isDraining = false
   #isClosing = false
@@ -76,6 +83,7 @@ class RunningNbdServer implements NbdServer {
     this.#listener = listener
     this.#options = options
     this.#limits = { ...defaultNegotiationLimits, ...options.limits }
+    this.#connectionLimits = { ...defaultConnectionLimits, ...options.connectionLimits }
     this.#accepting = this.#accept()
   }
 
@@ -109,7 +117,7 @@ class RunningNbdServer implements NbdServer {
     this.#isClosing = true
     await this.#listener.close()
     await this.#accepting
-    await Promise.all([...this.#clients].map((client) => this.#cutOff(client)))
+    await Promise.all([...this.#clients, ...this.#leaving].map((client) => this.#cutOff(client)))
   }
 
   async #accept(): Promise<void> {
@@ -128,23 +136,37 @@ class RunningNbdServer implements NbdServer {
   }
 
   #take(connection: Connection): void {
-    const limit = this.#options.connectionCountMax ?? 512
-    if (this.#clients.size >= limit || this.#isClosing) {
-      this.#options.log.warn({ peer: connection.peer, limit }, 'an NBD client was turned away: too many connections')
-      connection
-        .close()
-        .catch((error: unknown) => this.#options.log.warn({ err: error }, 'an NBD connection could not be closed cleanly'))
+    const { exports, log, listing = true, tls } = this.#options
+    const admission = this.#isClosing
+      ? ({ admitted: false, reason: 'the server is closing' } as const)
+      : admit(this.#clients, addressOf(connection.peer), this.#connectionLimits)
+    if (!admission.admitted) {
+      log.warn({ peer: connection.peer, reason: admission.reason }, 'an NBD client was turned away: too many connections')
+      connection.close().catch((error: unknown) => log.warn({ err: error }, 'an NBD connection could not be closed cleanly'))
       return
     }
+    if (admission.evicted !== null) this.#makeRoom(admission.evicted)
     const client = new NbdClientConnection(connection, {
-      exports: this.#options.exports,
-      log: this.#options.log,
-      listing: this.#options.listing ?? true,
+      exports,
+      log,
+      listing,
       limits: this.#limits,
       isDraining: () => this.#isDraining,
+      ...(tls === undefined ? {} : { tls }),
     })
     this.#clients.add(client)
-    void client.run().finally(() => this.#clients.delete(client))
+    void client.run().finally(() => {
+      this.#clients.delete(client)
+      this.#leaving.delete(client)
+    })
+  }
+
+  /** Ends a negotiation for another. It counts no more from here on, though it may take a moment to go. */
+  #makeRoom(client: NbdClientConnection): void {
+    this.#options.log.debug({ peer: client.peer }, 'an NBD client that had not finished its negotiation made room for another')
+    this.#clients.delete(client)
+    this.#leaving.add(client)
+    void this.#cutOff(client)
   }
 
   /** Drains a client, and cuts it off when that takes too long. */

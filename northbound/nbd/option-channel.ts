@@ -1,5 +1,5 @@
 import type { NegotiationLimits } from './negotiation-limits.ts'
-import { newstyleMagic, optionHeaderBytes, optionReply, optionReplyHeaderBytes, optionReplyMagic } from './protocol.ts'
+import { newstyleMagic, option, optionHeaderBytes, optionReplyHeaderBytes, optionReplyMagic } from './protocol.ts'
 
 /** What the negotiation needs of a connection; the native `Connection` is one. */
 export interface NegotiationSocket {
@@ -55,10 +55,11 @@ export class OptionChannel {
   }
 
   /**
-   * The next option whose data is not too long; longer ones are answered ERR_TOO_BIG here.
+   * The next option whose data is not too long; longer ones are answered `tooLongReply` here. The data of ABORT means nothing and
+   * may have any length.
    * @throws NegotiationEnded at the end, out of step, beyond a bound.
    */
-  async nextOption(mayRefuse: (number: number) => boolean): Promise<ReceivedOption> {
+  async nextOption(tooLongReply: number): Promise<ReceivedOption> {
     for (;;) {
       this.#optionCount += 1
       if (this.#optionCount > this.#limits.optionCountMax)
@@ -74,13 +75,12 @@ export class OptionChannel {
           `option ${number} has ${lengthBytes} bytes, more than ${this.#limits.optionDataSkippedBytesMax}`,
         )
       }
-      if (!mayRefuse(number)) throw new NegotiationEnded(`option ${number} has ${lengthBytes} bytes and no way to be refused`)
+      if (number === option.exportName) {
+        throw new NegotiationEnded(`option ${number} has ${lengthBytes} bytes and no way to be refused`)
+      }
       for (let left = lengthBytes; left > 0; left -= Math.min(left, readBytesMax)) await this.read(Math.min(left, readBytesMax))
-      await this.refuse(
-        number,
-        optionReply.errorTooBig,
-        `${lengthBytes} bytes of data; the limit is ${this.#limits.optionDataBytesMax}`,
-      )
+      if (number === option.abort) return { number, data: Buffer.alloc(0) }
+      await this.refuse(number, tooLongReply, `${lengthBytes} bytes of data; the limit is ${this.#limits.optionDataBytesMax}`)
     }
   }
 

@@ -2,6 +2,7 @@ import { answerExportName } from './option-export-name.ts'
 import { answerGo, answerInfo } from './option-info.ts'
 import { answerList } from './option-list.ts'
 import { answerListMetaContext, answerSetMetaContext } from './option-meta-context.ts'
+import { answerStartTls, isTlsMissing, refuseWithoutTls } from './option-starttls.ts'
 import { answerStructuredReply } from './option-structured-reply.ts'
 import { NegotiationEnded, type OptionChannel } from './option-channel.ts'
 import { option, optionReply } from './protocol.ts'
@@ -18,12 +19,20 @@ export async function haggle(
   session: NegotiationSession,
 ): Promise<Transmission> {
   for (;;) {
-    const received = await channel.nextOption((number) => number !== option.exportName)
+    const received = await channel.nextOption(isTlsMissing(context) ? optionReply.errorTlsRequired : optionReply.errorTooBig)
     const { number } = received
     if (number === option.abort) {
       // Data with it is ignored: the client is leaving.
       await channel.reply(number, { type: optionReply.ack })
       throw new NegotiationEnded('the client aborted')
+    }
+    if (number === option.startTls) {
+      await answerStartTls(channel, context, session, received)
+      continue
+    }
+    if (isTlsMissing(context)) {
+      await refuseWithoutTls(channel, received)
+      continue
     }
     if (number === option.exportName) return answerExportName(channel, context, session, received)
     if (context.isDraining()) {

@@ -1,5 +1,6 @@
 import type { Device } from '@atoll/native'
 import type { ExportTable, NbdExport } from './export-table.ts'
+import type { NegotiationTls } from './option-starttls.ts'
 import { allocationContextId, optionReply } from './protocol.ts'
 
 /** What a negotiation may know of the server around it. */
@@ -7,6 +8,8 @@ export interface NegotiationContext {
   readonly exports: ExportTable
   /** Whether LIST names the exports; else it is refused by policy. */
   readonly listing: boolean
+  /** Absent: there is no TLS here. */
+  readonly tls?: NegotiationTls
   /** The server is stopping: every option is answered ERR_SHUTDOWN. */
   isDraining(): boolean
   /** Counts the connection as a client of the export. Throws as `ExportTable.enter` does. */

@@ -125,7 +125,7 @@ test('what the options and the configuration file say is checked before anything
   expect(serve('--http', 'nowhere').stderr).toContain('CONFIG_INVALID')
   expect(serve('--socket-group', 'no-such-group-here').stderr).toContain('no-such-group-here')
   expect(serve('--iscsi', ':3260')).toMatchObject({ exitCode: 2, stderr: expect.stringContaining('--iscsi') })
-  expect(serve('--nbd', ':10809')).toMatchObject({ exitCode: 2, stderr: expect.stringContaining('--nbd') })
+  expect(serve('--nbd', ':10809').stderr).toContain('--nbd-insecure')
   await writeFile(join(home.path, 'atoll.yaml'), 'htpp: 127.0.0.1:0\n')
   expect(serve('--http', ':0').stderr).toContain('htpp')
   expect(existsSync(join(home.path, 'catalog.db'))).toBe(false)

@@ -2,6 +2,7 @@ import type { Clock } from '@atoll/core'
 import type { Composer } from '@atoll/composer'
 import type { Engine } from '@atoll/native'
 import type { Endpoints } from '../endpoints.ts'
+import type { NbdTcpServer } from '../nbd-tcp-address.ts'
 
 /** What the routes of the admin API work with. */
 export interface AdminContext {
@@ -9,6 +10,8 @@ export interface AdminContext {
   readonly engine: Engine
   readonly clock: Clock
   readonly endpoints: Endpoints
+  /** NBD over TCP; null is off. */
+  readonly nbdTcp: NbdTcpServer | null
   /** By `clock.monotonicMs`. */
   readonly startedAtMs: number
   /** Whether the daemon is being stopped: what waits for something must let go. */

@@ -10,6 +10,7 @@ function serverOver(volumes: Record<string, (...args: unknown[]) => Promise<unkn
     engine: {},
     clock: systemClock,
     endpoints: { home: '/home', http: null, nbd: null, nbdSocket: null, iscsi: null },
+    nbdTcp: null,
     startedAtMs: 0,
     stopping: new AbortController().signal,
   }
@@ -79,6 +80,6 @@ test('times go out as text, and names come in as they were typed', async () => {
     id: '1',
     createdAt: '1970-01-01T00:00:00.000Z',
     updatedAt: '1970-01-01T00:00:01.000Z',
-    attachments: [{ id: '2', createdAt: '1970-01-01T00:00:02.000Z' }],
+    attachments: [{ id: '2', createdAt: '1970-01-01T00:00:02.000Z', server: null }],
   })
 })

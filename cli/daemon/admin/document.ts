@@ -1,18 +1,38 @@
 import type { AttachmentView } from '@atoll/composer'
 import type { AttachmentDocument, Document } from '../../admin-types.ts'
+import { nbdTcpUrl } from '../nbd-tcp-address.ts'
+import type { AdminContext } from './admin-context.ts'
 
-/** A view of the composer as it goes out: times become ISO 8601 text, also those of attachments in it. */
-export function toDocument<View extends object>(view: View): Document<View> {
+/** Where clients of an attachment come in. */
+export type AttachmentDoors = Pick<AdminContext, 'endpoints' | 'nbdTcp'>
+
+/** A view of the composer as it goes out: times become ISO 8601 text. One that has attachments needs `resourceDocument`. */
+export function toDocument<View extends object>(view: View & { attachments?: never }): Document<View> {
+  return withTimes(view)
+}
+
+/** A view of a volume, a snapshot or an image as it goes out. */
+export function resourceDocument<View extends { attachments: AttachmentView[] }>(
+  view: View,
+  doors: AttachmentDoors,
+): Document<View> {
+  return { ...withTimes(view), attachments: view.attachments.map((attachment) => attachmentDocument(attachment, doors)) }
+}
+
+function withTimes<View extends object>(view: View): Document<View> {
   return Object.fromEntries(
-    Object.entries(view).map(([name, value]: [string, unknown]) => {
-      if ((name === 'createdAt' || name === 'updatedAt') && typeof value === 'number')
-        return [name, new Date(value).toISOString()]
-      if (name === 'attachments') return [name, (value as AttachmentView[]).map(attachmentDocument)]
-      return [name, value]
-    }),
+    Object.entries(view).map(([name, value]: [string, unknown]) =>
+      (name === 'createdAt' || name === 'updatedAt') && typeof value === 'number'
+        ? [name, new Date(value).toISOString()]
+        : [name, value],
+    ),
   ) as Document<View>
 }
 
-export function attachmentDocument(view: AttachmentView): AttachmentDocument {
-  return { ...view, createdAt: new Date(view.createdAt).toISOString() }
+/** An attachment with the door that its clients should use: the unix socket where there is one, else TCP. */
+export function attachmentDocument(view: AttachmentView, { endpoints, nbdTcp }: AttachmentDoors): AttachmentDocument {
+  const document = { ...view, createdAt: new Date(view.createdAt).toISOString(), server: null }
+  if (endpoints.nbdSocket !== null || nbdTcp === null) return document
+  const uri = `${nbdTcpUrl(nbdTcp)}/${encodeURIComponent(view.exportName)}`
+  return { ...document, socketPath: null, server: nbdTcp, uri }
 }

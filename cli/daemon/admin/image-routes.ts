@@ -6,7 +6,7 @@ import { imageFormats, JobInterrupted } from '@atoll/composer'
 import type { JobView } from '@atoll/composer'
 import type { AdminContext } from './admin-context.ts'
 import { checkRequest, projectField, typedText } from './check-request.ts'
-import { toDocument } from './document.ts'
+import { resourceDocument, toDocument } from './document.ts'
 
 const named = z.strictObject({ image: typedText })
 const scope = z.strictObject(projectField)
@@ -22,20 +22,21 @@ const exporting = z.strictObject({
 })
 const creation = z.strictObject({ name: typedText, from: typedText, ...projectField })
 
-export function addImageRoutes(server: FastifyInstance, { composer, stopping }: AdminContext): void {
+export function addImageRoutes(server: FastifyInstance, context: AdminContext): void {
+  const { composer, stopping } = context
   const { images, jobs } = composer
 
   server.post('/v1/images', async (request, reply) => {
     const created = await images.create(checkRequest(creation, request.body))
-    return reply.code(201).send(toDocument(created))
+    return reply.code(201).send(resourceDocument(created, context))
   })
   server.get('/v1/images', async (request) => {
     const found = await images.list(checkRequest(scope, request.query))
-    return found.map((view) => toDocument(view))
+    return found.map((view) => resourceDocument(view, context))
   })
   server.get('/v1/images/:image', async (request) => {
     const { image } = checkRequest(named, request.params)
-    return toDocument(await images.show(image, checkRequest(scope, request.query)))
+    return resourceDocument(await images.show(image, checkRequest(scope, request.query)), context)
   })
   server.delete('/v1/images/:image', async (request) => {
     const { image } = checkRequest(named, request.params)

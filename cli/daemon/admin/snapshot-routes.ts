@@ -2,7 +2,7 @@ import type { FastifyInstance } from 'fastify'
 import { z } from 'zod'
 import type { AdminContext } from './admin-context.ts'
 import { checkRequest, projectField, typedText } from './check-request.ts'
-import { toDocument } from './document.ts'
+import { resourceDocument } from './document.ts'
 
 const named = z.strictObject({ snapshot: typedText })
 const scope = z.strictObject(projectField)
@@ -10,22 +10,25 @@ const creation = z.strictObject({ snapshots: z.array(typedText).max(1000), ...pr
 const listing = z.strictObject({ volume: typedText, ...projectField })
 const comparison = z.strictObject({ from: typedText, to: typedText.optional(), ...projectField })
 
-export function addSnapshotRoutes(server: FastifyInstance, { composer }: AdminContext): void {
+export function addSnapshotRoutes(server: FastifyInstance, context: AdminContext): void {
+  const { composer } = context
   const { snapshots } = composer
 
   server.post('/v1/snapshots', async (request, reply) => {
     const { snapshots: names, ...options } = checkRequest(creation, request.body)
     const created = await snapshots.create(names, options)
-    return reply.code(201).send({ snapshots: created.snapshots.map((view) => toDocument(view)), pauseMs: created.pauseMs })
+    return reply
+      .code(201)
+      .send({ snapshots: created.snapshots.map((view) => resourceDocument(view, context)), pauseMs: created.pauseMs })
   })
   server.get('/v1/snapshots', async (request) => {
     const { volume, ...options } = checkRequest(listing, request.query)
     const found = await snapshots.list(volume, options)
-    return found.map((view) => toDocument(view))
+    return found.map((view) => resourceDocument(view, context))
   })
   server.get('/v1/snapshots/:snapshot', async (request) => {
     const { snapshot } = checkRequest(named, request.params)
-    return toDocument(await snapshots.show(snapshot, checkRequest(scope, request.query)))
+    return resourceDocument(await snapshots.show(snapshot, checkRequest(scope, request.query)), context)
   })
   server.delete('/v1/snapshots/:snapshot', async (request) => {
     const { snapshot } = checkRequest(named, request.params)
@@ -37,7 +40,7 @@ export function addSnapshotRoutes(server: FastifyInstance, { composer }: AdminCo
     const options = checkRequest(scope, request.body)
     const { volumeId } = await snapshots.show(snapshot, options)
     await snapshots.rollback(snapshot, options)
-    return toDocument(await composer.volumes.show(volumeId, options))
+    return resourceDocument(await composer.volumes.show(volumeId, options), context)
   })
   server.get('/v1/diff', async (request) => {
     const { from, to, ...options } = checkRequest(comparison, request.query)

@@ -3,7 +3,7 @@ import { z } from 'zod'
 import { parseSize } from '@atoll/core'
 import type { AdminContext } from './admin-context.ts'
 import { checkRequest, projectField, queryFlag, typedText } from './check-request.ts'
-import { attachmentDocument, toDocument } from './document.ts'
+import { attachmentDocument, resourceDocument } from './document.ts'
 
 const named = z.strictObject({ volume: typedText })
 const scope = z.strictObject(projectField)
@@ -24,21 +24,22 @@ const attaching = z.strictObject({
   ...projectField,
 })
 
-export function addVolumeRoutes(server: FastifyInstance, { composer }: AdminContext): void {
+export function addVolumeRoutes(server: FastifyInstance, context: AdminContext): void {
+  const { composer } = context
   const { volumes } = composer
 
   server.post('/v1/volumes', async (request, reply) => {
     const { size, ...options } = checkRequest(creation, request.body)
     const created = await volumes.create({ ...options, ...(size === undefined ? {} : { sizeBytes: parseSize(size) }) })
-    return reply.code(201).send(toDocument(created))
+    return reply.code(201).send(resourceDocument(created, context))
   })
   server.get('/v1/volumes', async (request) => {
     const found = await volumes.list(checkRequest(scope, request.query))
-    return found.map((view) => toDocument(view))
+    return found.map((view) => resourceDocument(view, context))
   })
   server.get('/v1/volumes/:volume', async (request) => {
     const { volume } = checkRequest(named, request.params)
-    return toDocument(await volumes.show(volume, checkRequest(scope, request.query)))
+    return resourceDocument(await volumes.show(volume, checkRequest(scope, request.query)), context)
   })
   server.delete('/v1/volumes/:volume', async (request) => {
     const { volume } = checkRequest(named, request.params)
@@ -48,16 +49,16 @@ export function addVolumeRoutes(server: FastifyInstance, { composer }: AdminCont
   server.post('/v1/volumes/:volume/rename', async (request) => {
     const { volume } = checkRequest(named, request.params)
     const { name, ...options } = checkRequest(renaming, request.body)
-    return toDocument(await volumes.rename(volume, name, options))
+    return resourceDocument(await volumes.rename(volume, name, options), context)
   })
   server.post('/v1/volumes/:volume/resize', async (request) => {
     const { volume } = checkRequest(named, request.params)
     const { size, ...options } = checkRequest(resizing, request.body)
-    return toDocument(await volumes.resize(volume, parseSize(size), options))
+    return resourceDocument(await volumes.resize(volume, parseSize(size), options), context)
   })
   server.post('/v1/volumes/:volume/attach', async (request) => {
     const { volume } = checkRequest(named, request.params)
-    return attachmentDocument(await volumes.attach(volume, checkRequest(attaching, request.body)))
+    return attachmentDocument(await volumes.attach(volume, checkRequest(attaching, request.body)), context)
   })
   server.post('/v1/volumes/:volume/detach', async (request) => {
     const { volume } = checkRequest(named, request.params)

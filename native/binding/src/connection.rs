@@ -3,7 +3,7 @@ use crate::convert::{invalid, to_u32, to_u64, to_usize};
 use crate::device::JsDevice;
 use crate::promise::{Settler, rejected};
 use atoll_engine::{
-    Connection, Endpoint, Engine, EngineError, Listener, NBD_REQUEST_BYTES_MAX, NbdOptions, Result, ServeEndReason, spawn_named,
+    Connection, Endpoint, Engine, EngineError, Listener, NBD_REQUEST_BYTES_MAX, NbdOptions, Result, ServeEndReason, TlsConfig, spawn_named,
 };
 use napi::bindgen_prelude::{Env, Object, Uint8Array};
 use napi_derive::napi;
@@ -26,6 +26,19 @@ pub struct JsListenerAddress {
 pub struct JsServeEnd {
     pub reason: String,
     pub message: String,
+}
+
+#[napi(object)]
+pub struct JsTlsPeer {
+    pub protocol: String,
+    pub cipher_suite: String,
+    pub certificate: Option<Uint8Array>,
+}
+
+/// What a server shows and whom it lets in.
+#[napi(js_name = "TlsConfig")]
+pub struct JsTlsConfig {
+    pub(crate) config: Arc<TlsConfig>,
 }
 
 type Accepting = Settler<Option<JsConnection>>;
@@ -128,6 +141,25 @@ impl JsConnection {
         let keep = self.connection.clone();
         self.connection.write(bytes.to_vec(), move |result| {
             settler.settle(result);
+            drop(keep);
+        });
+        Ok(promise)
+    }
+
+    #[napi]
+    pub fn start_tls<'env>(&self, env: &'env Env, config: &JsTlsConfig, timeout_ms: f64) -> napi::Result<Object<'env>> {
+        let timeout = match to_u64("timeoutMs", timeout_ms) {
+            Ok(timeout) => Duration::from_millis(timeout),
+            Err(error) => return rejected::<JsTlsPeer>(env, error),
+        };
+        let (settler, promise) = Settler::new(env)?;
+        let keep = self.connection.clone();
+        self.connection.start_tls(config.config.clone(), timeout, move |result| {
+            settler.settle(result.map(|peer| JsTlsPeer {
+                protocol: peer.protocol,
+                cipher_suite: peer.cipher_suite,
+                certificate: peer.certificate.map(Uint8Array::new),
+            }));
             drop(keep);
         });
         Ok(promise)

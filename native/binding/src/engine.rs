@@ -1,11 +1,11 @@
 //! The engine's handle.
-use crate::connection::JsListener;
+use crate::connection::{JsListener, JsTlsConfig};
 use crate::convert::{JsRootRef, guard, invalid, to_root, to_u32, to_u64, to_uuid};
 use crate::device::{JsDevice, JsDeviceLimits, JsThrottleLimits, to_device_limits, to_layers, to_throttle_limits};
 use crate::map::{JsFrozenMap, JsMapLoader};
 use crate::promise::{Settler, rejected, run_on};
 use crate::store::JsStore;
-use atoll_engine::{Device, DeviceEvent, DeviceSpec, Engine, EngineOptions, OpenReport, Result, spawn_named};
+use atoll_engine::{Device, DeviceEvent, DeviceSpec, Engine, EngineOptions, OpenReport, Result, TlsConfig, spawn_named};
 use atoll_io::MemoryStore;
 use atoll_map::{FrozenMap, MapLoader};
 use napi::bindgen_prelude::{ClassInstance, Env, FnArgs, Function, Object};
@@ -265,6 +265,14 @@ impl JsEngine {
             let port = u16::try_from(to_u64("port", port)?).map_err(|_| invalid("port", port, "at most 65535"))?;
             let listener = engine.listen_tcp(&host, port)?;
             JsListener::start(engine, listener)
+        })
+    }
+
+    #[napi]
+    pub fn load_tls<'env>(&self, env: &'env Env, directory: String, verify_clients: bool) -> napi::Result<Object<'env>> {
+        run_on(env, self.engine.control(), move || {
+            let config = TlsConfig::load(Path::new(&directory), verify_clients)?;
+            Ok(JsTlsConfig { config: Arc::new(config) })
         })
     }
 

@@ -19,6 +19,6 @@ pub use device::{
 pub use engine::{Engine, EngineOptions, EngineStats};
 pub use error::{EngineError, Result};
 pub use nbd::{NBD_REQUEST_BYTES_MAX, NbdOptions, ServeEnd, ServeEndReason};
-pub use net::{CONNECTION_COUNT_MAX, CONNECTION_READ_BYTES_MAX, Connection, Endpoint, Listener};
+pub use net::{CONNECTION_COUNT_MAX, CONNECTION_READ_BYTES_MAX, Connection, Endpoint, Listener, TlsConfig, TlsPeer};
 pub use thread::spawn_named;
 pub use throttle::{Admission, Throttle, ThrottleLimits};

@@ -99,6 +99,11 @@ export class NbdFixture {
     return { path: this.socketPath }
   }
 
+  /** A path in the fixture's folder, which goes away with it. */
+  file(name: string): string {
+    return join(this.directory, name)
+  }
+
   uri(exportName = 'disk'): string {
     return formatNbdUri(this.target, exportName)
   }

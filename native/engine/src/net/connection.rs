@@ -2,6 +2,7 @@
 use super::Socket;
 use super::listener::ConnectionPlace;
 use super::socket::connection_lost;
+use super::tls::{TlsConfig, TlsPeer};
 use crate::nbd::{self, NbdOptions, ServeControl, ServeEnd, ServeEndReason};
 use crate::thread::spawn_named;
 use crate::{Device, EngineError, Result};
@@ -43,6 +44,7 @@ impl<T> Drop for Done<T> {
 enum Command {
     Read { length_bytes: usize, timeout: Option<Duration>, done: Done<Option<Vec<u8>>> },
     Write { bytes: Vec<u8>, done: Done<()> },
+    StartTls { config: Arc<TlsConfig>, timeout: Duration, done: Done<TlsPeer> },
     ServeNbd { device: Arc<Device>, options: NbdOptions, done: Done<ServeEnd> },
 }
 
@@ -107,6 +109,13 @@ impl Connection {
     /// Sends all bytes, then calls `done` (on the connection's thread; it must not block).
     pub fn write(&self, bytes: Vec<u8>, done: impl FnOnce(Result<()>) + Send + 'static) {
         self.send(Command::Write { bytes, done: Done::new(done) });
+    }
+
+    /// Shakes hands as the server of a TLS connection, then calls `done` (on the connection's thread; it must not block) with what
+    /// was settled, or with `TLS_HANDSHAKE_FAILED`, `READ_TIMEOUT` or `CONNECTION_CLOSED`; the connection is closed then. Reads and
+    /// writes that follow go through TLS.
+    pub fn start_tls(&self, config: Arc<TlsConfig>, timeout: Duration, done: impl FnOnce(Result<TlsPeer>) + Send + 'static) {
+        self.send(Command::StartTls { config, timeout, done: Done::new(done) });
     }
 
     /// Serves the device on this connection until it ends, then calls `done`. Nothing can be read or written by
@@ -190,6 +199,7 @@ impl Command {
         match self {
             Command::Read { done, .. } => done.call(Err(error)),
             Command::Write { done, .. } => done.call(Err(error)),
+            Command::StartTls { done, .. } => done.call(Err(error)),
             Command::ServeNbd { done, .. } => done.call(Err(error)),
         }
     }
@@ -206,6 +216,14 @@ fn run(shared: &Shared, commands: &Receiver<Command>) {
             }
             Command::Write { bytes, done } => {
                 done.call(shared.socket.send_all(&bytes).map_err(|error| connection_lost(&error)));
+            }
+            Command::StartTls { config, timeout, done } => {
+                let result = shared.socket.start_tls(&config, timeout);
+                if result.is_err() {
+                    // Half a handshake is out: nothing that follows could be understood.
+                    shared.socket.shutdown();
+                }
+                done.call(result);
             }
             Command::ServeNbd { device, options, done } => {
                 let served = catch_unwind(AssertUnwindSafe(|| nbd::serve(&shared.socket, &device, options, &shared.control)));

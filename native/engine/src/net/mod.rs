@@ -6,8 +6,10 @@
 mod connection;
 mod listener;
 mod socket;
+mod tls;
 
 pub use connection::{CONNECTION_READ_BYTES_MAX, Connection};
 pub(crate) use listener::ConnectionCount;
 pub use listener::{CONNECTION_COUNT_MAX, Endpoint, Listener};
 pub(crate) use socket::Socket;
+pub use tls::{TlsConfig, TlsPeer};

@@ -1,3 +1,5 @@
+export { TestAuthority } from './certificates.ts'
+export type { CertificateOptions } from './certificates.ts'
 export { startNbdkit, startQemuNbd } from './peer-process.ts'
 export type { PeerProcess } from './peer-process.ts'
 export {
@@ -5,6 +7,7 @@ export {
   nbdcopyTool,
   nbdinfoTool,
   nbdkitTool,
+  opensslTool,
   pythonLibnbdTool,
   qemuImgTool,
   qemuIoTool,

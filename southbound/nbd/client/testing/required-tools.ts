@@ -17,6 +17,8 @@ export const qemuImgTool: RequiredTool = { command: 'qemu-img', debianPackage: '
 export const qemuIoTool: RequiredTool = { command: 'qemu-io', debianPackage: 'qemu-utils' }
 export const nbdinfoTool: RequiredTool = { command: 'nbdinfo', debianPackage: 'libnbd-bin' }
 export const nbdcopyTool: RequiredTool = { command: 'nbdcopy', debianPackage: 'libnbd-bin' }
+/** Makes certificates for tests of TLS. */
+export const opensslTool: RequiredTool = { command: 'openssl', debianPackage: 'openssl' }
 /** libnbd is a Debian package, so it is the system's Python that has it. */
 export const pythonLibnbdTool: RequiredTool = {
   command: '/usr/bin/python3',
