@@ -15,7 +15,7 @@ import { ImageService } from './image-service.ts'
 import { lookupAll } from './import-address.ts'
 import { convertImportKind } from './import-convert.ts'
 import { defaultHeaderTimeoutMs, defaultIdleTimeoutMs, type FetchPolicy } from './import-http-fetch.ts'
-import { httpImportKind, SecretUrls } from './import-http.ts'
+import { httpImportKind, SecretUrls, type HttpImportOptions } from './import-http.ts'
 import { nbdImportKind } from './import-nbd.ts'
 import { rawImportKind } from './import-raw.ts'
 import { Spool } from './import-spool.ts'
@@ -52,7 +52,7 @@ export interface ComposerOptions {
   /** What imports and exports copy between two looks at whether to go on; default 64 MiB. */
   copyStepBytes?: number
   /** How images are fetched over HTTP; default: from public addresses only, with the system's resolver. */
-  imageFetch?: Partial<Omit<FetchPolicy, 'setTimer'>> & { saveEveryBytes?: number }
+  imageFetch?: Partial<Omit<FetchPolicy, 'setTimer'>> & Pick<HttpImportOptions, 'saveEveryBytes' | 'retryDelayMs'>
 }
 
 export interface ComposerStatus {
@@ -100,13 +100,12 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   const spool = new Spool(options.home)
   const { serveTemporaryNbd } = options
   const convert = { targets, engine, serveTemporaryNbd, newId, setTimer }
-  const { saveEveryBytes, ...imageFetch } = options.imageFetch ?? {}
   const policy = {
     allowPrivate: false,
     lookup: lookupAll,
     headerTimeoutMs: defaultHeaderTimeoutMs,
     idleTimeoutMs: defaultIdleTimeoutMs,
-    ...imageFetch,
+    ...options.imageFetch,
   }
   const findResource = (id: string): Promise<ResourceRow> => reread(catalog, id)
   const jobs = new Jobs({
@@ -119,7 +118,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
       rawImportKind(targets, options.copyStepBytes),
       convertImportKind(convert),
       streamImportKind({ ...convert, streams, spool }),
-      httpImportKind({ ...convert, spool, urls, policy, ...(saveEveryBytes === undefined ? {} : { saveEveryBytes }) }),
+      httpImportKind({ ...convert, ...options.imageFetch, spool, urls, policy }),
       nbdImportKind(targets, options.copyStepBytes),
       imageExportKind({
         devices,

@@ -31,6 +31,8 @@ export const defaultHeaderTimeoutMs = 30_000
 export const defaultIdleTimeoutMs = 60_000
 const bytesPerIdleTimeMin = 64 * 1024
 const redirectsMax = 5
+/** Codes of OpenSSL and Node for a certificate that is not trusted; trying again changes nothing. */
+const certificateFailures = /CERT|^UNABLE_TO_|^ERR_TLS_|SELF_SIGNED/
 
 /** The connection failed in a way that may be over in a moment. */
 export class TransientFetchFailure extends Error {
@@ -157,7 +159,9 @@ async function ask(url: URL, range: FetchRange | null, policy: FetchPolicy, sign
     if (signal.aborted) throw new JobInterrupted()
     if (error instanceof AtollError) throw error
     if (timedOut) throw new TransientFetchFailure(`the server did not answer in ${policy.headerTimeoutMs / 1000} s`, error)
-    if ((error as NodeJS.ErrnoException).code === 'ENOTFOUND') throw failed(url, `there is no host ${url.hostname}`, 0)
+    const code = (error as NodeJS.ErrnoException).code ?? ''
+    if (certificateFailures.test(code)) throw failed(url, `its certificate is refused: ${(error as Error).message}`, 0)
+    if (code === 'ENOTFOUND') throw failed(url, `there is no host ${url.hostname}`, 0)
     throw new TransientFetchFailure((error as Error).message, error)
   } finally {
     cancel()

@@ -24,7 +24,7 @@ export const saveEveryBytesDefault = 256 * 2 ** 20
 /** So many failures in a row, without so many new bytes between them, end the job. */
 const failuresMax = 5
 const progressBytesMin = 64 * 1024
-const retryDelayMsFirst = 500
+const retryDelayMsDefault = 500
 
 export interface HttpImportParams extends JsonObject {
   /** As it may be shown. */
@@ -82,6 +82,8 @@ export interface HttpImportOptions extends SpooledOptions {
   policy: Omit<FetchPolicy, 'setTimer'>
   setTimer: SetTimer
   saveEveryBytes?: number
+  /** After the first failure; doubled with each. Default 500. */
+  retryDelayMs?: number
 }
 
 export function httpImportKind(options: HttpImportOptions): JobKind {
@@ -176,7 +178,11 @@ class Fetch {
             { values: { source: this.params.url, offsetBytes: this.cursor.offsetBytes }, cause: error },
           )
         }
-        await delay(this.options.setTimer, retryDelayMsFirst * 2 ** (failures - 1), this.context.signal)
+        await delay(
+          this.options.setTimer,
+          (this.options.retryDelayMs ?? retryDelayMsDefault) * 2 ** (failures - 1),
+          this.context.signal,
+        )
       }
     }
   }

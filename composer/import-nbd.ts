@@ -69,6 +69,9 @@ async function copyExport(context: JobContext, targets: ImportTargets, copyStepB
     await target.device.writeZeroes(offsetBytes, Math.min(sizeBytes - offsetBytes, (stepsPerSave + 1) * copyStepBytes))
   }
   const source = await openSource(uri, sizeBytes, context.signal)
+  // A server that is away must not hold up who pauses or cancels.
+  const abort = (): void => void source.disconnect()
+  context.signal.addEventListener('abort', abort, { once: true })
   try {
     let savedBytes = offsetBytes
     const save = async (): Promise<void> => {
@@ -92,6 +95,7 @@ async function copyExport(context: JobContext, targets: ImportTargets, copyStepB
     if (context.signal.aborted) throw new JobInterrupted()
     throw error instanceof NbdError ? fetchFailed(uri, error) : error
   } finally {
+    context.signal.removeEventListener('abort', abort)
     await source.disconnect()
   }
 }
