@@ -328,18 +328,18 @@ impl SegmentIo for FaultSegment {
         self.inner.read_all()
     }
 
-    fn append(&self, bytes: &[u8]) -> Result<()> {
+    fn append(&self, offset_bytes: u64, bytes: &[u8]) -> Result<()> {
         if let Some(hit) = self.faults.decide("append", Some(self.layer)) {
             hit.wait();
             if hit.errno != 0 {
                 if let (Some(mut random), false) = (hit.tear, bytes.is_empty()) {
                     // Always fewer than all. The call fails anyway; whether this part could be written is not its answer.
-                    let _ = self.inner.append(&bytes[..random.below(bytes.len() as u64) as usize]);
+                    let _ = self.inner.append(offset_bytes, &bytes[..random.below(bytes.len() as u64) as usize]);
                 }
                 return Err(IoError::from_errno("append", self.object(), 0, hit.errno));
             }
         }
-        self.inner.append(bytes)
+        self.inner.append(offset_bytes, bytes)
     }
 
     fn truncate(&self, length_bytes: u64) -> Result<()> {
@@ -463,7 +463,7 @@ mod tests {
         let segment = store.create_segment(LAYER, 1).unwrap();
         store.set_plan(FaultPlan { seed: 9, rules: vec![FaultRule { tear: true, errno: libc::ENOSPC, ..rule("append") }] });
         for _ in 0..100 {
-            assert_eq!(segment.append(&[7; 50]).unwrap_err().code, IoErrorCode::NoSpace);
+            assert_eq!(segment.append(0, &[7; 50]).unwrap_err().code, IoErrorCode::NoSpace);
             assert!(segment.length_bytes().unwrap() < 50);
             segment.truncate(0).unwrap();
         }

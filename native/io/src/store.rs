@@ -74,6 +74,9 @@ pub struct StoreCapabilities {
     pub ack_is_durable: bool,
     /// Survives the end of the process.
     pub persistent: bool,
+    /// A journal segment grows by at least this, with zeros in place of the frames to come: a sync of bytes inside a file is
+    /// cheaper than one that makes the file longer. 0: a segment is as long as its frames.
+    pub segment_growth_bytes: u32,
 }
 
 /// Bytes of a store.
@@ -178,17 +181,18 @@ pub trait LayerIo: Send + Sync + 'static {
     }
 }
 
-/// One journal segment: an append-only byte string. One caller at a time.
+/// One journal segment: a byte string that is written from the front to the back. One caller at a time.
 pub trait SegmentIo: Send + Sync + 'static {
     /// The whole content.
     fn read_all(&self) -> Result<Vec<u8>>;
-    /// Appends; not durable before `sync`. On an error the content after the old length is unknown.
-    fn append(&self, bytes: &[u8]) -> Result<()>;
+    /// Writes at `offset_bytes`, at most the present length, and makes the segment longer where it has to; not durable before
+    /// `sync`. On an error the content from the offset on is unknown.
+    fn append(&self, offset_bytes: u64, bytes: &[u8]) -> Result<()>;
     /// Cuts to `length_bytes`.
     fn truncate(&self, length_bytes: u64) -> Result<()>;
     /// Makes content and name durable.
     fn sync(&self) -> Result<()>;
-    /// Current length.
+    /// Current length, zeros at the end included.
     fn length_bytes(&self) -> Result<u64>;
 }
 

@@ -52,7 +52,7 @@ fn bytes_of(store: &Arc<dyn Store>, base_lsn: u64) -> Vec<u8> {
 fn put_bytes(store: &Arc<dyn Store>, base_lsn: u64, bytes: &[u8]) {
     store.remove_segment(LAYER, base_lsn).unwrap();
     let segment = store.create_segment(LAYER, base_lsn).unwrap();
-    segment.append(bytes).unwrap();
+    segment.append(0, bytes).unwrap();
     segment.sync().unwrap();
 }
 
@@ -167,8 +167,12 @@ fn a_last_frame_torn_at_any_byte_is_cut_and_the_journal_goes_on() {
             put_bytes(&store, 1, &bytes);
             let replayed = replay(&store, 0).unwrap();
             assert_frames(&replayed.frames, 0, 4);
-            assert_eq!(replayed.torn_tail_bytes, (bytes.len() - start) as u64);
-            assert_eq!(bytes_of(&store, 1).len(), start, "the tail is cut");
+            if bytes[start..].iter().all(|byte| *byte == 0) {
+                assert_eq!(replayed.torn_tail_bytes, 0, "zeros are room for frames");
+            } else {
+                assert_eq!(replayed.torn_tail_bytes, (bytes.len() - start) as u64);
+                assert_eq!(bytes_of(&store, 1).len(), start, "the tail is cut");
+            }
             let mut journal = replayed.journal;
             journal.append(5, &deltas_of(5)).unwrap();
             assert_frames(&replay(&store, 0).unwrap().frames, 0, 5);
@@ -296,7 +300,7 @@ fn a_segment_of_another_layer_or_volume_is_refused() {
     let other = JournalIdentity { volume: [9; 16], ..identity(1) };
     assert_eq!(code(Journal::replay(Arc::clone(&store), other, 0)), IoErrorCode::Corrupt);
     let segment = store.create_segment(OTHER_LAYER, 1).unwrap();
-    segment.append(&bytes).unwrap();
+    segment.append(0, &bytes).unwrap();
     let other = JournalIdentity { layer: OTHER_LAYER, ..identity(1) };
     assert_eq!(code(Journal::replay(Arc::clone(&store), other, 0)), IoErrorCode::Corrupt);
     // Under another base lsn's name.
@@ -581,4 +585,34 @@ fn a_segment_of_absurd_length_is_not_read_into_memory() {
     let path = folder.path().join("journal").join(format!("{LAYER}.0000000000000001.journal"));
     std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(1 << 40).unwrap();
     assert_eq!(code(replay(&store, 0)), IoErrorCode::Corrupt);
+}
+
+#[test]
+fn a_segment_that_grew_ahead_is_as_long_as_before_after_each_frame_and_its_zeros_are_no_torn_tail() {
+    let folder = TemporaryFolder::new();
+    let store: Arc<dyn Store> = Arc::new(FileStore::open(folder.path(), true, 0).unwrap());
+    let mut journal = journal_with(&store, &[1], 2);
+    let length = bytes_of(&store, 1).len();
+    assert!(length > 64 << 10, "the second frame made room");
+    for lsn in 3..=40 {
+        journal.append(lsn, &deltas_of(lsn)).unwrap();
+    }
+    assert_eq!(bytes_of(&store, 1).len(), length);
+    assert!(journal.length_bytes() < 64 << 10, "a replay's work is counted, not the room");
+    drop(journal);
+
+    // Sectors of a frame that was never whole, in the middle of the zeros.
+    let JournalReplay { frames, torn_tail_bytes, .. } = replay(&store, 0).unwrap();
+    assert_frames(&frames, 0, 40);
+    assert_eq!(torn_tail_bytes, 0);
+    let mut bytes = bytes_of(&store, 1);
+    assert_eq!(bytes.len(), length, "nothing was cut");
+    bytes[length - 600..length - 100].fill(0xa5);
+    put_bytes(&store, 1, &bytes);
+    let JournalReplay { frames, torn_tail_bytes, mut journal, .. } = replay(&store, 0).unwrap();
+    assert_frames(&frames, 0, 40);
+    assert!(torn_tail_bytes > 0);
+    journal.append(41, &deltas_of(41)).unwrap();
+    journal.append(42, &deltas_of(42)).unwrap();
+    assert_frames(&replay(&store, 0).unwrap().frames, 0, 42);
 }

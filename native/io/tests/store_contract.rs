@@ -281,20 +281,22 @@ fn segments_are_listed_in_order_by_layer((store, _guard): Opened) {
 fn a_segment_holds_what_was_appended((store, _guard): Opened) {
     let segment = store.create_segment(LAYER, 1).unwrap();
     assert!(segment.read_all().unwrap().is_empty());
-    segment.append(b"hello ").unwrap();
-    segment.append(b"").unwrap();
-    segment.append(b"world").unwrap();
+    segment.append(0, b"hello ").unwrap();
+    segment.append(6, b"").unwrap();
+    segment.append(6, b"world").unwrap();
     segment.sync().unwrap();
     assert_eq!(segment.read_all().unwrap(), b"hello world");
     segment.truncate(7).unwrap();
     segment.truncate(100).unwrap();
     assert_eq!(segment.length_bytes().unwrap(), 7, "a cut never makes it longer");
-    segment.append(b"ide").unwrap();
+    segment.append(7, b"ide").unwrap();
     let second = store.open_segment(LAYER, 1).unwrap();
     assert_eq!(second.read_all().unwrap(), b"hello wide");
-    second.append(b"!").unwrap();
+    second.append(10, b"!").unwrap();
     second.sync().unwrap();
     assert_eq!(segment.length_bytes().unwrap(), 11);
+    second.append(1, b"i").unwrap();
+    assert_eq!(segment.read_all().unwrap(), b"hillo wide!", "inside it changes bytes and not the length");
 }
 
 fn removing_a_layer_removes_its_segments((store, _guard): Opened) {
@@ -363,7 +365,7 @@ fn calls_from_many_threads_do_not_disturb_each_other((store, _guard): Opened) {
                     let offset = (round * 4 + u64::from(thread)) * 5000;
                     write(&*layer, offset, &[thread + 1; 5000]).unwrap();
                     assert!(read(&*layer, offset, 5000) == [thread + 1; 5000]);
-                    segment.append(&[thread]).unwrap();
+                    segment.append(round, &[thread]).unwrap();
                 }
                 layer.sync().unwrap();
             });
@@ -387,8 +389,8 @@ fn a_memory_store_is_full_at_its_capacity_and_free_again_after_a_punch() {
     write(&*layer, 0, &[2; 8 * 4096]).unwrap();
     assert_eq!(store.usage().unwrap().free_bytes, 2 * 4096);
     let segment = store.create_segment(LAYER, 1).unwrap();
-    assert_eq!(segment.append(&[0; 2 * 4096 + 1]).unwrap_err().code, IoErrorCode::NoSpace);
-    segment.append(&[0; 2 * 4096]).unwrap();
+    assert_eq!(segment.append(0, &[0; 2 * 4096 + 1]).unwrap_err().code, IoErrorCode::NoSpace);
+    segment.append(0, &[0; 2 * 4096]).unwrap();
     assert_eq!(store.write_record("a", b"b").unwrap_err().code, IoErrorCode::NoSpace);
     layer.punch(0, 4096).unwrap();
     store.write_record("a", b"b").unwrap();

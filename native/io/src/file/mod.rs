@@ -36,6 +36,9 @@ use std::sync::Arc;
 
 const PUNCH_UNIT_BYTES: u32 = 4096;
 
+/// Over a thousand small flushes go into one growth of a segment: each of them saves a commit of the file system's own journal.
+const SEGMENT_GROWTH_BYTES: u32 = 64 << 10;
+
 /// A record is read into memory whole; none of ours comes near this.
 const RECORD_BYTES_MAX: u64 = 64 << 20;
 
@@ -109,6 +112,7 @@ impl Store for FileStore {
             punch_unit_bytes: if self.can_punch { PUNCH_UNIT_BYTES } else { 0 },
             ack_is_durable: false,
             persistent: true,
+            segment_growth_bytes: SEGMENT_GROWTH_BYTES,
         }
     }
 

@@ -41,10 +41,8 @@ impl SegmentIo for FileSegment {
         Ok(bytes)
     }
 
-    fn append(&self, bytes: &[u8]) -> Result<()> {
-        // The length is asked for each time: after a failed append it is not what was last known.
-        let offset = self.length_bytes()?;
-        self.file.write_all_at(bytes, offset).map_err(|error| self.error("append", offset, &error))
+    fn append(&self, offset_bytes: u64, bytes: &[u8]) -> Result<()> {
+        self.file.write_all_at(bytes, offset_bytes).map_err(|error| self.error("append", offset_bytes, &error))
     }
 
     fn truncate(&self, length_bytes: u64) -> Result<()> {

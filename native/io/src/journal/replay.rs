@@ -1,4 +1,4 @@
-//! The reading side of a journal: every byte is checked (I7), a torn tail is cut, anything else that does not fit is an error.
+//! The reading side of a journal: every byte is checked (I7), a torn tail is cut (zeros are none), anything else that does not fit is an error.
 use super::format::{
     FRAME_ALIGNMENT, FrameSeed, HeaderFault, Record, SEGMENT_HEADER_BYTES, SEGMENT_READ_BYTES_MAX, VERSION, decode_segment_header, frame_at,
 };
@@ -20,6 +20,8 @@ struct Scan {
     /// Where its good bytes end; 0: not even the header is good.
     good_bytes: u64,
     length_bytes: u64,
+    /// Only zeros follow the good bytes: room for the frames to come.
+    is_tail_zero: bool,
     /// Its place is taken by the frames of an earlier segment, and it has none: a floor that was given up for want of space and
     /// whose removal a crash has undone.
     is_leftover: bool,
@@ -34,6 +36,11 @@ impl Scan {
     /// Bytes follow that are no frame, or all of them are none.
     fn has_tail(&self) -> bool {
         self.good_bytes < self.length_bytes || self.is_removed()
+    }
+
+    /// Something has to be cut off before frames can follow.
+    fn is_torn(&self) -> bool {
+        self.is_removed() || (self.good_bytes < self.length_bytes && !self.is_tail_zero)
     }
 
     fn is_empty(&self) -> bool {
@@ -75,6 +82,7 @@ impl Journal {
                 base_lsn: scan.base_lsn,
                 next_lsn: scan.next_lsn,
                 length_bytes: scan.good_bytes,
+                padded_bytes: if scan.is_torn() { scan.good_bytes } else { scan.length_bytes },
                 epoch: scan.epoch,
                 is_synced: false,
             });
@@ -111,6 +119,7 @@ fn scan_segment(bytes: &[u8], identity: &JournalIdentity, base_lsn: u64, after_l
         epoch: 0,
         good_bytes: 0,
         length_bytes: bytes.len() as u64,
+        is_tail_zero: false,
         is_leftover: false,
     };
     let header = match decode_segment_header(bytes) {
@@ -173,6 +182,7 @@ fn scan_segment(bytes: &[u8], identity: &JournalIdentity, base_lsn: u64, after_l
             scan.epoch = epoch;
         }
     }
+    scan.is_tail_zero = bytes[scan.good_bytes as usize..].iter().all(|byte| *byte == 0);
     Ok(scan)
 }
 
@@ -242,7 +252,7 @@ fn check_connected(scans: &mut [Scan], identity: &JournalIdentity, after_lsn: u6
 /// Cuts what is no frame off the ends of the segments; a segment without a good header goes. Returns how many bytes that were.
 fn cut_tails(store: &dyn Store, identity: &JournalIdentity, scans: &[Scan]) -> Result<u64> {
     let mut cut_bytes = 0;
-    for scan in scans.iter().filter(|scan| scan.has_tail()) {
+    for scan in scans.iter().filter(|scan| scan.is_torn()) {
         if scan.is_removed() {
             // Not durable, and need not be: if it comes back, it is cut again.
             cut_bytes += scan.length_bytes;

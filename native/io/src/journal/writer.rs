@@ -10,7 +10,10 @@ pub(super) struct Segment {
     pub(super) base_lsn: u64,
     /// The lsn after the last frame in it; `base_lsn` if there is none.
     pub(super) next_lsn: u64,
+    /// Where the next frame goes.
     pub(super) length_bytes: u64,
+    /// Length on the backend: zeros follow after `length_bytes`.
+    pub(super) padded_bytes: u64,
     /// Epoch of the last frame, or of the header.
     pub(super) epoch: u64,
     /// Content and name are known to be durable.
@@ -160,13 +163,13 @@ impl Journal {
             Some(segment) => Arc::clone(segment),
             None => self.store.open_segment(self.identity.layer, last.base_lsn)?,
         };
-        self.put_last(segment, &bytes)
+        self.put_last(segment, bytes)
     }
 
     fn put_new(&mut self, base_lsn: u64, bytes: &[u8]) -> Result<()> {
         assert!(bytes.len() >= SEGMENT_HEADER_BYTES, "a segment begins with its header");
         let segment = self.store.create_segment(self.identity.layer, base_lsn)?;
-        if let Err(error) = segment.append(bytes) {
+        if let Err(error) = segment.append(0, bytes) {
             if error.code == IoErrorCode::NoSpace {
                 // The removal need not be durable: what may come back is a beginning, which a replay cuts.
                 return match self.store.remove_segment(self.identity.layer, base_lsn) {
@@ -183,6 +186,7 @@ impl Journal {
             base_lsn,
             next_lsn: base_lsn,
             length_bytes: bytes.len() as u64,
+            padded_bytes: bytes.len() as u64,
             epoch: self.identity.epoch,
             is_synced: true,
         });
@@ -190,14 +194,34 @@ impl Journal {
         Ok(())
     }
 
-    fn put_last(&mut self, segment: Arc<dyn SegmentIo>, bytes: &[u8]) -> Result<()> {
+    /// The first frame of a segment makes it as long as it is; with the second one it grows ahead, if the store wants that.
+    fn put_last(&mut self, segment: Arc<dyn SegmentIo>, mut bytes: Vec<u8>) -> Result<()> {
         let Some(last) = self.segments.last() else { unreachable!("only called with a last segment") };
         let (base_lsn, length_bytes) = (last.base_lsn, last.length_bytes);
-        if let Err(error) = segment.append(bytes) {
+        let frame_bytes = bytes.len();
+        let end_bytes = length_bytes + frame_bytes as u64;
+        let mut padded_bytes = last.padded_bytes.max(end_bytes);
+        let growth_bytes = u64::from(self.store.capabilities().segment_growth_bytes);
+        if end_bytes > last.padded_bytes && growth_bytes > 0 {
+            padded_bytes = (end_bytes + growth_bytes).next_multiple_of(growth_bytes);
+            bytes.resize((padded_bytes - length_bytes) as usize, 0);
+        }
+        let mut appended = segment.append(length_bytes, &bytes);
+        if bytes.len() > frame_bytes && appended.as_ref().is_err_and(|error| error.code == IoErrorCode::NoSpace) {
+            // The zeros are a convenience. If bytes of this attempt come back in a crash they are those of the next one.
+            padded_bytes = end_bytes;
+            appended = segment.truncate(length_bytes).and_then(|()| segment.append(length_bytes, &bytes[..frame_bytes]));
+        }
+        if let Err(error) = appended {
             if error.code == IoErrorCode::NoSpace {
                 // Synced, so that the next frame never lies over bytes of this one that come back in a crash.
                 return match segment.truncate(length_bytes).and_then(|()| segment.sync()) {
-                    Ok(()) => Err(error),
+                    Ok(()) => {
+                        if let Some(last) = self.segments.last_mut() {
+                            last.padded_bytes = length_bytes;
+                        }
+                        Err(error)
+                    }
                     Err(removal) => Err(self.not_taken_back(base_lsn, &removal)),
                 };
             }
@@ -208,7 +232,8 @@ impl Journal {
         }
         let epoch = self.identity.epoch;
         if let Some(last) = self.segments.last_mut() {
-            last.length_bytes += bytes.len() as u64;
+            last.length_bytes = end_bytes;
+            last.padded_bytes = padded_bytes;
             last.epoch = epoch;
             last.is_synced = true;
         }

@@ -4,8 +4,9 @@
 //! - `create_layer`, `remove_layer` and `write_record` are durable when they return.
 //! - An operation on a layer survives for certain once a later sync of that layer has returned. Until then it may survive or not,
 //!   whole or torn, whatever happens to its neighbours.
-//! - An append to a segment or a cut of it survives for certain once the segment was synced. Until then the segment may end
-//!   anywhere in the appended bytes, or be longer with zeros or garbage in sectors that did not arrive.
+//! - A write to a segment or a cut of it survives for certain once the segment was synced. Until then the segment may end
+//!   anywhere in the written bytes, or be longer with zeros or garbage in sectors that did not arrive; sectors inside the old
+//!   length that did not arrive are as they were.
 //! - The name of a new segment survives for certain once the segment was synced.
 //! - The removal of a segment is never certain while it is remembered: the segment may be back after the cut, as it was. A newer
 //!   segment of the same name that was synced takes its place for good; `forget_before` and the removal of the layer end the doubt.
@@ -339,11 +340,15 @@ impl SegmentOperation {
         match random.below(3) {
             // The length did not arrive: any prefix.
             0 => put(content, *offset_bytes, &data[..random.below(data.len() as u64 + 1) as usize]),
-            // The length did, some sectors did not: they are zeros, or what the disk held before.
+            // The length did, some sectors did not: inside the old length they are as they were, beyond it they are zeros, or what
+            // the disk held before.
             kind => {
-                let mut bytes = vec![0; data.len()];
+                let start = (*offset_bytes as usize).min(content.len());
+                let mut bytes = content[start..content.len().min(start + data.len())].to_vec();
+                let old_length = bytes.len();
+                bytes.resize(data.len(), 0);
                 if kind == 2 {
-                    bytes.iter_mut().for_each(|byte| *byte = random.next() as u8);
+                    bytes[old_length..].iter_mut().for_each(|byte| *byte = random.next() as u8);
                 }
                 for (start, end) in torn_sectors(*offset_bytes, data.len() as u64, random) {
                     bytes[start as usize..end as usize].copy_from_slice(&data[start as usize..end as usize]);

@@ -215,7 +215,14 @@ impl Drop for MemoryStore {
 
 impl Store for MemoryStore {
     fn capabilities(&self) -> StoreCapabilities {
-        StoreCapabilities { copy_unit_bytes: 4096, punch_unit_bytes: PAGE_BYTES as u32, ack_is_durable: false, persistent: false }
+        StoreCapabilities {
+            copy_unit_bytes: 4096,
+            punch_unit_bytes: PAGE_BYTES as u32,
+            ack_is_durable: false,
+            persistent: false,
+            // What is recorded is there to be broken, so it grows ahead as files do.
+            segment_growth_bytes: if self.shared.history.is_some() { PAGE_BYTES as u32 } else { 0 },
+        }
     }
 
     fn create_layer(&self, id: LayerId) -> Result<()> {
@@ -461,13 +468,16 @@ impl SegmentIo for MemorySegment {
         Ok(self.segment.content.read().to_vec())
     }
 
-    fn append(&self, bytes: &[u8]) -> Result<()> {
+    fn append(&self, offset_bytes: u64, bytes: &[u8]) -> Result<()> {
         let mut content = self.segment.content.write();
-        let offset_bytes = content.len() as u64;
-        if !self.segment.shared.account.take(bytes.len() as u64) {
+        let (start, end) = (offset_bytes as usize, offset_bytes as usize + bytes.len());
+        assert!(start <= content.len(), "a segment is written without gaps");
+        if !self.segment.shared.account.take(end.saturating_sub(content.len()) as u64) {
             return Err(no_space("append", segment_object(self.segment.layer, self.segment.base_lsn), offset_bytes));
         }
-        Arc::make_mut(&mut content).extend_from_slice(bytes);
+        let present = Arc::make_mut(&mut content);
+        present.resize(end.max(present.len()), 0);
+        present[start..end].copy_from_slice(bytes);
         self.record(SegmentOperation::Append { offset_bytes, data: bytes.into() });
         Ok(())
     }
