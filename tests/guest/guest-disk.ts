@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { hasPrograms } from '../cli/test-programs.ts'
 import { runClient } from '../clients/run-client.ts'
@@ -15,8 +16,11 @@ export const guestPrograms: readonly string[] = [
   'flock',
 ]
 
+/** What Debian's package lists are checked against. */
+const debianKeyring = '/usr/share/keyrings/debian-archive-keyring.gpg'
+
 export function canRunGuests(): boolean {
-  return process.arch === 'x64' && hasPrograms(...guestPrograms)
+  return process.arch === 'x64' && hasPrograms(...guestPrograms) && existsSync(debianKeyring)
 }
 
 /** The cold making of a guest downloads about 90 MB and writes 200. */

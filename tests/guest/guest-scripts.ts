@@ -3,9 +3,10 @@
 /** In the kernel's log, what a disk that failed leaves behind. */
 export const diskTrouble = /I\/O error|EXT4-fs (?:error|warning)|Buffer I\/O|blk_update_request|hung_task|blocked for more than/i
 
-const failOnDiskTrouble = `
+/** Ends a script with 9 when the kernel complained about a disk. */
+export const failOnDiskTrouble = `
 if dmesg | grep -E 'I/O error|EXT4-fs (error|warning)|Buffer I/O|blk_update_request|blocked for more than'; then
-  say trouble in the kernel log
+  say trouble with a disk, says the kernel
   exit 9
 fi`
 
@@ -27,7 +28,10 @@ write_files() {
   n=0
   while [ ! -e /run/stop ]; do
     n=$((n + 1))
-    dd if=/dev/urandom of=/data/log/$n bs=4k count=$((n % 7 + 1)) conv=fsync 2>/dev/null || return 1
+    dd if=/dev/urandom of=/data/log/$n bs=4k count=$((n % 7 + 1)) conv=fsync 2>/dev/null || {
+      say trouble with file $n
+      return 1
+    }
     sum=$(sha256sum </data/log/$n | cut -c 1-64)
     echo "$sum  $n" >>/run/log.sums
     say wrote $n $sum
@@ -41,6 +45,7 @@ verify_rounds() {
     fio --name=load --filename=/data/fio --size=6M --rw=randwrite --bsrange=4k-64k --direct=1 --ioengine=libaio --iodepth=8 \\
       --verify=crc32c --do_verify=1 --verify_fatal=1 --randseed=$round --eta=never --output=/run/fio.out || {
       cat /run/fio.out
+      say trouble with round $round of fio
       return 1
     }
     say verified $round

@@ -6,12 +6,12 @@
 #   vmlinuz, initrd   the same kernel and initrd, for QEMU's -kernel
 #   versions     the packages that are in it
 #
-# The folder lies in the cache (ATOLL_GUEST_CACHE, else $XDG_CACHE_HOME/atoll-guest) and is named by the packages' versions and
+# The folder lies in the cache (ATOLL_GUEST_CACHE, else $XDG_CACHE_HOME/atoll-guest, else ~/.cache/atoll-guest) and is named by the packages' versions and
 # these scripts, so that only a change makes another one. Several runs at once wait for one another.
 set -euo pipefail
 
 here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
-cache=${ATOLL_GUEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/atoll-guest}
+cache=${ATOLL_GUEST_CACHE:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/atoll-guest}
 suite=${ATOLL_GUEST_SUITE:-bookworm}
 PATH=$PATH:/usr/sbin:/sbin
 for tool in apt-get:apt dpkg-deb:dpkg mke2fs:e2fsprogs sfdisk:fdisk mformat:mtools syslinux:syslinux qemu-img:qemu-utils flock:util-linux; do

@@ -7,6 +7,7 @@ import { Qmp } from './qmp.ts'
 /** Boots take 3 to 10 seconds on an idle machine, and several times that on a busy one. */
 const limitMs = 240_000
 const keptConsoleCharacters = 4_000
+const resultLine = /^RESULT rc=(\d+)\n/m
 
 export interface GuestOptions {
   /** Names the files of this guest in `folder`. */
@@ -82,10 +83,23 @@ export class QemuGuest {
     return [...this.console.matchAll(new RegExp(`^SAY ${word} (.*)\\n`, 'gm'))].map((match) => match[1] ?? '')
   }
 
-  /** Waits until the console satisfies `condition`; the end of the console is in the error if it does not. */
+  /**
+   * Waits until `condition` holds. Fails, with the end of the console, once it no longer can: QEMU or the script has ended, or the
+   * script says `trouble`.
+   */
   async until(what: string, condition: () => boolean | Promise<boolean>): Promise<void> {
     try {
-      await this.process.until(what, condition, limitMs)
+      await this.process.until(
+        what,
+        async () => {
+          if (await condition()) return true
+          const [trouble] = this.said('trouble')
+          if (trouble !== undefined) throw new Error(`trouble ${trouble}`)
+          if (resultLine.test(this.console)) throw new Error(`the script ended before the guest ${what}`)
+          return false
+        },
+        limitMs,
+      )
     } catch (error) {
       throw new Error(`guest ${this.name}: ${(error as Error).message}\n${this.console.slice(-keptConsoleCharacters)}`, {
         cause: error,
@@ -106,8 +120,8 @@ export class QemuGuest {
 
   /** Waits for the end of the script and of QEMU; fails unless the script ended with 0. */
   async succeeds(): Promise<void> {
-    await this.until('reported a result', () => /^RESULT rc=\d+\n/m.test(this.console))
-    const code = /^RESULT rc=(\d+)\n/m.exec(this.console)?.[1]
+    await this.until('reported a result', () => resultLine.test(this.console))
+    const code = resultLine.exec(this.console)?.[1]
     if (code !== '0') {
       throw new Error(`guest ${this.name}: the script ended with ${code}\n${this.console.slice(-keptConsoleCharacters)}`)
     }
