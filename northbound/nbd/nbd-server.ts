@@ -74,6 +74,7 @@ class RunningNbdServer implements NbdServer {
   /** Those that made room for others and are not gone yet. */
   readonly #leaving = new Set<NbdClientConnection>()
   readonly #accepting: Promise<void>
+  #madeRoomCount = 0
   #isDraining = false
   #isClosing = false
   #drained: Promise<void> | null = null
@@ -163,7 +164,13 @@ class RunningNbdServer implements NbdServer {
 
   /** Ends a negotiation for another. It counts no more from here on, though it may take a moment to go. */
   #makeRoom(client: NbdClientConnection): void {
-    this.#options.log.debug({ peer: client.peer }, 'an NBD client that had not finished its negotiation made room for another')
+    const { log } = this.#options
+    this.#madeRoomCount += 1
+    const fields = { peer: client.peer, count: this.#madeRoomCount }
+    const what = 'an NBD client that had not finished its negotiation made room for another'
+    // Every power of two: a flood is seen in the log and does not fill it.
+    if ((this.#madeRoomCount & (this.#madeRoomCount - 1)) === 0) log.warn(fields, what)
+    else log.debug(fields, what)
     this.#clients.delete(client)
     this.#leaving.add(client)
     void this.#cutOff(client)

@@ -1,6 +1,7 @@
 /** NBD over TCP with TLS: the rules of STARTTLS over real sockets, and who is let in. Clients from packages: tls-clients.test.ts. */
+import { execFileSync } from 'node:child_process'
 import { once } from 'node:events'
-import { copyFile, readFile, rm, writeFile } from 'node:fs/promises'
+import { copyFile, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { createConnection } from 'node:net'
 import { join } from 'node:path'
 import { afterEach, beforeEach, expect, it, vi } from 'vitest'
@@ -306,6 +307,16 @@ describeWithTools('credentials', [opensslTool], () => {
       code: 'TLS_CREDENTIALS_INVALID',
       message: `${path('server-key.pem')} is not the key of ${path('server-cert.pem')}`,
     })
+  })
+
+  it('keys in the older forms of PEM are read as well', async () => {
+    for (const key of ['rsa', 'ec'] as const) {
+      await fixture.authority.issue(fixture.serverDirectory, { commonName: 'localhost', key })
+      execFileSync('openssl', ['pkey', '-traditional', '-in', path('server-key.pem'), '-out', path('old-key.pem')])
+      await rename(path('old-key.pem'), path('server-key.pem'))
+      expect(await readFile(path('server-key.pem'), 'utf8')).toContain(`BEGIN ${key.toUpperCase()} PRIVATE KEY`)
+      await load()
+    }
   })
 
   it('a list of revoked certificates that cannot be read is no empty list', async () => {

@@ -109,12 +109,14 @@ const greetingBytes = 18
 
 let bridgeCount = 0
 
-/** Exactly `lengthBytes` bytes of a socket; the rest stays in it. */
+/** Exactly `lengthBytes` bytes of a socket; the rest stays in it. @throws if it ends before. */
 async function take(socket: Socket, lengthBytes: number): Promise<Buffer> {
   for (;;) {
-    const bytes = socket.read(lengthBytes) as Buffer | null
-    if (bytes !== null) return bytes
-    await once(socket, 'readable')
+    if (socket.readableLength >= lengthBytes) return socket.read(lengthBytes) as Buffer
+    if (socket.readableEnded || socket.destroyed) throw new Error('the server closed the connection')
+    // Asking for nothing makes the socket fetch more, and see its end.
+    socket.read(0)
+    await Promise.race(['readable', 'end', 'close'].map((event) => once(socket, event)))
   }
 }
 

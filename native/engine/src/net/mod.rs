@@ -3,6 +3,7 @@
 //!
 //! Rules: each connection has one thread, which alone reads from its socket; commands reach it through a bounded queue
 //! and are answered in order; closing never waits for the peer (the socket is shut down under whatever reads or writes).
+//! TLS lies below all of it: whoever reads and writes does not see it, and a plain socket does not pay for it.
 mod connection;
 mod listener;
 mod socket;
