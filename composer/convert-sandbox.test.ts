@@ -24,6 +24,15 @@ test('a missing qemu-img is named with its package', async () => {
   await expect(requireQemuImg('/nowhere')).rejects.toMatchObject({ code: 'QEMU_IMG_MISSING', values: { package: 'qemu-utils' } })
 })
 
+test('qemu-img is told the driver, never to open a backing file, and the size of a VHD that was inspected', () => {
+  const named = (driver: Parameters<typeof nbdImageName>[0]): unknown =>
+    JSON.parse(nbdImageName(driver, '/run/a,b:c.sock', 'name').slice('json:'.length))
+  const file = { driver: 'nbd', server: { type: 'unix', path: '/run/a,b:c.sock' }, export: 'name' }
+  expect(named('raw')).toEqual({ driver: 'raw', file })
+  for (const driver of ['qcow2', 'vmdk', 'vdi', 'vhdx'] as const) expect(named(driver)).toEqual({ driver, backing: null, file })
+  expect(named('vpc')).toEqual({ driver: 'vpc', backing: null, force_size_calc: 'current_size', file })
+})
+
 /** The processes named qemu-img that this process has started. */
 async function ownQemuImg(): Promise<string[]> {
   const found: string[] = []

@@ -438,6 +438,10 @@ describe('images', () => {
         'qemu-io',
         runProgram('qemu-io', ['-f', 'raw', '-c', 'read -P 6 1M 1M', '-c', 'read -P 0 0 1M', join(home.path, 'converted.img')]),
       )
+      const compressed = join(home.path, 'converted.qcow2')
+      home.cli('image', 'export', 'converted', compressed, '--format', 'qcow2', '--compress')
+      succeed('qemu-img', runProgram('qemu-img', ['compare', '-f', 'qcow2', '-F', 'qcow2', path, compressed]))
+      expect(home.fail('image', 'export', 'converted', compressed, '--format', 'qcow2')).toBe('DESTINATION_EXISTS')
       home.cli('image', 'delete', 'converted')
 
       const overlay = join(home.path, 'overlay.qcow2')
