@@ -6,7 +6,7 @@
  */
 import { constants, mkdir, open, readdir, rm, statfs, type FileHandle } from 'node:fs/promises'
 import { join } from 'node:path'
-import { NoSpaceError, type Logger } from '@atoll/core'
+import { AtollError, NoSpaceError, type Logger } from '@atoll/core'
 import type { ImportSink } from './import-sink.ts'
 
 /** What a spool leaves free on the home's file system. */
@@ -29,6 +29,7 @@ export class Spool {
    * Opens the spool of an image for writing at `startBytes`, or an empty one with 0. Close it.
    * @param sizeBytes what will be written in all, if it is known
    * @throws NoSpaceError
+   * @throws AtollError IMAGE_STREAM_LOST when less than `startBytes` is there
    */
   async open(imageId: string, startBytes: number, sizeBytes: number | null): Promise<SpoolSink> {
     await mkdir(this.directory, { recursive: true, mode: 0o700 })
@@ -36,8 +37,18 @@ export class Spool {
     const flags = constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW
     const handle = await open(this.pathOf(imageId), flags, 0o600)
     try {
+      if ((await handle.stat()).size < startBytes) {
+        throw new AtollError(
+          'IMAGE_STREAM_LOST',
+          `what had arrived of the image is gone from ${this.directory}: start the import again`,
+          {
+            values: { path: this.pathOf(imageId), sizeBytes: startBytes },
+          },
+        )
+      }
       // What lies behind was not saved, so it may be anything.
       await handle.truncate(startBytes)
+      if (startBytes === 0) await this.syncDirectory()
       return new SpoolSink(this, handle, startBytes)
     } catch (error) {
       await handle.close()
@@ -54,6 +65,16 @@ export class Spool {
       `the image must be stored in the home before it can be converted, and ${this.directory} has ${freeBytes} bytes free, of which ${spoolReserveBytes} are kept: ${wantedBytes} more do not fit`,
       { values: { path: this.directory, freeBytes, wantedBytes, reserveBytes: spoolReserveBytes } },
     )
+  }
+
+  /** The name must be as durable as what a cursor vouches for. */
+  private async syncDirectory(): Promise<void> {
+    const directory = await open(this.directory, constants.O_RDONLY | constants.O_DIRECTORY)
+    try {
+      await directory.sync()
+    } finally {
+      await directory.close()
+    }
   }
 
   /** Nothing happens if there is none. */

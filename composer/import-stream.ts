@@ -160,7 +160,10 @@ async function importStream(context: JobContext, options: StreamImportOptions): 
   const params = context.params as StreamImportParams
   const target = await targets.get(context.subject)
   // The job was stopped between the image's last commit and its own.
-  if (target === null) return { imageId: context.subject }
+  if (target === null) {
+    await spool.remove(context.subject)
+    return { imageId: context.subject }
+  }
   const stream = streams.take(context.subject)
   if (stream.format !== 'raw') {
     const sink = await spool.open(context.subject, 0, params.sizeBytes)
