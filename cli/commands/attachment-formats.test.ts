@@ -21,13 +21,15 @@ test('uri is the URI alone, text adds what limits its use', () => {
   expect(attachmentText({ ...attachment, readOnly: false, shared: false }, 'text')).toBe(attachment.uri)
 })
 
-test('qemu is one line of JSON with a reconnect delay, and says that the content is raw', () => {
+test('qemu is one line of JSON with a reconnect delay, passes discards on, and says that the content is raw', () => {
   expect(JSON.parse(attachmentText(attachment, 'qemu'))).toEqual({
     driver: 'raw',
     'node-name': 'atoll-22222222',
     'read-only': true,
+    discard: 'unmap',
     file: {
       driver: 'nbd',
+      discard: 'unmap',
       server: { type: 'unix', path: attachment.socketPath },
       export: attachment.exportName,
       'reconnect-delay': 60,
@@ -35,8 +37,9 @@ test('qemu is one line of JSON with a reconnect delay, and says that the content
   })
 })
 
-test('libvirt is an element whose values are escaped', () => {
+test('libvirt is an element that passes discards on, and its values are escaped', () => {
   const xml = attachmentText(attachment, 'libvirt')
+  expect(xml).toContain("<driver name='qemu' type='raw' discard='unmap'/>")
   expect(xml).toContain("socket='/srv/a&amp;b&apos;s &lt;home&gt;/nbd.sock'")
   expect(xml).toContain('<readonly/>')
   expect(xml).toContain('<shareable/>')
@@ -55,6 +58,7 @@ describe('an attachment over TCP', () => {
     const plain = { type: 'inet', host: 'storage.example', port: '10809' }
     expect(JSON.parse(attachmentText(overTcp(false), 'qemu')).file).toEqual({
       driver: 'nbd',
+      discard: 'unmap',
       server: plain,
       export: attachment.exportName,
       'reconnect-delay': 60,

@@ -49,14 +49,19 @@ export function attachmentText(attachment: AttachmentDocument, format: Attachmen
   }
 }
 
-/** The argument of QEMU's `-blockdev`. Raw is said explicitly: content that a guest writes must never be probed. */
+/**
+ * The argument of QEMU's `-blockdev`. Raw is said explicitly: content that a guest writes must never be probed. Discards pass
+ * only where every layer says so, and without them a volume never gets smaller again.
+ */
 function qemuBlockdev(attachment: AttachmentDocument): object {
   return {
     driver: 'raw',
     'node-name': `atoll-${attachment.exportName.slice(0, 8)}`,
     'read-only': attachment.readOnly,
+    discard: 'unmap',
     file: {
       driver: 'nbd',
+      discard: 'unmap',
       ...qemuServer(attachment),
       export: attachment.exportName,
       'reconnect-delay': reconnectDelaySeconds,
@@ -74,7 +79,7 @@ function qemuServer({ server, socketPath }: AttachmentDocument): object {
 function libvirtDisk(attachment: AttachmentDocument): string {
   return [
     `<disk type='network' device='disk'>`,
-    `  <driver name='qemu' type='raw'/>`,
+    `  <driver name='qemu' type='raw' discard='unmap'/>`,
     `  <source protocol='nbd' name='${escapeXml(attachment.exportName)}'${attachment.server?.tls === true ? ` tls='yes'` : ''}>`,
     attachment.server === null
       ? `    <host transport='unix' socket='${escapeXml(attachment.socketPath ?? '')}'/>`

@@ -13,7 +13,8 @@ fi`
 /**
  * Writes files that stay (/data/kept, their checksums said as `kept`), then, until the host says `stop`, two loads at once: numbered
  * files, each synced before it is said as `wrote NUMBER CHECKSUM`, and rounds of fio with verification, said as `verified ROUND`.
- * At the end everything is read again, past the page cache.
+ * Then everything is read again, past the page cache, and said as `intact COUNT`. At the end a file comes (`grow`, `grown`) and goes
+ * (`shrink`, `shrunk`).
  */
 export const workload = `
 say booted $(uname -r) from $(findfs LABEL=atoll-root)
@@ -63,6 +64,12 @@ cd /data/log && sha256sum -c -s /run/log.sums || exit 5
 cd /data/kept && sha256sum -c -s /data/kept.sums || exit 6
 cd /
 say intact $(wc -l </run/log.sums)
+wait_for_host grow
+dd if=/dev/urandom of=/data/big bs=1M count=16 conv=fsync 2>/dev/null || exit 7
+say grown by 16 MiB
+wait_for_host shrink
+rm /data/big && sync && fstrim / || exit 7
+say shrunk by 16 MiB
 ${failOnDiskTrouble}
 `
 
