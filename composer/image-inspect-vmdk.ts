@@ -26,6 +26,7 @@ import {
   piecesOf,
   Refusals,
   tablesMax,
+  tablesOf,
   type ByteSource,
   type Inspected,
 } from './image-metadata.ts'
@@ -124,9 +125,7 @@ export async function inspectVmdk(source: ByteSource, signal?: AbortSignal): Pro
   map.seal()
 
   let grainCount = 0
-  for (const offsetBytes of tables) {
-    signal?.throwIfAborted()
-    const table = await source.read(offsetBytes, grainTableBytes)
+  for await (const { offsetBytes, table } of tablesOf(source, tables, grainTableBytes, signal)) {
     for (let index = 0; index < grainTableEntries; index++) {
       const sector = table.readUInt32LE(index * 4)
       if (sector === grainUnallocated || sector === grainZero) continue

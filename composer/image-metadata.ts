@@ -58,6 +58,29 @@ export async function* piecesOf(
   }
 }
 
+/** Tables of one length, in the order of their offsets, those that follow each other read at once. Tables of zeros are left out. */
+export async function* tablesOf(
+  source: ByteSource,
+  offsetsBytes: readonly number[],
+  tableBytes: number,
+  signal?: AbortSignal,
+): AsyncGenerator<{ offsetBytes: number; table: Buffer }> {
+  const sorted = Float64Array.from(offsetsBytes).toSorted()
+  const zeros = Buffer.alloc(tableBytes)
+  for (let index = 0; index < sorted.length;) {
+    signal?.throwIfAborted()
+    const startBytes = sorted[index] ?? 0
+    let count = 1
+    while (sorted[index + count] === startBytes + count * tableBytes && (count + 1) * tableBytes <= pieceBytes) count += 1
+    const piece = await source.read(startBytes, count * tableBytes)
+    for (let position = 0; position < piece.length; position += tableBytes) {
+      const table = piece.subarray(position, position + tableBytes)
+      if (!table.equals(zeros)) yield { offsetBytes: startBytes + position, table }
+    }
+    index += count
+  }
+}
+
 interface NamedRange {
   name: string
   startBytes: number

@@ -31,7 +31,7 @@
 import { setImmediate } from 'node:timers/promises'
 import type { AtollError, ErrorCode } from '@atoll/core'
 import { checkImageSize } from './image-size.ts'
-import { MetadataMap, Refusals, type ByteSource, type Inspected } from './image-metadata.ts'
+import { MetadataMap, Refusals, tablesOf, type ByteSource, type Inspected } from './image-metadata.ts'
 
 export interface Qcow2Info extends Inspected {
   version: 2 | 3
@@ -135,9 +135,8 @@ export async function inspectQcow2(source: ByteSource, signal?: AbortSignal): Pr
   places.seal()
   const clusters = { clusterBits, entryBytes: l2EntryBytes, fileBytes: source.sizeBytes, places }
   const counts = { stored: 0, compressed: 0 }
-  for (const l2OffsetBytes of l2Offsets) {
-    signal?.throwIfAborted()
-    checkL2(await source.read(l2OffsetBytes, clusterBytes), l2OffsetBytes, clusters, counts)
+  for await (const { offsetBytes, table: l2 } of tablesOf(source, l2Offsets, clusterBytes, signal)) {
+    checkL2(l2, offsetBytes, clusters, counts)
   }
   // Clusters that share their bytes would make a small file a large disk.
   if ((counts.stored - 1) * clusterBytes + counts.compressed * compressedClusterBytesMin > source.sizeBytes) {
