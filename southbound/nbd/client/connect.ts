@@ -25,6 +25,8 @@ export interface NbdConnectOptions extends NbdReachOptions, Partial<NbdConnectio
   readonly exportName?: string
   /** Ask for structured replies. Default true; a server without them is taken as it is. */
   readonly structuredReplies?: boolean
+  /** Ask for extended headers (an experimental part of the protocol). Default false; a server without them is taken as it is. */
+  readonly extendedHeaders?: boolean
   /** Metadata contexts to ask for, such as `base:allocation`. Default none. What the server agreed to is in `connection.metaContexts`. */
   readonly metaContexts?: readonly string[]
 }
@@ -56,13 +58,16 @@ export async function connect(target: NbdTarget, options: NbdConnectOptions = {}
   }
   return withStream(address, options, async (stream) => {
     const haggling = new Haggling(stream, await exchangeGreeting(stream))
-    const structuredReplies = (options.structuredReplies ?? true) && (await askForStructuredReplies(haggling))
+    const extendedHeaders = (options.extendedHeaders ?? false) && (await askForExtendedHeaders(haggling))
+    const structuredReplies =
+      extendedHeaders || ((options.structuredReplies ?? true) && (await askForStructuredReplies(haggling)))
     const metaContexts = structuredReplies ? await selectMetaContexts(haggling, exportName, options.metaContexts ?? []) : []
-    const info = await goOrExportName(haggling, exportName)
+    const info = await goOrExportName(haggling, exportName, !extendedHeaders)
     const session = {
       exportName,
       info,
       structuredReplies,
+      extendedHeaders,
       metaContexts: new Map(metaContexts.map((context) => [context.name, context.id])),
     }
     return new NbdConnection(stream, session, limits)
@@ -144,13 +149,18 @@ async function askForStructuredReplies(haggling: Haggling): Promise<boolean> {
   return (await unlessRefused(haggling.structuredReply().then(() => true))) ?? false
 }
 
+async function askForExtendedHeaders(haggling: Haggling): Promise<boolean> {
+  if (!haggling.fixedNewstyle) return false
+  return (await unlessRefused(haggling.extendedHeaders().then(() => true))) ?? false
+}
+
 async function selectMetaContexts(haggling: Haggling, exportName: string, queries: readonly string[]): Promise<NbdMetaContext[]> {
   if (queries.length === 0) return []
   // A server that does not know the export says so again, and more clearly, in the answer to GO.
   return (await unlessRefused(haggling.setMetaContexts(exportName, queries))) ?? []
 }
 
-async function goOrExportName(haggling: Haggling, exportName: string): Promise<NbdExportInfo> {
+async function goOrExportName(haggling: Haggling, exportName: string, mayFallBack: boolean): Promise<NbdExportInfo> {
   if (haggling.fixedNewstyle) {
     let known: NbdExportInfo | null
     try {
@@ -160,6 +170,7 @@ async function goOrExportName(haggling: Haggling, exportName: string): Promise<N
       throw error
     }
     if (known !== null) return known
+    if (!mayFallBack) throw new NbdError('NBD_PROTOCOL', 'the server has extended headers and does not know GO')
   }
   return haggling.exportName(exportName)
 }

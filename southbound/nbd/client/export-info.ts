@@ -13,6 +13,8 @@ export interface NbdExportFlags {
   readonly multiConn: boolean
   readonly cache: boolean
   readonly fastZero: boolean
+  /** A status may be asked of some of the contexts only. */
+  readonly blockStatusPayload: boolean
 }
 
 export interface NbdBlockSizes {
@@ -94,6 +96,7 @@ export function exportInfoOf(sizeBytes: number, transmissionFlags: number): NbdE
       multiConn: has(transmissionFlag.multiConn),
       cache: has(transmissionFlag.cache),
       fastZero: has(transmissionFlag.fastZero),
+      blockStatusPayload: has(transmissionFlag.blockStatusPayload),
     },
     blockSizes: defaultBlockSizes,
     canonicalName: null,

@@ -45,6 +45,11 @@ export class Haggling {
     await this.#ask('STRUCTURED_REPLY', option.structuredReply, new Uint8Array(), refuseAll)
   }
 
+  /** Asks for extended headers: requests and replies of 32 bytes with lengths of 64 bits; takes the place of structured replies. */
+  async extendedHeaders(): Promise<void> {
+    await this.#ask('EXTENDED_HEADERS', option.extendedHeaders, new Uint8Array(), refuseAll)
+  }
+
   /** Selects metadata contexts for `exportName`. The ones that the server knows come back, each with the id it will use. */
   async setMetaContexts(exportName: string, queries: readonly string[]): Promise<NbdMetaContext[]> {
     const contexts = await this.#metaContexts('SET_META_CONTEXT', option.setMetaContext, exportName, queries)

@@ -14,5 +14,12 @@ export type { RawGreeting } from './raw-connection.ts'
 export { connectWithRetry, RetryingNbdConnection } from './retrying-connection.ts'
 export type { NbdRetryOptions } from './retrying-connection.ts'
 export type { NbdExtent } from './structured-reply.ts'
-export { encodeCountedString, encodeInfoRequest, encodeMetaContextRequest, encodeOption, encodeRequest } from './wire.ts'
+export {
+  encodeCountedString,
+  encodeExtendedRequest,
+  encodeInfoRequest,
+  encodeMetaContextRequest,
+  encodeOption,
+  encodeRequest,
+} from './wire.ts'
 export type { OptionReply, ReplyHeader, RequestHeader } from './wire.ts'

@@ -4,7 +4,7 @@ import { NbdError, NbdReplyError } from './nbd-error.ts'
 import { command, commandFlag, requestLengthMax } from './protocol.ts'
 import { describeRequest, StructuredReply } from './structured-reply.ts'
 import type { AskedRequest, NbdExtent } from './structured-reply.ts'
-import { encodeRequest, readReplyHeader } from './wire.ts'
+import { encodeExtendedRequest, encodeRequest, readReplyHeader } from './wire.ts'
 import type { ReplyHeader } from './wire.ts'
 
 /** Bounds of a connection. Requests beyond the first two wait; they fail only when `waitingMax` wait already. */
@@ -43,6 +43,7 @@ export interface NegotiatedSession {
   readonly exportName: string
   readonly info: NbdExportInfo
   readonly structuredReplies: boolean
+  readonly extendedHeaders: boolean
   /** Name to id. */
   readonly metaContexts: ReadonlyMap<string, number>
 }
@@ -108,6 +109,9 @@ export class NbdConnection {
   get structuredReplies(): boolean {
     return this.#session.structuredReplies
   }
+  get extendedHeaders(): boolean {
+    return this.#session.extendedHeaders
+  }
   /** The contexts that the server agreed to, with their ids. */
   get metaContexts(): ReadonlyMap<string, number> {
     return this.#session.metaContexts
@@ -145,7 +149,7 @@ export class NbdConnection {
 
   /** Says that the content of the range is no longer needed. Advisory: what it reads as afterwards is not defined. */
   async trim(offsetBytes: number, lengthBytes: number, options: { fua?: boolean } = {}): Promise<void> {
-    this.#checkRange(offsetBytes, lengthBytes, requestLengthMax)
+    this.#checkRange(offsetBytes, lengthBytes, this.#lengthMax)
     this.#checkWritable('trim')
     this.#checkOffered('trim', 'TRIM')
     if (lengthBytes === 0) return
@@ -158,7 +162,7 @@ export class NbdConnection {
     lengthBytes: number,
     options: { noHole?: boolean; fua?: boolean; fastZero?: boolean } = {},
   ): Promise<void> {
-    this.#checkRange(offsetBytes, lengthBytes, requestLengthMax)
+    this.#checkRange(offsetBytes, lengthBytes, this.#lengthMax)
     this.#checkWritable('writeZeroes')
     this.#checkOffered('writeZeroes', 'WRITE_ZEROES')
     if (options.fastZero) this.#checkOffered('fastZero', 'FAST_ZERO')
@@ -175,7 +179,7 @@ export class NbdConnection {
 
   /** Asks the server to have the range at hand. */
   async cache(offsetBytes: number, lengthBytes: number): Promise<void> {
-    this.#checkRange(offsetBytes, lengthBytes, requestLengthMax)
+    this.#checkRange(offsetBytes, lengthBytes, this.#lengthMax)
     this.#checkOffered('cache', 'CACHE')
     if (lengthBytes === 0) return
     await this.request({ command: command.cache, flags: 0, offsetBytes, lengthBytes })
@@ -183,24 +187,31 @@ export class NbdConnection {
 
   /**
    * The extents of each negotiated context, from `offsetBytes` on. They may end before the range does (ask again from there),
-   * and the last one may reach past it unless `reqOne` was asked for, which gives a single extent.
+   * and the last one may reach past it unless `reqOne` was asked for, which gives a single extent. `contexts`: of these only
+   * (the server must have offered the filter, for which extended headers are needed).
    */
   async blockStatus(
     offsetBytes: number,
     lengthBytes: number,
-    options: { reqOne?: boolean } = {},
+    options: { reqOne?: boolean; contexts?: readonly string[] } = {},
   ): Promise<Map<string, NbdExtent[]>> {
-    this.#checkRange(offsetBytes, lengthBytes, requestLengthMax)
+    this.#checkRange(offsetBytes, lengthBytes, this.#lengthMax)
     if (this.metaContexts.size === 0)
       throw new NbdError('NBD_NOT_OFFERED', 'no metadata context was negotiated (connect with metaContexts)')
     if (lengthBytes === 0) throw new NbdError('NBD_REQUEST_INVALID', 'the block status of no bytes')
-    const reply = await this.request({
-      command: command.blockStatus,
-      flags: options.reqOne ? commandFlag.reqOne : 0,
-      offsetBytes,
-      lengthBytes,
+    const flags = options.reqOne ? commandFlag.reqOne : 0
+    const asked = { command: command.blockStatus, flags, offsetBytes, lengthBytes }
+    if (options.contexts === undefined) return (await this.request(asked)).extents
+    this.#checkOffered('blockStatusPayload', 'a filter of contexts')
+    const ids = options.contexts.map((name) => this.metaContexts.get(name))
+    const payload = Buffer.alloc(8 + 4 * ids.length)
+    payload.writeBigUInt64BE(BigInt(lengthBytes), 0)
+    ids.forEach((id, index) => {
+      if (id === undefined) throw new NbdError('NBD_NOT_OFFERED', `the context ${options.contexts?.[index]} was not negotiated`)
+      payload.writeUInt32BE(id, 8 + 4 * index)
     })
-    return reply.extents
+    const filtered = { ...asked, flags: flags | commandFlag.payloadLength, contextCount: ids.length, payload }
+    return (await this.request(filtered)).extents
   }
 
   /**
@@ -213,12 +224,21 @@ export class NbdConnection {
         reject(this.#closedError())
         return
       }
-      const { command: number, flags, offsetBytes, lengthBytes, payload } = request
-      if (!Number.isInteger(lengthBytes) || lengthBytes < 0 || lengthBytes > requestLengthMax) {
-        reject(new NbdError('NBD_REQUEST_INVALID', `a length of ${lengthBytes} does not fit into 32 bits`))
+      const { command: number, offsetBytes, lengthBytes, payload, contextCount } = request
+      if (!Number.isInteger(lengthBytes) || lengthBytes < 0 || lengthBytes > this.#lengthMax) {
+        reject(new NbdError('NBD_REQUEST_INVALID', `a length of ${lengthBytes} is not from 0 to ${this.#lengthMax}`))
         return
       }
-      const asked: AskedRequest = { command: number, flags, offsetBytes, lengthBytes }
+      // With extended headers a payload is announced by a flag; a write always has one.
+      const isAnnounced = this.extendedHeaders && number === command.write
+      const flags = isAnnounced ? request.flags | commandFlag.payloadLength : request.flags
+      const asked: AskedRequest = {
+        command: number,
+        flags,
+        offsetBytes,
+        lengthBytes,
+        ...(contextCount === undefined ? {} : { contextCount }),
+      }
       const pending: PendingRequest = {
         asked,
         payload: payload ?? null,
@@ -265,7 +285,8 @@ export class NbdConnection {
       })
     }
     if (this.#end !== null) return
-    this.#stream.write(encodeRequest({ command: command.disconnect, flags: 0, cookie: 0n, offsetBytes: 0, lengthBytes: 0 }))
+    const goodbye = { command: command.disconnect, flags: 0, cookie: 0n, offsetBytes: 0, lengthBytes: 0 }
+    this.#stream.write(this.extendedHeaders ? encodeExtendedRequest(goodbye) : encodeRequest(goodbye))
     this.#stream.finishWriting()
     const timer = setTimeout(() => this.#finish(null), this.#limits.disconnectTimeoutMs)
     await this.#closed.promise
@@ -286,7 +307,11 @@ export class NbdConnection {
     this.#nextCookie = cookie === cookieMax ? 1 : cookie + 1
     this.#inFlight.set(cookie, pending)
     this.#inFlightBytes += pending.costBytes
-    const header = encodeRequest({ ...pending.asked, cookie: BigInt(cookie) })
+    const { asked } = pending
+    // A payload is as long as the header says, but for the status, whose own length is in its payload.
+    const lengthBytes = asked.contextCount === undefined ? asked.lengthBytes : (pending.payload?.length ?? 0)
+    const fields = { ...asked, lengthBytes, cookie: BigInt(cookie) }
+    const header = this.extendedHeaders ? encodeExtendedRequest(fields) : encodeRequest(fields)
     if (pending.payload === null) this.#stream.write(header)
     else this.#stream.write(header, pending.payload)
   }
@@ -322,6 +347,8 @@ export class NbdConnection {
 
   async #receiveSimple(cookie: number, pending: PendingRequest, header: ReplyHeader & { kind: 'simple' }): Promise<void> {
     const { asked } = pending
+    if (this.extendedHeaders)
+      throw new NbdError('NBD_PROTOCOL', `a simple reply to ${describeRequest(asked)} with extended headers`)
     if (this.structuredReplies && (asked.command === command.read || asked.command === command.blockStatus)) {
       throw new NbdError('NBD_PROTOCOL', `a simple reply to ${describeRequest(asked)} after structured replies were negotiated`)
     }
@@ -341,13 +368,23 @@ export class NbdConnection {
     pending.resolve({ data, extents: new Map() })
   }
 
-  async #receiveChunk(cookie: number, pending: PendingRequest, header: ReplyHeader & { kind: 'structured' }): Promise<void> {
+  async #receiveChunk(
+    cookie: number,
+    pending: PendingRequest,
+    header: ReplyHeader & { kind: 'structured' | 'extended' },
+  ): Promise<void> {
     if (!this.structuredReplies) throw new NbdError('NBD_PROTOCOL', 'a structured reply without negotiating that')
-    pending.structured ??= new StructuredReply(pending.asked, this.#contextNames)
+    if ((header.kind === 'extended') !== this.extendedHeaders)
+      throw new NbdError('NBD_PROTOCOL', `a reply with ${header.kind} headers to ${describeRequest(pending.asked)}`)
+    if (header.kind === 'extended' && header.offsetBytes !== BigInt(pending.asked.offsetBytes)) {
+      throw new NbdError('NBD_PROTOCOL', `a reply for offset ${header.offsetBytes} to ${describeRequest(pending.asked)}`)
+    }
+    pending.structured ??= new StructuredReply(pending.asked, this.#contextNames, this.extendedHeaders)
     if (!(await pending.structured.receive(this.#stream, header))) return
     this.#answered(cookie, pending)
-    const { error, data, extents } = pending.structured
-    if (error === null) pending.resolve({ data, extents })
+    const { error, extents } = pending.structured
+    // The data of a refused read is not even made: it may have been refused for its length.
+    if (error === null) pending.resolve({ data: pending.structured.data, extents })
     else pending.reject(error)
   }
 
@@ -378,6 +415,11 @@ export class NbdConnection {
       'the connection is closed: the request was not sent',
       this.#end === null ? {} : { cause: this.#end },
     )
+  }
+
+  /** Longest range of a request that carries no data. */
+  get #lengthMax(): number {
+    return this.extendedHeaders ? Number.MAX_SAFE_INTEGER : requestLengthMax
   }
 
   #fua(options: { fua?: boolean }): number {

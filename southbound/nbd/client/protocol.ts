@@ -7,8 +7,10 @@ export const newstyleMagic = 0x49484156454f5054n // "IHAVEOPT"
 export const oldstyleMagic = 0x00420281861253n
 export const optionReplyMagic = 0x3e889045565a9n
 export const requestMagic = 0x25609513
+export const extendedRequestMagic = 0x21e41c71
 export const simpleReplyMagic = 0x67446698
 export const structuredReplyMagic = 0x668e33ef
+export const extendedReplyMagic = 0x6e8a278c
 
 export const handshakeFlag = { fixedNewstyle: 1 << 0, noZeroes: 1 << 1 } as const
 export const clientFlag = { fixedNewstyle: 1 << 0, noZeroes: 1 << 1 } as const
@@ -61,6 +63,7 @@ export const transmissionFlag = {
   multiConn: 1 << 8,
   cache: 1 << 10,
   fastZero: 1 << 11,
+  blockStatusPayload: 1 << 12,
 } as const
 
 export const command = {
@@ -80,6 +83,7 @@ export const commandFlag = {
   df: 1 << 2,
   reqOne: 1 << 3,
   fastZero: 1 << 4,
+  payloadLength: 1 << 5,
 } as const
 
 export const chunkFlag = { done: 1 << 0 } as const
@@ -88,6 +92,7 @@ export const chunkType = {
   offsetData: 1,
   offsetHole: 2,
   blockStatus: 5,
+  blockStatusExtended: 6,
   error: 0x8001,
   errorOffset: 0x8002,
 } as const
@@ -108,11 +113,13 @@ export const optionReplyBytesMax = 64 * 1024
 export const exportNamePaddingBytes = 124
 export const optionReplyHeaderBytes = 20
 export const requestHeaderBytes = 28
+export const extendedRequestHeaderBytes = 32
 export const simpleReplyHeaderBytes = 16
 export const structuredReplyHeaderBytes = 20
+export const extendedReplyHeaderBytes = 32
 /** Most extents of one context in one answer. */
 export const extentCountMax = 1 << 20
-/** Largest length field of a request. */
+/** Largest length field of a request without extended headers. */
 export const requestLengthMax = 0xffff_ffff
 
 /** Sizes that hold when the server does not say any. */

@@ -4,7 +4,14 @@ import type { NbdReachOptions } from './connect.ts'
 import { NbdError } from './nbd-error.ts'
 import { resolveTarget } from './nbd-target.ts'
 import type { NbdTarget } from './nbd-target.ts'
-import { encodeInfoRequest, encodeOption, encodeRequest, readOptionReply, readReplyHeader } from './wire.ts'
+import {
+  encodeExtendedRequest,
+  encodeInfoRequest,
+  encodeOption,
+  encodeRequest,
+  readOptionReply,
+  readReplyHeader,
+} from './wire.ts'
 import type { OptionReply, ReplyHeader, RequestHeader } from './wire.ts'
 import { clientFlag, infoItem, option, optionReply } from './protocol.ts'
 
@@ -116,6 +123,11 @@ export class RawNbdConnection {
 
   sendRequest(request: RequestHeader, payload: Uint8Array = new Uint8Array()): void {
     this.send(encodeRequest(request), payload)
+  }
+
+  /** The same in the form of extended headers. */
+  sendExtendedRequest(request: RequestHeader, payload: Uint8Array = new Uint8Array()): void {
+    this.send(encodeExtendedRequest(request), payload)
   }
 
   /** The header of the next answer; what follows it is fetched with `receive`. */

@@ -25,7 +25,10 @@ export interface AskedRequest {
   readonly command: number
   readonly flags: number
   readonly offsetBytes: number | bigint
+  /** What the command is about; of a status with a payload the range's, not the payload's. */
   readonly lengthBytes: number
+  /** A status of this many chosen contexts; absent: of all. */
+  readonly contextCount?: number
 }
 
 /**
@@ -35,15 +38,17 @@ export interface AskedRequest {
 export class StructuredReply {
   readonly #asked: AskedRequest
   readonly #contexts: ReadonlyMap<number, string>
+  readonly #extendedHeaders: boolean
   #data: Buffer | null = null
   readonly extents = new Map<string, NbdExtent[]>()
   #cover: IntervalCover | null = null
   #contentChunkCount = 0
   #error: NbdReplyError | null = null
 
-  constructor(asked: AskedRequest, contexts: ReadonlyMap<number, string>) {
+  constructor(asked: AskedRequest, contexts: ReadonlyMap<number, string>, extendedHeaders: boolean) {
     this.#asked = asked
     this.#contexts = contexts
+    this.#extendedHeaders = extendedHeaders
   }
 
   /** What was read, of the length asked for; empty for other commands. Made of zeros when its first piece arrives. */
@@ -75,6 +80,9 @@ export class StructuredReply {
         await this.#receiveHole(stream, header.lengthBytes)
         break
       case chunkType.blockStatus:
+      case chunkType.blockStatusExtended:
+        if ((header.type === chunkType.blockStatusExtended) !== this.#extendedHeaders)
+          this.#fail(`a block status chunk of type ${header.type}`)
         await this.#receiveBlockStatus(stream, header.lengthBytes)
         break
       default:
@@ -114,19 +122,27 @@ export class StructuredReply {
 
   async #receiveBlockStatus(stream: ByteStream, lengthBytes: number): Promise<void> {
     if (this.#asked.command !== command.blockStatus) this.#fail('a block status chunk')
-    if (lengthBytes < 12 || (lengthBytes - 4) % 8 !== 0 || (lengthBytes - 4) / 8 > extentCountMax)
+    const [headBytes, extentBytes] = this.#extendedHeaders ? [8, 16] : [4, 8]
+    const count = (lengthBytes - headBytes) / extentBytes
+    if (!Number.isInteger(count) || count < 1 || count > extentCountMax)
       this.#fail(`a block status chunk of ${lengthBytes} bytes`)
     const chunk = await stream.read(lengthBytes)
     const name = this.#contexts.get(chunk.readUInt32BE(0))
     if (name === undefined)
       return this.#fail(`a block status chunk for context ${chunk.readUInt32BE(0)}, which was not negotiated`)
     if (this.extents.has(name)) this.#fail(`two block status chunks for context ${name}`)
+    if (this.#extendedHeaders && chunk.readUInt32BE(4) !== count)
+      this.#fail(`a block status chunk of ${count} extents that says ${chunk.readUInt32BE(4)}`)
     const extents: NbdExtent[] = []
     let offsetBytes = Number(this.#asked.offsetBytes)
     let beforeLast = 0
     let total = 0
-    for (let at = 4; at < chunk.length; at += 8) {
-      const extent = { offsetBytes, lengthBytes: chunk.readUInt32BE(at), flags: chunk.readUInt32BE(at + 4) }
+    for (let at = headBytes; at < chunk.length; at += extentBytes) {
+      // Flags beyond 2^53 would be cut; no context that is asked for has more than 32 bits.
+      const [extentLength, flags] = this.#extendedHeaders
+        ? [Number(chunk.readBigUInt64BE(at)), Number(chunk.readBigUInt64BE(at + 8))]
+        : [chunk.readUInt32BE(at), chunk.readUInt32BE(at + 4)]
+      const extent = { offsetBytes, lengthBytes: extentLength, flags }
       if (extent.lengthBytes === 0) this.#fail(`an extent of no length in context ${name}`)
       beforeLast = total
       total += extent.lengthBytes
@@ -162,11 +178,12 @@ export class StructuredReply {
   }
 
   #checkComplete(): void {
+    const contextCount = this.#asked.contextCount ?? this.#contexts.size
     if (this.#asked.command === command.read && !(this.#cover?.complete ?? this.#asked.lengthBytes === 0)) {
       this.#fail('success without all of the data')
     }
-    if (this.#asked.command === command.blockStatus && this.extents.size !== this.#contexts.size) {
-      this.#fail(`success with ${this.extents.size} of ${this.#contexts.size} contexts`)
+    if (this.#asked.command === command.blockStatus && this.extents.size !== contextCount) {
+      this.#fail(`success with ${this.extents.size} of ${contextCount} contexts`)
     }
   }
 

@@ -5,6 +5,10 @@ import {
   optionReplyBytesMax,
   optionReplyHeaderBytes,
   optionReplyMagic,
+  extendedReplyHeaderBytes,
+  extendedReplyMagic,
+  extendedRequestHeaderBytes,
+  extendedRequestMagic,
   requestHeaderBytes,
   requestMagic,
   simpleReplyHeaderBytes,
@@ -26,10 +30,11 @@ export interface RequestHeader {
   readonly command: number
   readonly cookie: bigint
   readonly offsetBytes: number | bigint
-  readonly lengthBytes: number
+  /** Beyond 32 bits only in an extended request. */
+  readonly lengthBytes: number | bigint
 }
 
-/** The header of an answer. A simple reply to a successful read is followed by data, a structured one by `lengthBytes` bytes. */
+/** The header of an answer. A simple reply to a successful read is followed by data, the others by `lengthBytes` bytes. */
 export type ReplyHeader =
   | { readonly kind: 'simple'; readonly errno: number; readonly cookie: bigint }
   | {
@@ -37,6 +42,15 @@ export type ReplyHeader =
       readonly flags: number
       readonly type: number
       readonly cookie: bigint
+      readonly lengthBytes: number
+    }
+  | {
+      readonly kind: 'extended'
+      readonly flags: number
+      readonly type: number
+      readonly cookie: bigint
+      /** That of the request. */
+      readonly offsetBytes: bigint
       readonly lengthBytes: number
     }
 
@@ -74,7 +88,19 @@ export function encodeRequest(request: RequestHeader): Buffer {
   buffer.writeUInt16BE(request.command, 6)
   buffer.writeBigUInt64BE(request.cookie, 8)
   buffer.writeBigUInt64BE(BigInt(request.offsetBytes), 16)
-  buffer.writeUInt32BE(request.lengthBytes, 24)
+  buffer.writeUInt32BE(Number(request.lengthBytes), 24)
+  return buffer
+}
+
+/** The same with extended headers. */
+export function encodeExtendedRequest(request: RequestHeader): Buffer {
+  const buffer = Buffer.allocUnsafe(extendedRequestHeaderBytes)
+  buffer.writeUInt32BE(extendedRequestMagic, 0)
+  buffer.writeUInt16BE(request.flags, 4)
+  buffer.writeUInt16BE(request.command, 6)
+  buffer.writeBigUInt64BE(request.cookie, 8)
+  buffer.writeBigUInt64BE(BigInt(request.offsetBytes), 16)
+  buffer.writeBigUInt64BE(BigInt(request.lengthBytes), 24)
   return buffer
 }
 
@@ -83,6 +109,20 @@ export async function readReplyHeader(stream: ByteStream): Promise<ReplyHeader> 
   const head = await stream.read(simpleReplyHeaderBytes)
   const magic = head.readUInt32BE(0)
   if (magic === simpleReplyMagic) return { kind: 'simple', errno: head.readUInt32BE(4), cookie: head.readBigUInt64BE(8) }
+  if (magic === extendedReplyMagic) {
+    const tail = await stream.read(extendedReplyHeaderBytes - simpleReplyHeaderBytes)
+    const lengthBytes = tail.readBigUInt64BE(8)
+    // No chunk of today needs more than 32 bits.
+    if (lengthBytes > 0xffff_ffffn) throw new NbdError('NBD_PROTOCOL', `a chunk of ${lengthBytes} bytes`)
+    return {
+      kind: 'extended',
+      flags: head.readUInt16BE(4),
+      type: head.readUInt16BE(6),
+      cookie: head.readBigUInt64BE(8),
+      offsetBytes: tail.readBigUInt64BE(0),
+      lengthBytes: Number(lengthBytes),
+    }
+  }
   if (magic !== structuredReplyMagic) throw new NbdError('NBD_PROTOCOL', `a reply starts with 0x${magic.toString(16)}`)
   const rest = await stream.read(structuredReplyHeaderBytes - simpleReplyHeaderBytes)
   return {
