@@ -25,8 +25,9 @@ import {
   type NewId,
   type ResourceRow,
 } from '@atoll/core'
-import type { OpenEvent } from '@atoll/mapper'
+import type { Mapper, OpenEvent } from '@atoll/mapper'
 import { boundedParallel } from './bounded-parallel.ts'
+import { EarlierStates } from './earlier-states.ts'
 import type { Exports } from './exports.ts'
 import type { KeyedLock } from './keyed-lock.ts'
 import type { DeviceHold, OpenDevices } from './open-devices.ts'
@@ -79,6 +80,7 @@ interface Attached {
 
 export interface AttachmentsOptions {
   catalog: Catalog
+  mapper: Pick<Mapper, 'snapshotMap'>
   devices: OpenDevices
   exports: Exports
   /** Shared with the services: one change of a resource at a time. */
@@ -92,6 +94,7 @@ export interface AttachmentsOptions {
 
 export class Attachments {
   private readonly catalog: Catalog
+  private readonly mapper: Pick<Mapper, 'snapshotMap'>
   private readonly devices: OpenDevices
   private readonly exports: Exports
   private readonly locks: KeyedLock
@@ -106,6 +109,7 @@ export class Attachments {
 
   constructor(options: AttachmentsOptions) {
     this.catalog = options.catalog
+    this.mapper = options.mapper
     this.devices = options.devices
     this.exports = options.exports
     this.locks = options.locks
@@ -383,6 +387,7 @@ export class Attachments {
       name: entry.resource.name,
       description: descriptionOf(entry.resource),
       readOnly: row.read_only,
+      changes: new EarlierStates(this.catalog, this.mapper, entry.resource),
     }
   }
 

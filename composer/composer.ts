@@ -93,7 +93,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   const exports = new Exports({ log, setTimer })
   const devices = new OpenDevices({ mapper, holder: options.holder ?? `${hostname()} pid ${process.pid}` })
   const nbdSocketPath = options.nbdSocketPath ?? join(options.home, 'nbd.sock')
-  const attachments = new Attachments({ catalog, devices, exports, locks, log, clock, setTimer, newId, nbdSocketPath })
+  const attachments = new Attachments({ catalog, mapper, devices, exports, locks, log, clock, setTimer, newId, nbdSocketPath })
   const targets = new ImportTargets({ mapper, catalog })
   const streams = new ImportStreams()
   const urls = new SecretUrls()

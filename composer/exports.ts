@@ -9,6 +9,7 @@
  */
 import { AtollError, type Logger } from '@atoll/core'
 import type { Device } from '@atoll/native'
+import type { EarlierStates } from './earlier-states.ts'
 import { settledWithin, type SetTimer } from './timers.ts'
 
 /** Requests in flight get this long to finish when clients are disconnected. */
@@ -38,6 +39,8 @@ export interface ExportEntry {
   readonly device: Device
   readonly readOnly: boolean
   readonly sizeBytes: number
+  /** What it can be compared with. */
+  readonly changes?: EarlierStates
   readonly connections: ReadonlySet<ExportConnection>
 }
 
@@ -47,6 +50,7 @@ export interface ExportDefinition {
   name: string
   description: string
   readOnly: boolean
+  changes?: EarlierStates
 }
 
 class Export implements ExportEntry {
@@ -76,6 +80,9 @@ class Export implements ExportEntry {
   }
   get readOnly(): boolean {
     return this.definition.readOnly
+  }
+  get changes(): EarlierStates | undefined {
+    return this.definition.changes
   }
   get device(): Device {
     if (this.openDevice === null) throw gone(this.id)

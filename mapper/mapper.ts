@@ -15,7 +15,7 @@ import {
   type NewId,
   type ResourceRow,
 } from '@atoll/core'
-import type { Device, Engine, OpenReport } from '@atoll/native'
+import type { Device, Engine, FrozenMap, OpenReport } from '@atoll/native'
 import type { Driver } from '@atoll/southbound'
 import { CheckpointScheduler } from './checkpoint-scheduler.ts'
 import { checkpointLocked, deletePagesLater } from './checkpoint.ts'
@@ -46,6 +46,7 @@ import { recoverPages, unknownLayers } from './recover.ts'
 import { resize } from './resize.ts'
 import { rollback } from './rollback.ts'
 import { requireAvailable, requireResource } from './rows.ts'
+import { snapshotMap } from './snapshot-map.ts'
 import { snapshot, type SnapshotItem } from './snapshot.ts'
 import { systemTimer, type SetTimer } from './timer.ts'
 import { Usage, type ResourceUsage } from './usage.ts'
@@ -198,6 +199,11 @@ export class Mapper {
   /** See `diff` in diff.ts. */
   async diff(fromId: string, toId: string): Promise<DiffRange[]> {
     return await diff(this.#context, fromId, toId)
+  }
+
+  /** See `snapshotMap` in snapshot-map.ts. */
+  async snapshotMap(snapshotId: string): Promise<FrozenMap> {
+    return await snapshotMap(this.#context, snapshotId)
   }
 
   /**

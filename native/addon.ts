@@ -280,8 +280,10 @@ export interface RawConnection {
   startTls(config: RawTlsConfig, timeoutMs: number): Promise<TlsPeer>
   serveNbd(
     device: RawDevice,
-    structuredReplies: boolean,
-    allocationContextId: number | null,
+    replies: string,
+    contextIds: number[],
+    contextKinds: string[],
+    contextMaps: (RawFrozenMap | null)[],
     readOnly: boolean,
     requestBytesMax: number | null,
   ): Promise<ServeEnd>

@@ -1,6 +1,7 @@
 /** Listeners and the connections they accept. */
 import type { ListenerAddress, RawConnection, RawListener, RawTlsConfig, ServeEnd, TlsPeer } from './addon.ts'
 import type { Device } from './device.ts'
+import type { FrozenMap } from './maps.ts'
 import { call, settle } from './native-error.ts'
 
 /** What a server of TLS shows, and whom it lets in: made by `Engine.loadTls`, used by any number of connections. */
@@ -14,14 +15,25 @@ export class TlsConfig {
   }
 }
 
+/** How replies look, and requests with them: numbers, chunks, or headers of 32 bytes with lengths of 64 bits. */
+export type NbdReplyForm = 'simple' | 'structured' | 'extended'
+
+/**
+ * What a metadata context tells: `allocation` (1 hole, 2 zero), `depth` (0 nowhere, 1 in the layer that the volume writes, 2 in
+ * one that it shares), or `changed-since` (1 where the device's map is no longer `base`).
+ */
+export type NbdMetaContext =
+  | { readonly id: number; readonly kind: 'allocation' | 'depth' }
+  | { readonly id: number; readonly kind: 'changed-since'; readonly base: FrozenMap }
+
 /** What the negotiation of NBD settled. */
 export interface ServeNbdOptions {
-  structuredReplies: boolean
-  /** Context id of base:allocation, or null if the client did not select it. */
-  allocationContextId: number | null
+  replies: NbdReplyForm
+  /** What the client selected, at most 32, each with an id of its own; none without chunks. */
+  contexts: readonly NbdMetaContext[]
   /** The export is read-only, whatever the device is. */
   readOnly: boolean
-  /** Longest read and longest write; default 32 MiB. */
+  /** Longest read and longest payload; default 32 MiB. */
   requestBytesMax?: number
 }
 
@@ -70,13 +82,16 @@ export class Connection {
 
   /** Serves the device natively until the connection ends; whatever the client does is no rejection but a reason. */
   serveNbd(device: Device, options: ServeNbdOptions): Promise<ServeEnd> {
-    const { structuredReplies, allocationContextId, readOnly, requestBytesMax } = options
-    return settle(() => this.#raw.serveNbd(device.raw, structuredReplies, allocationContextId, readOnly, requestBytesMax ?? null))
+    const { replies, contexts, readOnly, requestBytesMax } = options
+    const ids = contexts.map(({ id }) => id)
+    const kinds = contexts.map(({ kind }) => kind)
+    const maps = contexts.map((context) => (context.kind === 'changed-since' ? context.base.raw : null))
+    return settle(() => this.#raw.serveNbd(device.raw, replies, ids, kinds, maps, readOnly, requestBytesMax ?? null))
   }
 
   /**
-   * Takes no more requests, finishes those in flight, answers later ones with ESHUTDOWN, closes. Resolves when the
-   * connection has ended; a client that does not take its answers holds that up until `close`.
+   * Takes no more requests, finishes those in flight, answers with ESHUTDOWN what comes meanwhile and for a moment after,
+   * closes. Resolves when the connection has ended; a client that does not take its answers holds that up until `close`.
    */
   drain(): Promise<void> {
     return settle(() => this.#raw.drain())

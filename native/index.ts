@@ -27,7 +27,7 @@ export type {
   ThrottleLimits,
   TlsPeer,
 } from './addon.ts'
-export { Connection, Listener, TlsConfig, type ServeNbdOptions } from './connection.ts'
+export { Connection, Listener, TlsConfig, type NbdMetaContext, type NbdReplyForm, type ServeNbdOptions } from './connection.ts'
 export { Checkpoint, Device, type LayerRef } from './device.ts'
 export { Engine, type DeviceEvent, type DeviceSpec, type EngineOptions, type SwapReport } from './engine.ts'
 export { FrozenMap, MapLoader, PageSet, Reach } from './maps.ts'

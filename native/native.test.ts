@@ -17,6 +17,7 @@ import {
   type FrozenMap,
   type LayerRef,
   Reach,
+  type ServeNbdOptions,
   slotBytes,
   type Store,
 } from './index.ts'
@@ -511,7 +512,7 @@ describe('a connection', () => {
     await connection.write(new TextEncoder().encode('welcome'))
     expect((await next(7)).toString()).toBe('welcome')
 
-    const served = connection.serveNbd(device, { structuredReplies: false, allocationContextId: null, readOnly: false })
+    const served = connection.serveNbd(device, { replies: 'simple', contexts: [], readOnly: false })
     expect(engine.stats().connections).toBe(1)
     socket.write(nbdRequest(0, 42n, 0n, 16))
     const reply = await next(32)
@@ -530,7 +531,11 @@ describe('a connection', () => {
   it('is drained, or closed under its client', async () => {
     const store = engine.memoryStore({ capacityBytes: 64 * mebibyte })
     const device = await openVolume(await makeLayers(store, 2))
-    const options = { structuredReplies: true, allocationContextId: 1, readOnly: true }
+    const options: ServeNbdOptions = {
+      replies: 'structured',
+      contexts: [{ id: 1, kind: 'allocation' }],
+      readOnly: true,
+    }
     const first = await accepted()
     const drained = first.connection.serveNbd(device, options)
     await first.connection.drain()

@@ -1,4 +1,4 @@
-import type { Device } from '@atoll/native'
+import type { Device, FrozenMap } from '@atoll/native'
 
 /** What a client can connect to. */
 export interface NbdExport {
@@ -10,6 +10,16 @@ export interface NbdExport {
   readonly description: string
   readonly device: Device
   readonly readOnly: boolean
+  /** Earlier states that changes can be counted from. Absent: there are none. */
+  readonly changes?: EarlierStates
+}
+
+/** The snapshots that an export can be compared with. */
+export interface EarlierStates {
+  /** What `open` takes, for clients that list. */
+  list(): Promise<readonly string[]>
+  /** The map of that state, whole and in memory: it may be deleted afterwards. Null if there is none of this name. */
+  open(name: string): Promise<FrozenMap | null>
 }
 
 /** A connection, as far as the owner of an export has to do with it. */

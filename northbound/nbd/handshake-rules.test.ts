@@ -52,18 +52,19 @@ describe('the handshake', () => {
   it('rule 2: refuses an unknown option, eats its data, and parses the next', async () => {
     await using client = await raw()
     await client.greet()
-    for (const number of [0, 4, 11, 100, 0xffffffff]) {
+    for (const number of [0, 4, 12, 100, 0xffffffff]) {
       expect(await lastReply(client, number, Buffer.alloc(5000, 1))).toBe(optionReply.errorUnsupported)
     }
     await client.go('disk')
     await expectTransmission(client)
   })
 
-  it('rule 3: refuses LIST and STRUCTURED_REPLY that carry data, with one reply, and stays in step', async () => {
+  it('rule 3: refuses LIST, STRUCTURED_REPLY and EXTENDED_HEADERS that carry data, with one reply, and stays in step', async () => {
     await using client = await raw()
     await client.greet()
     expect((await client.ask(option.list, 'x')).map((reply) => reply.type)).toEqual([optionReply.errorInvalid])
-    expect((await client.ask(option.structuredReply, 'x')).map((reply) => reply.type)).toEqual([optionReply.errorInvalid])
+    for (const number of [option.structuredReply, option.extendedHeaders])
+      expect((await client.ask(number, 'x')).map((reply) => reply.type)).toEqual([optionReply.errorInvalid])
     await client.go('disk')
     await expectTransmission(client)
   })
@@ -112,9 +113,15 @@ describe('the handshake', () => {
       trim: true,
       writeZeroes: true,
       multiConn: true,
+      cache: true,
+      fastZero: true,
+      rotational: false,
+      blockStatusPayload: false,
       readOnly: false,
     })
     expect(simple.info.transmissionFlags).toBe(structured.info.transmissionFlags & ~transmissionFlag.df)
+    await using extended = await connect(fixture.uri(), { extendedHeaders: true })
+    expect(extended.info.transmissionFlags).toBe(structured.info.transmissionFlags)
   })
 
   it('rule 8: never pads after GO, and after EXPORT_NAME only without NO_ZEROES', async () => {
@@ -201,6 +208,24 @@ describe('the handshake', () => {
     expect(failed).toBe(protocol.chunkType.error)
     expect(await status(async (client) => void (await set(client, ['base:allocation'])), 'other')).toBe(protocol.chunkType.error)
     expect(await status(async (client) => void (await set(client, ['base:'])))).toBe(protocol.chunkType.error)
+    expect(await status(async (client) => void (await set(client, ['qemu:'])))).toBe(protocol.chunkType.error)
+  })
+
+  it('rule 29: after extended headers there is no STRUCTURED_REPLY and no EXPORT_NAME, and GO leads to them', async () => {
+    await using client = await raw()
+    await client.greet()
+    expect(await lastReply(client, option.structuredReply)).toBe(optionReply.ack)
+    expect(await lastReply(client, option.extendedHeaders)).toBe(optionReply.ack)
+    expect(await lastReply(client, option.structuredReply)).toBe(optionReply.errorExtendedHeadersRequired)
+    await client.go('disk')
+    const request = { flags: 0, command: command.read, cookie: 5n, offsetBytes: 4096, lengthBytes: 512 }
+    client.sendExtendedRequest(request)
+    expect(await client.receiveReplyHeader()).toMatchObject({ kind: 'extended', cookie: 5n, offsetBytes: 4096n, flags: 1 })
+    await using byName = await raw()
+    await byName.greet()
+    expect(await lastReply(byName, option.extendedHeaders)).toBe(optionReply.ack)
+    byName.sendOption(option.exportName, 'disk')
+    await byName.receiveEnd()
   })
 })
 

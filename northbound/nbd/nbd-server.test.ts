@@ -26,7 +26,7 @@ describe('the NBD server', () => {
       sizeBytes: MiB,
       canonicalName: 'second',
       description: 'zwei ä',
-      metaContexts: ['base:allocation'],
+      metaContexts: ['base:allocation', 'qemu:allocation-depth'],
     })
     await using first = await connect(fixture.uri('disk'))
     await using second = await connect(fixture.uri('second'))
@@ -119,6 +119,34 @@ describe('the NBD server', () => {
     await flushed
     await connection.closed
     expect(fixture.exports.count('disk')).toBe(0)
+  })
+
+  it.each(['unix', 'tcp'] as const)('answers ESHUTDOWN to what is asked while it drains, over %s (rule 28)', async (kind) => {
+    fixture = await NbdFixture.start({ noExport: true })
+    const store = fixture.engine.faultStore(fixture.engine.memoryStore({ capacityBytes: 64 * MiB }))
+    const { device } = await fixture.openDevice({ store, uniform: true })
+    fixture.exports.add('disk', device)
+    const tcp = await startNbdServer({
+      engine: fixture.engine,
+      exports: fixture.exports,
+      log: silentLog(),
+      listen: { host: '127.0.0.1', port: 0 },
+    })
+    const { host, port } = tcp.address
+    const target = kind === 'unix' ? fixture.uri() : { host: host!, port: port! }
+    const connection = await connect(target, { exportName: 'disk' })
+    await connection.write(0, Buffer.alloc(4096, 1))
+    store.setFaults({ seed: 1, rules: [{ operation: 'sync', errno: 0, delayMs: 2000 }] })
+    const flushed = connection.flush()
+    await connection.read(0, 512)
+    const drained = (kind === 'unix' ? fixture.server : tcp).drain()
+    await expect(connection.write(0, Buffer.alloc(MiB, 2))).rejects.toMatchObject({ errnoName: 'ESHUTDOWN' })
+    await expect(connection.read(0, 512)).rejects.toMatchObject({ errnoName: 'ESHUTDOWN' })
+    await flushed
+    await drained
+    expect((await connection.closed)?.code).toBe('NBD_CONNECTION_LOST')
+    await tcp.close()
+    expect(Buffer.alloc(4096, 1).equals(await device.read(0, 4096))).toBe(true)
   })
 
   it('while it drains, answers ERR_SHUTDOWN to new clients and to those that negotiate', async () => {

@@ -3,10 +3,11 @@
  */
 import { describe, expect, it } from 'vitest'
 import { AtollError } from '@atoll/core'
-import type { Device } from '@atoll/native'
+import type { Device, FrozenMap } from '@atoll/native'
 import { encodeInfoRequest, encodeMetaContextRequest, encodeOption } from '@atoll/nbd-client'
 import type { ExportTable, NbdExport } from './export-table.ts'
 import { negotiate } from './negotiation.ts'
+import { selectedContextsMax } from './meta-contexts.ts'
 import { defaultNegotiationLimits, type NegotiationLimits } from './negotiation-limits.ts'
 import { NegotiationEnded, type NegotiationSocket } from './option-channel.ts'
 import { encodeText } from './option-text.ts'
@@ -41,6 +42,7 @@ class MemorySocket implements NegotiationSocket {
 }
 
 const device = { sizeBytes: () => 1 << 20, readOnly: () => false } as Device
+const mapOf = (name: string): FrozenMap => ({ name }) as unknown as FrozenMap
 const disk: NbdExport = { id: 'disk', name: 'a volume', description: 'a disk', device, readOnly: false }
 
 function tableOf(...entries: NbdExport[]): ExportTable & { entered: string[] } {
@@ -103,6 +105,7 @@ async function negotiateWith(
 
 const types = (outcome: Outcome): number[] => outcome.replies.map(([, type]) => type)
 const structured = encodeOption(option.structuredReply, new Uint8Array())
+const extended = encodeOption(option.extendedHeaders, new Uint8Array())
 const abort = encodeOption(option.abort, new Uint8Array())
 const list = encodeOption(option.list, new Uint8Array())
 const go = (name = 'disk', items: number[] = []): Buffer => encodeOption(option.go, encodeInfoRequest(name, items))
@@ -119,7 +122,7 @@ describe('the negotiation', () => {
   })
 
   it('refuses an option that it does not know and takes the next one (rule 2)', async () => {
-    for (const number of [0, 4, 5, 11, 12, 0xffffffff]) {
+    for (const number of [0, 4, 5, 12, 13, 0xffffffff]) {
       const outcome = await negotiateWith([encodeOption(number, Buffer.alloc(300, 1)), abort])
       expect(types(outcome)).toEqual([optionReply.errorUnsupported, optionReply.ack])
     }
@@ -188,6 +191,41 @@ describe('the negotiation', () => {
     expect(simple & 1).toBe(1)
     expect(simple & (1 << 7)).toBe(0)
     expect(withStructured).toBe(simple | (1 << 7))
+    expect(flagsOf(await negotiateWith([extended, go()]))).toBe(withStructured)
+  })
+
+  it('advertises the filter of statuses where headers are extended and there are contexts for this export (rule 29)', async () => {
+    const filter = 1 << 12
+    const flagsOf = (outcome: Outcome): number => Buffer.from(outcome.replies.at(-2)![2], 'latin1').readUInt16BE(10)
+    const exports = tableOf(disk, { ...disk, id: 'other' })
+    expect(flagsOf(await negotiateWith([extended, setContexts(['base:allocation']), go()])) & filter).toBe(filter)
+    expect(flagsOf(await negotiateWith([structured, setContexts(['base:allocation']), extended, go()])) & filter).toBe(filter)
+    expect(flagsOf(await negotiateWith([structured, setContexts(['base:allocation']), go()])) & filter).toBe(0)
+    expect(flagsOf(await negotiateWith([extended, setContexts(['x-y:z']), go()])) & filter).toBe(0)
+    expect(flagsOf(await negotiateWith([extended, setContexts(['base:allocation'], 'other'), go()], { exports })) & filter).toBe(
+      0,
+    )
+  })
+
+  it('extended headers take the place of structured replies, and leave only GO as a way in (rule 29)', async () => {
+    const [exportName, withData] = [option.exportName, option.extendedHeaders].map((number) =>
+      encodeOption(number, Buffer.from('disk')),
+    )
+    const outcome = await negotiateWith([withData!, extended, structured, extended, go()])
+    expect(types(outcome).slice(0, 4)).toEqual([
+      optionReply.errorInvalid,
+      optionReply.ack,
+      optionReply.errorExtendedHeadersRequired,
+      optionReply.ack,
+    ])
+    expect(outcome.transmission?.replies).toBe('extended')
+    expect((await negotiateWith([structured, extended, go()])).transmission?.replies).toBe('extended')
+    expect((await negotiateWith([structured, go()])).transmission?.replies).toBe('structured')
+    expect((await negotiateWith([go()])).transmission?.replies).toBe('simple')
+    expect(await negotiateWith([extended, exportName!])).toMatchObject({
+      transmission: null,
+      endedBecause: 'EXPORT_NAME after extended headers were negotiated',
+    })
   })
 
   it('pads the answer to EXPORT_NAME unless NO_ZEROES was agreed on, and never the one to GO (rule 8)', async () => {
@@ -269,7 +307,7 @@ describe('the negotiation', () => {
       { ...disk, device: { ...device, readOnly: () => true } as Device },
     ]) {
       const outcome = await negotiateWith([go()], { exports: tableOf(entry) })
-      expect(Buffer.from(outcome.replies[0]![2], 'latin1').readUInt16BE(10)).toBe(1 | 2 | 4 | 8 | 256)
+      expect(Buffer.from(outcome.replies[0]![2], 'latin1').readUInt16BE(10)).toBe(1 | 2 | 4 | 8 | 256 | 1024)
       expect(outcome.transmission?.readOnly).toBe(true)
     }
   })
@@ -280,14 +318,38 @@ describe('metadata contexts (rule 13)', () => {
   const contexts = (outcome: Outcome, number: number): string[] =>
     outcome.replies.filter(([asked, type]) => asked === number && type === optionReply.metaContext).map(([, , data]) => data)
 
-  it('are listed for no query, for the namespace and for the name, with id 0', async () => {
-    for (const queries of [[], ['base:'], [name], ['x-other:', name, name]]) {
-      expect(contexts(await negotiateWith([structured, listContexts(queries), abort]), option.listMetaContext)).toEqual([
-        `\0\0\0\0${name}`,
-      ])
+  const depth = 'qemu:allocation-depth'
+  const bitmap = (of: string): string => `qemu:dirty-bitmap:${of}`
+  const withStates: NbdExport = {
+    ...disk,
+    changes: {
+      list: async () => ['monday', 'tuesday', 'x'.repeat(4090)],
+      open: async (of) => (['monday', 'tuesday'].includes(of) || of.startsWith('many-') ? mapOf(of) : null),
+    },
+  }
+  const exports = tableOf(withStates)
+
+  it('are listed for no query, for a namespace and for a name, with id 0', async () => {
+    const all = [name, depth, bitmap('monday'), bitmap('tuesday')]
+    for (const [queries, expected] of [
+      [[], all],
+      [['base:'], [name]],
+      [[name], [name]],
+      [['x-other:', name, name], [name]],
+      [['qemu:'], all.slice(1)],
+      [['qemu:dirty-bitmap:'], all.slice(2)],
+      [[depth], [depth]],
+      [
+        [bitmap('tuesday'), 'base:'],
+        [name, bitmap('tuesday')],
+      ],
+    ] as const) {
+      const outcome = await negotiateWith([structured, listContexts([...queries]), abort], { exports })
+      expect(contexts(outcome, option.listMetaContext)).toEqual(expected.map((of) => `\0\0\0\0${of}`))
     }
-    for (const queries of [['base:other'], ['x-other:'], ['base'], ['']]) {
-      expect(types(await negotiateWith([structured, listContexts(queries), abort]))).toEqual([
+    expect(contexts(await negotiateWith([extended, listContexts([]), abort]), option.listMetaContext)).toHaveLength(2)
+    for (const query of ['base:other', 'x-other:', 'base', '', 'qemu', 'qemu:other', 'qemu:dirty-bitmap', bitmap('sunday')]) {
+      expect(types(await negotiateWith([structured, listContexts([query]), abort], { exports }))).toEqual([
         optionReply.ack,
         optionReply.ack,
         optionReply.ack,
@@ -295,18 +357,56 @@ describe('metadata contexts (rule 13)', () => {
     }
   })
 
-  it('are selected by full name only, each once', async () => {
+  it('are selected by full name only, each once, with ids of their own', async () => {
     const selected = await negotiateWith([structured, setContexts([name, 'x-other:leaf', name]), go()])
     expect(contexts(selected, option.setMetaContext)).toEqual([`\0\0\0\x01${name}`])
-    expect(selected.transmission?.allocationContextId).toBe(1)
-    for (const queries of [[], ['base:'], ['base:other'], ['no colon']]) {
-      const outcome = await negotiateWith([structured, setContexts(queries), go()])
-      expect(contexts(outcome, option.setMetaContext)).toEqual([])
-      expect(outcome.transmission?.allocationContextId).toBeNull()
+    expect(selected.transmission?.contexts).toEqual([{ id: 1, kind: 'allocation' }])
+    const queries = [bitmap('tuesday'), depth, bitmap('sunday'), bitmap('tuesday'), name, bitmap('monday'), depth]
+    for (const form of [structured, extended]) {
+      const several = await negotiateWith([form, setContexts(queries), go()], { exports })
+      expect(contexts(several, option.setMetaContext)).toEqual([
+        `\0\0\0\x01${bitmap('tuesday')}`,
+        `\0\0\0\x02${depth}`,
+        `\0\0\0\x03${name}`,
+        `\0\0\0\x04${bitmap('monday')}`,
+      ])
+      expect(several.transmission?.contexts).toEqual([
+        { id: 1, kind: 'changed-since', base: mapOf('tuesday') },
+        { id: 2, kind: 'depth' },
+        { id: 3, kind: 'allocation' },
+        { id: 4, kind: 'changed-since', base: mapOf('monday') },
+      ])
     }
+    for (const query of ['base:', 'base:other', 'no colon', 'qemu:', 'qemu:dirty-bitmap:', bitmap('sunday')]) {
+      const outcome = await negotiateWith([structured, setContexts([query]), go()], { exports })
+      expect(contexts(outcome, option.setMetaContext)).toEqual([])
+      expect(outcome.transmission?.contexts).toEqual([])
+    }
+    expect((await negotiateWith([structured, setContexts([]), go()])).transmission?.contexts).toEqual([])
   })
 
-  it('need structured replies', async () => {
+  it('are refused when they are too many, or cannot be read, and then none is selected', async () => {
+    const many = Array.from({ length: selectedContextsMax + 1 }, (_, index) => bitmap(`many-${index}`))
+    const outcome = await negotiateWith([structured, setContexts([name]), setContexts(many), go()], { exports })
+    expect(types(outcome)).toContain(optionReply.errorTooBig)
+    expect(outcome.transmission?.contexts).toEqual([])
+    const most = await negotiateWith([structured, setContexts(many.slice(1)), go()], { exports })
+    expect(most.transmission?.contexts).toHaveLength(selectedContextsMax)
+    const broken: NbdExport = {
+      ...disk,
+      changes: { list: () => Promise.reject(new Error('gone')), open: () => Promise.reject(new Error('gone')) },
+    }
+    const failed = await negotiateWith(
+      [structured, setContexts([name]), setContexts([bitmap('monday')]), listContexts([]), go()],
+      {
+        exports: tableOf(broken),
+      },
+    )
+    expect(types(failed).filter((type) => type === optionReply.errorPlatform)).toHaveLength(2)
+    expect(failed.transmission?.contexts).toEqual([])
+  })
+
+  it('need chunks to be told in', async () => {
     expect(types(await negotiateWith([setContexts([name]), listContexts([name]), abort]))).toEqual([
       optionReply.errorInvalid,
       optionReply.errorInvalid,
@@ -339,18 +439,18 @@ describe('metadata contexts (rule 13)', () => {
 
   it('are dropped by a failed selection, by an empty one, and by GO for another export', async () => {
     const broken = encodeOption(option.setMetaContext, Buffer.alloc(3))
-    const exports = tableOf(disk, { ...disk, id: 'other' })
+    const others = tableOf(disk, { ...disk, id: 'other' })
     for (const after of [broken, setContexts([name], 'missing'), setContexts([])]) {
-      const outcome = await negotiateWith([structured, setContexts([name]), after, go()], { exports })
-      expect(outcome.transmission?.allocationContextId).toBeNull()
+      const outcome = await negotiateWith([structured, setContexts([name]), after, go()], { exports: others })
+      expect(outcome.transmission?.contexts).toEqual([])
     }
     expect(
-      (await negotiateWith([structured, setContexts([name]), go('other')], { exports })).transmission?.allocationContextId,
-    ).toBeNull()
+      (await negotiateWith([structured, setContexts([name]), go('other')], { exports: others })).transmission?.contexts,
+    ).toEqual([])
     expect(
-      (await negotiateWith([structured, setContexts([name]), listContexts([]), go()], { exports })).transmission
-        ?.allocationContextId,
-    ).toBe(1)
+      (await negotiateWith([structured, setContexts([name]), listContexts([]), go()], { exports: others })).transmission
+        ?.contexts,
+    ).toHaveLength(1)
   })
 })
 

@@ -14,6 +14,7 @@ export async function answerExportName(
   received: ReceivedOption,
 ): Promise<Transmission> {
   if (context.isDraining()) throw new NegotiationEnded('the server is shutting down')
+  if (session.replies === 'extended') throw new NegotiationEnded('EXPORT_NAME after extended headers were negotiated')
   const name = decodeText(received.data)
   if (name === null) throw new NegotiationEnded('EXPORT_NAME with a name that is not UTF-8 of at most 4096 bytes')
   const entry = context.exports.get(name)

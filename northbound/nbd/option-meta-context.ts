@@ -1,6 +1,9 @@
+import { toAtollError } from '@atoll/core'
+import type { NbdExport } from './export-table.ts'
+import { listContexts, selectContexts, selectedContextsMax } from './meta-contexts.ts'
 import type { OptionChannel, ReceivedOption, Reply } from './option-channel.ts'
 import { OptionReader } from './option-text.ts'
-import { allocationContextId, allocationContextName, optionReply } from './protocol.ts'
+import { optionReply } from './protocol.ts'
 import { absenceOf } from './session.ts'
 import type { NegotiationContext, NegotiationSession } from './session.ts'
 
@@ -9,19 +12,23 @@ interface MetaContextRequest {
   readonly queries: readonly string[]
 }
 
-/** LIST_META_CONTEXT: what there is. No query, the namespace alone, or the name itself show the one context. */
+/** LIST_META_CONTEXT: what there is, or what the queries ask for. */
 export async function answerListMetaContext(
   channel: OptionChannel,
   context: NegotiationContext,
   session: NegotiationSession,
   received: ReceivedOption,
 ): Promise<void> {
-  const request = await findRequest(channel, context, session, received)
-  if (request === null) return
-  const { queries } = request
-  const isShown = queries.length === 0 || queries.some((query) => query === 'base:' || query === allocationContextName)
+  const found = await findRequest(channel, context, session, received)
+  if (found === null) return
+  const names = await orRefuse(channel, received, () => listContexts(found.entry, found.request.queries))
   // Ids mean nothing in a listing; the protocol wants zero.
-  await acknowledge(channel, received.number, isShown, 0)
+  if (names !== null)
+    await acknowledge(
+      channel,
+      received.number,
+      names.map((name) => ({ id: 0, name })),
+    )
 }
 
 /** SET_META_CONTEXT: selects by full name only; what we do not know is left out. A failure drops what was selected before. */
@@ -31,22 +38,41 @@ export async function answerSetMetaContext(
   session: NegotiationSession,
   received: ReceivedOption,
 ): Promise<void> {
-  session.allocationContextFor = null
-  const request = await findRequest(channel, context, session, received)
-  if (request === null) return
-  // Once, however often it was asked for.
-  const isSelected = request.queries.includes(allocationContextName)
-  session.allocationContextFor = isSelected ? request.exportName : null
-  await acknowledge(channel, received.number, isSelected, allocationContextId)
+  session.selection = null
+  const found = await findRequest(channel, context, session, received)
+  if (found === null) return
+  const { request, entry } = found
+  const selected = await orRefuse(channel, received, async () => ({ contexts: await selectContexts(entry, request.queries) }))
+  if (selected === null) return
+  const { contexts } = selected
+  if (contexts === null) {
+    await channel.refuse(received.number, optionReply.errorTooBig, `at most ${selectedContextsMax} contexts can be selected`)
+    return
+  }
+  session.selection = { exportName: request.exportName, contexts }
+  await acknowledge(
+    channel,
+    received.number,
+    contexts.map(({ name, context: { id } }) => ({ id, name })),
+  )
 }
 
-function acknowledge(channel: OptionChannel, number: number, withContext: boolean, id: number): Promise<void> {
-  const replies: Reply[] = []
-  if (withContext) {
+/** What `ask` gives; null if that fails, which the client is told. The export may have gone, or a map be unreadable. */
+async function orRefuse<T>(channel: OptionChannel, received: ReceivedOption, ask: () => Promise<T>): Promise<T | null> {
+  try {
+    return await ask()
+  } catch (error) {
+    await channel.refuse(received.number, optionReply.errorPlatform, toAtollError(error).message)
+    return null
+  }
+}
+
+function acknowledge(channel: OptionChannel, number: number, contexts: readonly { id: number; name: string }[]): Promise<void> {
+  const replies: Reply[] = contexts.map(({ id, name }) => {
     const idBytes = Buffer.alloc(4)
     idBytes.writeUInt32BE(id, 0)
-    replies.push({ type: optionReply.metaContext, data: Buffer.concat([idBytes, Buffer.from(allocationContextName)]) })
-  }
+    return { type: optionReply.metaContext, data: Buffer.concat([idBytes, Buffer.from(name)]) }
+  })
   return channel.reply(number, ...replies, { type: optionReply.ack })
 }
 
@@ -55,9 +81,13 @@ async function findRequest(
   context: NegotiationContext,
   session: NegotiationSession,
   received: ReceivedOption,
-): Promise<MetaContextRequest | null> {
-  if (!session.structuredReplies) {
-    await channel.refuse(received.number, optionReply.errorInvalid, 'metadata contexts need structured replies')
+): Promise<{ request: MetaContextRequest; entry: NbdExport } | null> {
+  if (session.replies === 'simple') {
+    await channel.refuse(
+      received.number,
+      optionReply.errorInvalid,
+      'metadata contexts need structured replies or extended headers',
+    )
     return null
   }
   const request = parseMetaContextRequest(received.data)
@@ -65,12 +95,13 @@ async function findRequest(
     await channel.refuse(received.number, optionReply.errorInvalid, 'the name or a query does not fit the data')
     return null
   }
-  if (context.exports.get(request.exportName) === null) {
+  const entry = context.exports.get(request.exportName)
+  if (entry === null) {
     const absence = absenceOf(context.exports, request.exportName)
     await channel.refuse(received.number, absence.type, absence.message)
     return null
   }
-  return request
+  return { request, entry }
 }
 
 /** Name length, name, count, that many strings with their lengths, and nothing else. */

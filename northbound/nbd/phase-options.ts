@@ -1,4 +1,5 @@
 import { answerExportName } from './option-export-name.ts'
+import { answerExtendedHeaders } from './option-extended-headers.ts'
 import { answerGo, answerInfo } from './option-info.ts'
 import { answerList } from './option-list.ts'
 import { answerListMetaContext, answerSetMetaContext } from './option-meta-context.ts'
@@ -53,6 +54,9 @@ export async function haggle(
       }
       case option.structuredReply:
         await answerStructuredReply(channel, session, received)
+        break
+      case option.extendedHeaders:
+        await answerExtendedHeaders(channel, session, received)
         break
       case option.listMetaContext:
         await answerListMetaContext(channel, context, session, received)

@@ -20,6 +20,7 @@ export const option = {
   structuredReply: 8,
   listMetaContext: 9,
   setMetaContext: 10,
+  extendedHeaders: 11,
 } as const
 
 export const optionReply = {
@@ -30,10 +31,12 @@ export const optionReply = {
   errorUnsupported: 0x80000001,
   errorPolicy: 0x80000002,
   errorInvalid: 0x80000003,
+  errorPlatform: 0x80000004,
   errorTlsRequired: 0x80000005,
   errorUnknown: 0x80000006,
   errorShutdown: 0x80000007,
   errorTooBig: 0x80000009,
+  errorExtendedHeadersRequired: 0x8000000a,
 } as const
 
 export const infoItem = { export: 0, name: 1, description: 2, blockSize: 3 } as const
@@ -47,6 +50,9 @@ export const transmissionFlag = {
   writeZeroes: 1 << 6,
   df: 1 << 7,
   canMultiConn: 1 << 8,
+  cache: 1 << 10,
+  fastZero: 1 << 11,
+  blockStatusPayload: 1 << 12,
 } as const
 
 export const greetingBytes = 18
@@ -63,7 +69,3 @@ export const blockBytesMin = 1
 export const blockBytesPreferred = 4096
 /** Longest read or write. */
 export const blockBytesMax = 32 * 1024 * 1024
-
-export const allocationContextName = 'base:allocation'
-/** Any number would do: there is one context. */
-export const allocationContextId = 1

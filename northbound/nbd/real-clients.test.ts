@@ -59,7 +59,7 @@ describeWithTools('nbdinfo', [nbdinfoTool], () => {
           'export-name': 'disk',
           description: 'a disk',
           'export-size': sizeBytes,
-          contexts: ['base:allocation'],
+          contexts: ['base:allocation', 'qemu:allocation-depth'],
           is_read_only: false,
           can_df: true,
           can_flush: true,
@@ -67,8 +67,8 @@ describeWithTools('nbdinfo', [nbdinfoTool], () => {
           can_multi_conn: true,
           can_trim: true,
           can_zero: true,
-          can_cache: false,
-          can_fast_zero: false,
+          can_cache: true,
+          can_fast_zero: true,
           block_size_minimum: 1,
           block_size_preferred: 4096,
           block_size_maximum: 32 * MiB,
@@ -315,8 +315,12 @@ fails(errno.EINVAL, h.pread, 512, size)
 fails(errno.ENOSPC, h.pwrite, b'x' * 512, size)
 fails(errno.ENOSPC, h.zero, 512, size)
 fails(errno.EINVAL, h.trim, 512, size)
-fails(errno.EINVAL, h.cache, 512, 0)
-fails(errno.EINVAL, h.zero, 512, 0, nbd.CMD_FLAG_FAST_ZERO)
+fails(errno.EINVAL, h.cache, 512, size)
+fails(errno.EINVAL, h.cache, 512, 0, nbd.CMD_FLAG_NO_HOLE)
+h.cache(512, 0)
+fails(errno.ENOTSUP, h.zero, 512, 0, nbd.CMD_FLAG_FAST_ZERO)
+fails(errno.ENOTSUP, h.zero, 4096, 0, nbd.CMD_FLAG_FAST_ZERO | nbd.CMD_FLAG_NO_HOLE)
+h.zero(4096, 0, nbd.CMD_FLAG_FAST_ZERO)
 fails(errno.EINVAL, h.pread, 512, 0, nbd.CMD_FLAG_NO_HOLE)
 h.pwrite(b'still here', 0, nbd.CMD_FLAG_FUA)
 assert h.pread(10, 0) == b'still here'

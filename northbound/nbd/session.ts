@@ -1,7 +1,8 @@
-import type { Device } from '@atoll/native'
+import type { Device, NbdMetaContext, NbdReplyForm } from '@atoll/native'
 import type { ExportTable, NbdExport } from './export-table.ts'
+import type { SelectedContext } from './meta-contexts.ts'
 import type { NegotiationTls } from './option-starttls.ts'
-import { allocationContextId, optionReply } from './protocol.ts'
+import { optionReply } from './protocol.ts'
 
 /** What a negotiation may know of the server around it. */
 export interface NegotiationContext {
@@ -20,9 +21,9 @@ export interface NegotiationContext {
 export interface NegotiationSession {
   /** Asked for by the client: no padding after the answer to EXPORT_NAME. */
   noZeroes: boolean
-  structuredReplies: boolean
-  /** The last successful SET_META_CONTEXT: the export it was for, if `base:allocation` was selected. */
-  allocationContextFor: string | null
+  replies: NbdReplyForm
+  /** The last successful SET_META_CONTEXT: the export it was for, and what it selected. */
+  selection: { readonly exportName: string; readonly contexts: readonly SelectedContext[] } | null
 }
 
 /** Where a successful negotiation ends. The export is entered. */
@@ -30,13 +31,13 @@ export interface Transmission {
   readonly entry: NbdExport
   readonly device: Device
   readonly readOnly: boolean
-  readonly structuredReplies: boolean
-  /** Null: BLOCK_STATUS was not negotiated. */
-  readonly allocationContextId: number | null
+  readonly replies: NbdReplyForm
+  /** Empty: BLOCK_STATUS was not negotiated. */
+  readonly contexts: readonly NbdMetaContext[]
 }
 
 export function newSession(): NegotiationSession {
-  return { noZeroes: false, structuredReplies: false, allocationContextFor: null }
+  return { noZeroes: false, replies: 'simple', selection: null }
 }
 
 /** What was negotiated, for the export that the client entered: contexts selected for another one do not count. */
@@ -46,9 +47,14 @@ export function transmissionOf(entry: NbdExport, session: NegotiationSession): T
     entry,
     device,
     readOnly: entry.readOnly || device.readOnly(),
-    structuredReplies: session.structuredReplies,
-    allocationContextId: session.allocationContextFor === entry.id ? allocationContextId : null,
+    replies: session.replies,
+    contexts: contextsFor(entry, session).map(({ context }) => context),
   }
+}
+
+/** What the client has selected for this export. */
+export function contextsFor(entry: NbdExport, { selection }: NegotiationSession): readonly SelectedContext[] {
+  return selection?.exportName === entry.id ? selection.contexts : []
 }
 
 /** Why there is no such export: the error to answer with and a sentence. */

@@ -1,11 +1,14 @@
 //! Listeners and connections.
 use crate::convert::{invalid, to_u32, to_u64, to_usize};
 use crate::device::JsDevice;
+use crate::map::JsFrozenMap;
 use crate::promise::{Settler, rejected};
 use atoll_engine::{
-    Connection, Endpoint, Engine, EngineError, Listener, NBD_REQUEST_BYTES_MAX, NbdOptions, Result, ServeEndReason, TlsConfig, spawn_named,
+    Connection, Endpoint, Engine, EngineError, Listener, META_CONTEXT_COUNT_MAX, MetaContext, MetaContextKind, NBD_REQUEST_BYTES_MAX,
+    NbdOptions, ReplyForm, Result, ServeEndReason, TlsConfig, spawn_named,
 };
-use napi::bindgen_prelude::{Env, Object, Uint8Array};
+use atoll_map::FrozenMap;
+use napi::bindgen_prelude::{ClassInstance, Env, Object, Uint8Array};
 use napi_derive::napi;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -165,17 +168,22 @@ impl JsConnection {
         Ok(promise)
     }
 
+    /// `ids`, `kinds` and `maps` belong together; only a kind that compares has a map.
     #[napi]
+    #[allow(clippy::too_many_arguments)]
     pub fn serve_nbd<'env>(
         &self,
         env: &'env Env,
         device: &JsDevice,
-        structured_replies: bool,
-        allocation_context_id: Option<f64>,
+        replies: String,
+        ids: Vec<u32>,
+        kinds: Vec<String>,
+        maps: Vec<Option<ClassInstance<JsFrozenMap>>>,
         read_only: bool,
         request_bytes_max: Option<f64>,
     ) -> napi::Result<Object<'env>> {
-        let options = to_options(structured_replies, allocation_context_id, read_only, request_bytes_max);
+        let maps = maps.iter().map(|map| map.as_ref().map(|map| map.map.clone())).collect();
+        let options = to_contexts(ids, kinds, maps).and_then(|contexts| to_options(&replies, contexts, read_only, request_bytes_max));
         let options = match options {
             Ok(options) => options,
             Err(error) => return rejected::<JsServeEnd>(env, error),
@@ -210,22 +218,34 @@ impl JsConnection {
     }
 }
 
-fn to_options(
-    structured_replies: bool,
-    allocation_context_id: Option<f64>,
-    read_only: bool,
-    request_bytes_max: Option<f64>,
-) -> Result<NbdOptions> {
+fn to_contexts(ids: Vec<u32>, kinds: Vec<String>, maps: Vec<Option<FrozenMap>>) -> Result<Vec<MetaContext>> {
+    if ids.len() > META_CONTEXT_COUNT_MAX || kinds.len() != ids.len() || maps.len() != ids.len() {
+        return Err(invalid("contexts", ids.len(), "ids, kinds and maps for at most 32"));
+    }
+    let contexts = ids.into_iter().zip(kinds).zip(maps).map(|((id, kind), map)| {
+        let kind = match (kind.as_str(), map) {
+            ("allocation", None) => MetaContextKind::Allocation,
+            ("depth", None) => MetaContextKind::Depth,
+            ("changed-since", Some(map)) => MetaContextKind::ChangedSince(map),
+            (other, _) => return Err(invalid("kind", other, "allocation, depth, or changed-since with a map")),
+        };
+        Ok(MetaContext { id, kind })
+    });
+    contexts.collect()
+}
+
+fn to_options(replies: &str, contexts: Vec<MetaContext>, read_only: bool, request_bytes_max: Option<f64>) -> Result<NbdOptions> {
     let request_bytes_max = request_bytes_max.map_or(Ok(NBD_REQUEST_BYTES_MAX), |bytes| to_u32("requestBytesMax", bytes))?;
     if request_bytes_max > NBD_REQUEST_BYTES_MAX {
         return Err(EngineError::new("ARGUMENT_INVALID", libc::EINVAL, format!("requestBytesMax is above {NBD_REQUEST_BYTES_MAX}")));
     }
-    Ok(NbdOptions {
-        structured_replies,
-        allocation_context_id: allocation_context_id.map(|id| to_u32("allocationContextId", id)).transpose()?,
-        read_only,
-        request_bytes_max,
-    })
+    let replies = match replies {
+        "simple" => ReplyForm::Simple,
+        "structured" => ReplyForm::Structured,
+        "extended" => ReplyForm::Extended,
+        other => return Err(invalid("replies", other, "simple, structured or extended")),
+    };
+    Ok(NbdOptions { replies, contexts, read_only, request_bytes_max })
 }
 
 fn reason_name(reason: ServeEndReason) -> &'static str {

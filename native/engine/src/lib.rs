@@ -14,11 +14,14 @@ mod throttle;
 pub use control::{CONTROL_QUEUE_MAX, ControlPool};
 pub use copy::{CopyReport, copy_in, copy_out};
 pub use device::{
-    BatchLogPlace, BlockStatus, Checkpoint, Device, DeviceEvent, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec, OpenReport, SwapReport,
+    BatchLogPlace, BlockStatus, Checkpoint, Device, DeviceEvent, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec, OpenReport,
+    StatusExtent, SwapReport,
 };
 pub use engine::{Engine, EngineOptions, EngineStats};
 pub use error::{EngineError, Result};
-pub use nbd::{NBD_REQUEST_BYTES_MAX, NbdOptions, ServeEnd, ServeEndReason};
+pub use nbd::{
+    META_CONTEXT_COUNT_MAX, MetaContext, MetaContextKind, NBD_REQUEST_BYTES_MAX, NbdOptions, ReplyForm, ServeEnd, ServeEndReason,
+};
 pub use net::{CONNECTION_COUNT_MAX, CONNECTION_READ_BYTES_MAX, Connection, Endpoint, Listener, TlsConfig, TlsPeer};
 pub use thread::spawn_named;
 pub use throttle::{Admission, Throttle, ThrottleLimits};

@@ -307,6 +307,10 @@ impl LayerIo for FaultLayer {
     fn drop_cache(&self) -> Result<()> {
         self.inner.drop_cache()
     }
+
+    fn prefetch(&self, offset_bytes: u64, length_bytes: u64) -> Result<()> {
+        self.inner.prefetch(offset_bytes, length_bytes)
+    }
 }
 
 struct FaultSegment {

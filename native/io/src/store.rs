@@ -175,6 +175,10 @@ pub trait LayerIo: Send + Sync + 'static {
     fn allocated_bytes(&self) -> Result<u64>;
     /// Forgets cached pages, so that the next read comes from the backend (I6: the page cache lies after a failed sync).
     fn drop_cache(&self) -> Result<()>;
+    /// Asks for the range to be at hand soon; it need not be on return, and nothing depends on it. Nothing by default.
+    fn prefetch(&self, _offset_bytes: u64, _length_bytes: u64) -> Result<()> {
+        Ok(())
+    }
     /// The descriptor for copies inside the kernel (copy_file_range, FICLONERANGE); `None` where there is none.
     fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
         None

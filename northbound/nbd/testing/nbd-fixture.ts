@@ -5,7 +5,7 @@ import { silentLog } from '@atoll/core'
 import { Engine, type Device, type Store } from '@atoll/native'
 import { formatNbdUri } from '@atoll/nbd-client'
 import { startNbdServer, type NbdServer, type NbdServerOptions } from '../nbd-server.ts'
-import type { ExportConnection, ExportTable, NbdExport } from '../export-table.ts'
+import type { EarlierStates, ExportConnection, ExportTable, NbdExport } from '../export-table.ts'
 
 export const KiB = 1024
 export const MiB = 1024 * 1024
@@ -35,8 +35,9 @@ export class TestExports implements ExportTable {
   readonly suspended = new Set<string>()
   readonly connections = new Map<string, Set<ExportConnection>>()
 
-  add(id: string, device: Device, options: { description?: string; readOnly?: boolean } = {}): void {
-    this.entries.set(id, { id, name: id, description: options.description ?? '', device, readOnly: options.readOnly ?? false })
+  add(id: string, device: Device, options: { description?: string; readOnly?: boolean; changes?: EarlierStates } = {}): void {
+    const { description = '', readOnly = false, changes } = options
+    this.entries.set(id, { id, name: id, description, device, readOnly, ...(changes === undefined ? {} : { changes }) })
   }
   get(name: string): NbdExport | null {
     return this.suspended.has(name) ? null : (this.entries.get(name) ?? null)

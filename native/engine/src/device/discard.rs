@@ -50,6 +50,16 @@ impl Device {
         })
     }
 
+    /// Whether `write_zeroes` of the range (without `allocate`) only changes the map and frees space: whole slots, on a backend
+    /// that punches. A piece of a slot is written, and so is what a backend frees in larger units only.
+    pub fn zeroes_fast(&self, offset_bytes: u64, length_bytes: u64) -> bool {
+        let layers = self.layers.load();
+        let Some(active) = layers.active.as_ref() else { return false };
+        let punch_unit_bytes = active.spec.store.capabilities().punch_unit_bytes;
+        let unit_bytes = SLOT_BYTES.max(u64::from(punch_unit_bytes));
+        punch_unit_bytes > 0 && offset_bytes.is_multiple_of(unit_bytes) && length_bytes.is_multiple_of(unit_bytes)
+    }
+
     fn clear_slots(&self, start_slot: u64, end_slot: u64, allocate: bool) -> Result<()> {
         let layers = self.layers.load();
         let active = layers.active.as_ref().ok_or_else(read_only_error)?;

@@ -15,6 +15,7 @@ mod race_tests;
 mod range_locks;
 mod read;
 mod resize;
+mod status;
 mod swap;
 #[cfg(test)]
 mod tests;
@@ -22,7 +23,10 @@ mod types;
 mod write;
 
 pub use batch_log::BatchLogPlace;
-pub use types::{BlockStatus, Checkpoint, DeviceEvent, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec, OpenReport, SwapReport};
+pub(crate) use read::PREFETCH_BYTES_MAX;
+pub use types::{
+    BlockStatus, Checkpoint, DeviceEvent, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec, OpenReport, StatusExtent, SwapReport,
+};
 
 use crate::{Admission, EngineError, Result, Throttle, ThrottleLimits};
 use arc_swap::ArcSwap;

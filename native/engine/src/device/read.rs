@@ -1,11 +1,13 @@
-//! Reads and block status. No lock is taken: the gate pass keeps what was looked up from being punched (I5).
-use super::{BlockStatus, Device, slots_touched};
+//! Reads. No lock is taken: the gate pass keeps what was looked up from being punched (I5).
+use super::{Device, slots_touched};
 use crate::Result;
-use atoll_io::Extent;
 use atoll_map::{HOLE, Run, SLOT_BYTES};
 use std::cell::RefCell;
 use std::io::IoSliceMut;
 use std::sync::atomic::Ordering;
+
+/// Data that one call of `prefetch` asks for (I8).
+pub(crate) const PREFETCH_BYTES_MAX: u64 = 64 << 20;
 
 thread_local! {
     /// Reused by every request of a thread, so that a lookup does not allocate.
@@ -73,75 +75,34 @@ impl Device {
         Ok(())
     }
 
-    /// Appends the status of the range to `out`, at most `extent_count_max` entries, so it may end early (never empty for a
-    /// range that is not). HOLE in the map and a hole of the owning layer read as zero; everything else is data (I4: a hint).
-    pub fn block_status(&self, offset_bytes: u64, length_bytes: u64, extent_count_max: usize, out: &mut Vec<BlockStatus>) -> Result<()> {
-        self.unwind_guard("block status", || {
+    /// Asks the backend to have the range's data at hand soon, `PREFETCH_BYTES_MAX` of it at most. A hint: nothing depends on it.
+    pub fn prefetch(&self, offset_bytes: u64, length_bytes: u64) -> Result<()> {
+        self.unwind_guard("prefetch", || {
             let _pass = self.enter()?;
             self.check_range(offset_bytes, length_bytes, libc::EINVAL)?;
             let end_bytes = offset_bytes + length_bytes;
-            let mut statuses = StatusList { out, limit: extent_count_max.max(1) };
-            // In windows, so that a status of the whole device does not list every run of it first.
-            const WINDOW_BYTES: u64 = 256 << 20;
+            let mut left_bytes = PREFETCH_BYTES_MAX;
             let mut at = offset_bytes;
-            while at < end_bytes {
-                let window = (end_bytes - at).min(WINDOW_BYTES);
-                if !self.status_of_window(at, window, &mut statuses)? {
-                    break;
-                }
-                at += window;
+            // In windows, so that the list of runs stays short.
+            while at < end_bytes && left_bytes > 0 {
+                let until = end_bytes.min(at + PREFETCH_BYTES_MAX);
+                let (start_slot, end_slot) = slots_touched(at, until - at);
+                with_runs(|runs| {
+                    self.map.lookup_runs(start_slot, end_slot - start_slot, runs)?;
+                    let layers = self.layers.load();
+                    for run in runs.iter().filter(|run| run.owner != HOLE) {
+                        let from = (run.start_slot * SLOT_BYTES).max(at);
+                        let length = (((run.start_slot + run.slot_count) * SLOT_BYTES).min(until) - from).min(left_bytes);
+                        if length > 0 {
+                            layers.reader(run.owner)?.prefetch(from, length)?;
+                        }
+                        left_bytes -= length;
+                    }
+                    Ok::<(), crate::EngineError>(())
+                })?;
+                at = until;
             }
             Ok(())
         })
-    }
-
-    /// False: the list is full.
-    fn status_of_window(&self, offset_bytes: u64, length_bytes: u64, statuses: &mut StatusList<'_>) -> Result<bool> {
-        let (start_slot, end_slot) = slots_touched(offset_bytes, length_bytes);
-        with_runs(|runs| {
-            self.map.lookup_runs(start_slot, end_slot - start_slot, runs)?;
-            let layers = self.layers.load();
-            let mut extents: Vec<Extent> = Vec::new();
-            for run in runs.iter() {
-                let from = (run.start_slot * SLOT_BYTES).max(offset_bytes);
-                let until = ((run.start_slot + run.slot_count) * SLOT_BYTES).min(offset_bytes + length_bytes);
-                if run.owner == HOLE {
-                    if !statuses.push(until - from, false) {
-                        return Ok(false);
-                    }
-                    continue;
-                }
-                extents.clear();
-                layers.reader(run.owner)?.extents(from, until - from, &mut extents)?;
-                for extent in &extents {
-                    if !statuses.push(extent.length_bytes, extent.data) {
-                        return Ok(false);
-                    }
-                }
-            }
-            Ok(true)
-        })
-    }
-}
-
-struct StatusList<'a> {
-    out: &'a mut Vec<BlockStatus>,
-    limit: usize,
-}
-
-impl StatusList<'_> {
-    /// Appends, merged with the last entry where alike. False: full.
-    fn push(&mut self, length_bytes: u64, data: bool) -> bool {
-        if let Some(last) = self.out.last_mut()
-            && last.zero != data
-        {
-            last.length_bytes += length_bytes;
-            return true;
-        }
-        if self.out.len() == self.limit {
-            return false;
-        }
-        self.out.push(BlockStatus { length_bytes, hole: !data, zero: !data });
-        true
     }
 }

@@ -550,6 +550,82 @@ fn block_status_tells_holes_from_data_and_covers_the_range() {
     assert_eq!(statuses, [BlockStatus { length_bytes: 15 * SLOT_BYTES, hole: false, zero: false }]);
 }
 
+fn changed_slots(device: &Device, base: &FrozenMap, slot_count: u64) -> Vec<bool> {
+    let mut extents = Vec::new();
+    device.changed_since(base, 0, slot_count * SLOT_BYTES, usize::MAX, &mut extents).unwrap();
+    extents.iter().flat_map(|extent| vec![extent.flags == 1; (extent.length_bytes / SLOT_BYTES) as usize]).collect()
+}
+
+#[test]
+fn what_changed_since_a_snapshot_and_where_data_lies_is_told_to_the_slot() {
+    let mut world = clone_world(Arc::new(MemoryStore::new(u64::MAX, false)), 32 * SLOT_BYTES);
+    // The first half is the image's. Two slots are the volume's own before the snapshot.
+    world.device.write(20 * SLOT_BYTES, &[1; 2 * SLOT]).unwrap();
+    let reports = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(5)).unwrap();
+    let base = reports[0].frozen.clone();
+    assert!(changed_slots(&world.device, &base, 32).iter().all(|changed| !changed));
+    world.device.write(3 * SLOT_BYTES + 100, &[2; 10]).unwrap();
+    world.device.write(20 * SLOT_BYTES, &[1; SLOT]).unwrap();
+    world.device.write(30 * SLOT_BYTES, &[4; SLOT]).unwrap();
+    world.device.discard(5 * SLOT_BYTES, SLOT_BYTES).unwrap();
+    world.device.discard(25 * SLOT_BYTES, 2 * SLOT_BYTES).unwrap();
+    world.device.write_zeroes(8 * SLOT_BYTES, SLOT_BYTES, false).unwrap();
+    world.device.write_zeroes(28 * SLOT_BYTES, SLOT_BYTES, true).unwrap();
+    let expected: Vec<bool> = (0..32).map(|slot| [3, 5, 8, 20, 28, 30].contains(&slot)).collect();
+    assert_eq!(changed_slots(&world.device, &base, 32), expected);
+    let checkpoint = world.device.checkpoint(world.catalog.next_page_id).unwrap().unwrap();
+    world.commit_swap(checkpoint);
+    assert_eq!(changed_slots(&world.device, &base, 32), expected, "a checkpoint changes no content");
+
+    let mut extents = Vec::new();
+    world.device.allocation_depth(0, 32 * SLOT_BYTES, 100, &mut extents).unwrap();
+    let depths: Vec<u32> = extents.iter().flat_map(|extent| vec![extent.flags; (extent.length_bytes / SLOT_BYTES) as usize]).collect();
+    let expected: Vec<u32> = (0..32)
+        .map(|slot| match slot {
+            3 | 20 | 28 | 30 => 1,
+            5 | 8 => 0,
+            0..16 | 21 => 2,
+            _ => 0,
+        })
+        .collect();
+    assert_eq!(depths, expected);
+
+    // Pieces of slots, and a list that is full.
+    extents.clear();
+    world.device.changed_since(&base, 3 * SLOT_BYTES - 1, 2 + SLOT_BYTES, 10, &mut extents).unwrap();
+    assert_eq!(extents.iter().map(|extent| (extent.length_bytes, extent.flags)).collect::<Vec<_>>(), [(1, 0), (SLOT_BYTES, 1), (1, 0)]);
+    extents.clear();
+    world.device.changed_since(&base, 0, 32 * SLOT_BYTES, 1, &mut extents).unwrap();
+    assert_eq!(extents.iter().map(|extent| (extent.length_bytes, extent.flags)).collect::<Vec<_>>(), [(3 * SLOT_BYTES, 0)]);
+}
+
+#[test]
+fn what_is_not_called_changed_reads_as_it_did_at_the_snapshot() {
+    for seed in 0..20 {
+        let mut random = Random(7000 + seed);
+        let size_bytes = 64 * SLOT_BYTES;
+        let mut world = clone_world(Arc::new(MemoryStore::new(u64::MAX, false)), size_bytes);
+        let mut model = half_filled(size_bytes);
+        let mut snapshots: Vec<(FrozenMap, Vec<u8>)> = Vec::new();
+        for _ in 0..4 {
+            for _ in 0..random.below(20) {
+                mutate(&mut random, &world.device, &mut model);
+            }
+            let reports = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(5)).unwrap();
+            snapshots.push((reports[0].frozen.clone(), read_all(&world.device)));
+            let checkpoint = world.device.checkpoint(world.catalog.next_page_id).unwrap().unwrap();
+            world.commit_swap(checkpoint);
+            let now = read_all(&world.device);
+            for (base, then) in &snapshots {
+                for (slot, changed) in changed_slots(&world.device, base, 64).into_iter().enumerate() {
+                    let part = slot * SLOT..(slot + 1) * SLOT;
+                    assert!(changed || now[part.clone()] == then[part], "seed {seed}: slot {slot} changed and nobody was told");
+                }
+            }
+        }
+    }
+}
+
 fn open_with_log(store: &Arc<dyn Store>, catalog: &Catalog, epoch: u64, place: &BatchLogPlace) -> (Arc<Device>, OpenReport) {
     Device::open(DeviceSpec {
         volume: VOLUME,

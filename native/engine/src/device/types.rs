@@ -140,6 +140,15 @@ pub struct BlockStatus {
     pub zero: bool,
 }
 
+/// One stretch of a metadata context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StatusExtent {
+    /// Length, never 0.
+    pub length_bytes: u64,
+    /// What its context means by them.
+    pub flags: u32,
+}
+
 /// Counters since the device was opened, and present gauges.
 #[derive(Debug, Clone, Copy, Default)]
 #[allow(missing_docs)]

@@ -1,7 +1,8 @@
-//! The transmission phase of NBD (newstyle, 28-byte requests), from the moment the negotiation is over.
+//! The transmission phase of NBD (newstyle, with compact or extended headers), from the moment the negotiation is over.
 //!
-//! States of a connection: *serving* (requests are taken), *ending* (no request is taken any more: the client said DISC
-//! or went away, the device was closed, or a drain was asked for; what is in flight is finished and answered), *over*.
+//! States of a connection: *serving* (requests are taken), *draining* (what is in flight is finished, what comes is answered
+//! ESHUTDOWN, until it is quiet or `DRAIN_TIME_MAX` is over), *ending* (nothing is taken any more: the client said DISC or went
+//! away, the device was closed, or the drain is over; what is in flight is finished and answered), *over*.
 //!
 //! Rules:
 //! - One thread reads: a large receive, then every complete request in the buffer, then one send with all replies.
@@ -11,7 +12,9 @@
 //! - Everything a client can make us keep is bounded: requests and bytes in flight, request size, extents of a reply.
 //! - Once a reply's first byte is sent the rest follows, or the connection ends; nothing is padded.
 //!
-//! Deliberately absent: negotiation (TypeScript), policy, extended headers, `NBD_CMD_CACHE` (answered EINVAL: it is not advertised).
+//! Deliberately absent: negotiation (TypeScript) and policy.
+#[cfg(test)]
+mod fuzz_tests;
 mod receive;
 mod reply;
 mod request;
@@ -22,19 +25,55 @@ mod workers;
 
 pub(crate) use serve::{ServeControl, serve};
 
+use atoll_map::FrozenMap;
+
 /// Longest READ and longest WRITE payload: what the negotiation announces as the largest block size.
 pub const NBD_REQUEST_BYTES_MAX: u32 = 32 << 20;
 
+/// Contexts of one connection (I8); what a request asks about is a bit set of them.
+pub const META_CONTEXT_COUNT_MAX: usize = 32;
+
+/// How replies look, and requests with them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReplyForm {
+    /// A number, and data behind it.
+    Simple,
+    /// Reads, statuses and errors come in chunks, and DF is a known flag; success without data stays simple.
+    Structured,
+    /// Requests have 32 bytes with a length of 64 bits, and every reply is a chunk with as long a header.
+    Extended,
+}
+
+/// What a metadata context tells of a stretch.
+#[derive(Clone)]
+pub enum MetaContextKind {
+    /// `base:allocation`: 1 hole, 2 zero.
+    Allocation,
+    /// `qemu:allocation-depth`: 0 nowhere, 1 in the layer that the volume writes, 2 in one that it shares.
+    Depth,
+    /// `qemu:dirty-bitmap:…`: 1 where the device's map no longer is this one.
+    ChangedSince(FrozenMap),
+}
+
+/// A context that the client selected.
+#[derive(Clone)]
+pub struct MetaContext {
+    /// What the client knows it by; no two of a connection are the same.
+    pub id: u32,
+    /// What it tells.
+    pub kind: MetaContextKind,
+}
+
 /// What the negotiation settled.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone)]
 pub struct NbdOptions {
-    /// Structured replies: reads are always answered in chunks, and DF is a known flag.
-    pub structured_replies: bool,
-    /// Context id of `base:allocation`, if the client selected it.
-    pub allocation_context_id: Option<u32>,
+    /// How replies look. Contexts need chunks.
+    pub replies: ReplyForm,
+    /// Contexts that the client selected, at most `META_CONTEXT_COUNT_MAX`.
+    pub contexts: Vec<MetaContext>,
     /// The export is read-only, whatever the device is.
     pub read_only: bool,
-    /// Longest READ and longest WRITE payload; `NBD_REQUEST_BYTES_MAX` unless something smaller was announced.
+    /// Longest READ and longest payload; `NBD_REQUEST_BYTES_MAX` unless something smaller was announced.
     pub request_bytes_max: u32,
 }
 

@@ -1,5 +1,5 @@
 //! The receiving side: one large buffer that requests are parsed from in place.
-use super::request::REQUEST_HEADER_BYTES;
+use super::request::EXTENDED_HEADER_BYTES;
 use crate::net::Socket;
 use std::io;
 
@@ -11,6 +11,7 @@ const PAYLOAD_KEEP_BYTES_MAX: usize = 4 << 20;
 
 /// Received bytes that are not consumed yet.
 pub(super) struct ReceiveBuffer {
+    header_bytes: usize,
     bytes: Vec<u8>,
     start: usize,
     end: usize,
@@ -18,8 +19,10 @@ pub(super) struct ReceiveBuffer {
 }
 
 impl ReceiveBuffer {
-    pub(super) fn new() -> ReceiveBuffer {
-        ReceiveBuffer { bytes: vec![0; REQUEST_HEADER_BYTES + INLINE_PAYLOAD_BYTES_MAX], start: 0, end: 0, payload: Vec::new() }
+    /// For requests whose headers have this many bytes.
+    pub(super) fn new(header_bytes: usize) -> ReceiveBuffer {
+        let bytes = vec![0; EXTENDED_HEADER_BYTES + INLINE_PAYLOAD_BYTES_MAX];
+        ReceiveBuffer { header_bytes, bytes, start: 0, end: 0, payload: Vec::new() }
     }
 
     /// Bytes received and not consumed.
@@ -28,13 +31,20 @@ impl ReceiveBuffer {
     }
 
     /// The next request's header, if all of it is here. It is not consumed.
-    pub(super) fn header(&self) -> Option<&[u8; REQUEST_HEADER_BYTES]> {
-        self.bytes[self.start..self.end].first_chunk()
+    #[inline]
+    pub(super) fn header(&self) -> Option<&[u8]> {
+        self.bytes[self.start..self.end].get(..self.header_bytes)
+    }
+
+    /// Whether the next request is here as a whole.
+    #[inline]
+    pub(super) fn has_whole(&self, payload_bytes: usize) -> bool {
+        self.available_bytes() >= self.header_bytes + payload_bytes
     }
 
     /// Consumes header and payload of a request that is here as a whole; returns the payload.
     pub(super) fn consume(&mut self, payload_bytes: usize) -> &[u8] {
-        let payload_start = self.start + REQUEST_HEADER_BYTES;
+        let payload_start = self.start + self.header_bytes;
         self.start = payload_start + payload_bytes;
         debug_assert!(self.start <= self.end);
         &self.bytes[payload_start..self.start]
@@ -59,7 +69,7 @@ impl ReceiveBuffer {
     /// Consumes a request whose payload does not fit: what is here of it is moved, the rest received, into a buffer of
     /// its own. `None`: end of file in the middle.
     pub(super) fn receive_large(&mut self, socket: &Socket, payload_bytes: usize) -> io::Result<Option<&mut Vec<u8>>> {
-        let payload_start = self.start + REQUEST_HEADER_BYTES;
+        let payload_start = self.start + self.header_bytes;
         let here = (self.end - payload_start).min(payload_bytes);
         self.payload.resize(payload_bytes, 0);
         self.payload[..here].copy_from_slice(&self.bytes[payload_start..payload_start + here]);

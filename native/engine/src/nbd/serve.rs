@@ -1,28 +1,32 @@
 //! The loop of a serving connection. See the rules in mod.rs.
 use super::receive::{INLINE_PAYLOAD_BYTES_MAX, ReceiveBuffer};
 use super::reply::{ReplyBuffer, refusal_of, shutting_down};
-use super::request::{Command, FLAG_DF, FLAG_FUA, FLAG_NO_HOLE, FLAG_REQ_ONE, NbdErrno, Permissions, Refusal, Request};
+use super::request::{
+    COMPACT_HEADER_BYTES, Command, EXTENDED_HEADER_BYTES, FLAG_DF, FLAG_FAST_ZERO, FLAG_FUA, FLAG_NO_HOLE, FLAG_PAYLOAD_LEN, FLAG_REQ_ONE,
+    NbdErrno, Permissions, Refusal, Request,
+};
 use super::workers::{CloseOnDrop, Job, WorkQueue};
-use super::{NbdOptions, ServeEnd, ServeEndReason};
+use super::{MetaContextKind, NbdOptions, ReplyForm, ServeEnd, ServeEndReason};
+use crate::device::PREFETCH_BYTES_MAX;
 use crate::net::Socket;
-use crate::{Admission, Device, EngineError, Result};
+use crate::{Admission, Device, EngineError, Result, StatusExtent};
 use parking_lot::Mutex;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-/// Trims and zeroes of longer ranges go to a worker.
-const SLOW_RANGE_BYTES: u32 = 1 << 20;
+/// Trims, zeroes and prefetches of longer ranges go to a worker.
+const SLOW_RANGE_BYTES: u64 = 1 << 20;
 
 /// WRITE_ZEROES that must allocate writes; longer ones go to a worker.
-const SLOW_ALLOCATE_BYTES: u32 = 64 << 10;
+const SLOW_ALLOCATE_BYTES: u64 = 64 << 10;
 
 /// A status over a longer range walks much of the map; it goes to a worker.
-const SLOW_STATUS_BYTES: u32 = 64 << 20;
+const SLOW_STATUS_BYTES: u64 = 64 << 20;
 
-/// Extents in the reply to one BLOCK_STATUS (I8). A client asks again from where the reply ends.
+/// Extents of each context in the reply to one BLOCK_STATUS (I8). A client asks again from where the reply ends.
 const STATUS_EXTENT_COUNT_MAX: usize = 1024;
 
 /// Replies are sent when this much is gathered…
@@ -31,22 +35,43 @@ const BATCH_BYTES_MAX: usize = 512 << 10;
 /// … or when the first of them has waited this long behind requests that turned out slow (a disk that seeks).
 const BATCH_DELAY_MAX: Duration = Duration::from_micros(500);
 
+/// A draining connection ends when nothing was asked for this long: who is busy sees ESHUTDOWN and not a broken connection.
+const DRAIN_QUIET_TIME: Duration = Duration::from_millis(100);
+
+/// How long a client that goes on asking is answered once what was in flight is finished.
+const DRAIN_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// How often a drain looks whether it is over.
+const DRAIN_STEP: Duration = Duration::from_millis(5);
+
 /// How whoever owns a connection ends its serving.
 #[derive(Default)]
 pub(crate) struct ServeControl {
     draining: AtomicBool,
     closed: AtomicBool,
+    /// Between the beginning and the end of `serve`.
+    serving: AtomicBool,
+    /// The connection's thread waits for the client, and is not in the middle of a request.
+    receiving: AtomicBool,
+    /// Requests that workers have.
+    in_flight: AtomicUsize,
+    /// When a request was last answered ESHUTDOWN.
+    refused_at: Mutex<Option<Instant>>,
 }
 
 impl ServeControl {
-    /// No request is taken any more. The caller also ends the receiving direction of the socket.
-    pub(crate) fn drain(&self) {
-        self.draining.store(true, Ordering::Release);
+    /// No request is taken any more. The caller also ends the receiving direction of the socket, after `wait_quiet` if the
+    /// connection serves. False: it drains already.
+    pub(crate) fn drain(&self) -> bool {
+        !self.draining.swap(true, Ordering::SeqCst)
     }
     /// As `drain`, and answers do not matter any more. The caller also shuts the socket down.
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.drain();
+    }
+    pub(crate) fn is_serving(&self) -> bool {
+        self.serving.load(Ordering::SeqCst)
     }
     fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
@@ -54,10 +79,47 @@ impl ServeControl {
     fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
+
+    /// Blocks while the client of a draining connection may still ask and be answered.
+    pub(crate) fn wait_quiet(&self) {
+        let started_at = Instant::now();
+        let mut idle_at = None;
+        while self.is_serving() && !self.is_closed() {
+            if self.in_flight.load(Ordering::Acquire) == 0 {
+                let idle_time = idle_at.get_or_insert_with(Instant::now).elapsed();
+                let asked_at = self.refused_at.lock().unwrap_or(started_at);
+                let is_quiet = self.receiving.load(Ordering::Acquire) && asked_at.elapsed() >= DRAIN_QUIET_TIME;
+                if is_quiet || idle_time >= DRAIN_TIME_MAX {
+                    return;
+                }
+            }
+            std::thread::sleep(DRAIN_STEP);
+        }
+    }
+
+    #[cold]
+    fn note_refused(&self) {
+        *self.refused_at.lock() = Some(Instant::now());
+    }
+}
+
+/// Says that the serving is over however it ends.
+struct Serving<'a>(&'a ServeControl);
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.0.serving.store(false, Ordering::SeqCst);
+    }
 }
 
 /// Serves `device` on `socket` until the connection ends; every request is finished and every worker gone on return.
 pub(crate) fn serve(socket: &Socket, device: &Device, options: NbdOptions, control: &ServeControl) -> ServeEnd {
+    control.serving.store(true, Ordering::SeqCst);
+    let _serving = Serving(control);
+    if control.is_draining() {
+        // Whoever drained may have looked before: nobody waits for this one to be quiet.
+        socket.shutdown_receive();
+    }
     let session = Session {
         socket,
         device,
@@ -124,7 +186,8 @@ impl Payload<'_> {
 
 impl<'a> Session<'a> {
     fn run<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) -> ServeEnd {
-        let mut received = ReceiveBuffer::new();
+        let is_extended = self.options.replies == ReplyForm::Extended;
+        let mut received = ReceiveBuffer::new(if is_extended { EXTENDED_HEADER_BYTES } else { COMPACT_HEADER_BYTES });
         let mut batch = Batch::default();
         loop {
             match self.run_received(scope, &mut received, &mut batch) {
@@ -147,7 +210,10 @@ impl<'a> Session<'a> {
             if self.device_is_gone.load(Ordering::Acquire) {
                 return ended(ServeEndReason::Closed, "the device was closed");
             }
-            match received.fill(self.socket) {
+            self.control.receiving.store(true, Ordering::Release);
+            let filled = received.fill(self.socket);
+            self.control.receiving.store(false, Ordering::Release);
+            match filled {
                 Ok(0) => return self.end_of_file(received.available_bytes()),
                 Ok(_) => {}
                 Err(error) => return self.broken(&error),
@@ -166,13 +232,13 @@ impl<'a> Session<'a> {
             let Some(request) = Request::parse(header) else {
                 return Err(ended(ServeEndReason::Error, "the client sent something that is not a request"));
             };
-            let payload_bytes = request.payload_bytes();
-            if payload_bytes > self.options.request_bytes_max as usize {
-                let limit = self.options.request_bytes_max;
-                let message = format!("a write may have {limit} bytes, not {payload_bytes}; the connection is closed");
+            if request.payload_bytes > u64::from(self.options.request_bytes_max) {
+                let (limit, payload_bytes) = (self.options.request_bytes_max, request.payload_bytes);
+                let message = format!("a payload may have {limit} bytes, not {payload_bytes}; the connection is closed");
                 self.refuse(&request, &Refusal::new(NbdErrno::Invalid, message.clone()), batch);
                 return Err(ended(ServeEndReason::Error, message));
             }
+            let payload_bytes = request.payload_bytes as usize;
             let next = if payload_bytes > INLINE_PAYLOAD_BYTES_MAX {
                 // The rest of the payload may be long in coming: nobody waits for it.
                 self.send_batch(batch)?;
@@ -184,7 +250,7 @@ impl<'a> Session<'a> {
                 let next = self.dispatch(scope, &request, Payload::Owned(payload), batch)?;
                 received.trim();
                 next
-            } else if received.available_bytes() < super::request::REQUEST_HEADER_BYTES + payload_bytes {
+            } else if !received.has_whole(payload_bytes) {
                 return Ok(Next::Continue);
             } else {
                 self.dispatch(scope, &request, Payload::Borrowed(received.consume(payload_bytes)), batch)?
@@ -210,8 +276,25 @@ impl<'a> Session<'a> {
         if request.command == Command::Disconnect {
             return Ok(Next::Disconnect);
         }
-        let checked = if self.control.is_draining() { Err(shutting_down()) } else { request.check(&self.permissions()) };
-        if let Err(refusal) = checked {
+        if self.control.is_draining() {
+            self.control.note_refused();
+            self.refuse(request, &shutting_down(), batch);
+            return Ok(Next::Continue);
+        }
+        let filtered;
+        let request = if self.has_status_filter(request) {
+            match request.with_status_filter(payload.bytes(), &self.options.contexts) {
+                Ok(found) => filtered = found,
+                Err(refusal) => {
+                    self.refuse(request, &refusal, batch);
+                    return Ok(Next::Continue);
+                }
+            }
+            &filtered
+        } else {
+            request
+        };
+        if let Err(refusal) = request.check(&self.permissions()).and_then(|()| self.check_fast_zero(request)) {
             self.refuse(request, &refusal, batch);
             return Ok(Next::Continue);
         }
@@ -224,6 +307,7 @@ impl<'a> Session<'a> {
         if !self.queue.has_room(payload.bytes().len()) {
             self.send_batch(batch)?;
         }
+        self.control.in_flight.fetch_add(1, Ordering::AcqRel);
         let job = Job { request: *request, payload: payload.into_vec(), is_throttled };
         if self.queue.submit(job) {
             let started = std::thread::Builder::new().name("atoll-nbd-work".to_owned()).spawn_scoped(scope, || self.work());
@@ -233,18 +317,44 @@ impl<'a> Session<'a> {
             {
                 let mut replies = ReplyBuffer::default();
                 self.perform(&job, &mut replies);
-                self.queue.finished(job.payload.len());
+                self.finished(&job);
             }
         }
         Ok(Next::Continue)
+    }
+
+    fn finished(&self, job: &Job) {
+        self.queue.finished(job.payload.len());
+        self.control.in_flight.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Whether the payload says which contexts a status is asked of. Where none was negotiated the flag is refused as unknown.
+    fn has_status_filter(&self, request: &Request) -> bool {
+        request.command == Command::BlockStatus
+            && request.has(FLAG_PAYLOAD_LEN)
+            && self.options.replies == ReplyForm::Extended
+            && !self.options.contexts.is_empty()
+    }
+
+    /// A FAST_ZERO that would have to write is refused before anything has changed. Whether space that must be kept
+    /// (NO_HOLE) is there without writing is for the file system to know, so that is never called fast.
+    fn check_fast_zero(&self, request: &Request) -> std::result::Result<(), Refusal> {
+        if request.command != Command::WriteZeroes || !request.has(FLAG_FAST_ZERO) {
+            return Ok(());
+        }
+        if !request.has(FLAG_NO_HOLE) && self.device.zeroes_fast(request.offset_bytes, request.length_bytes) {
+            return Ok(());
+        }
+        Err(Refusal::new(NbdErrno::NotSupported, "zeroing this range would be no faster than writing zeros"))
     }
 
     fn permissions(&self) -> Permissions {
         Permissions {
             size_bytes: self.device.size_bytes(),
             read_only: self.options.read_only || self.device.is_read_only(),
-            structured_replies: self.options.structured_replies,
-            has_allocation_context: self.options.allocation_context_id.is_some(),
+            chunked_replies: self.options.replies != ReplyForm::Simple,
+            extended_headers: self.options.replies == ReplyForm::Extended,
+            has_contexts: !self.options.contexts.is_empty(),
             request_bytes_max: self.options.request_bytes_max,
         }
     }
@@ -255,6 +365,7 @@ impl<'a> Session<'a> {
             Command::Flush => true,
             Command::Write => request.has(FLAG_FUA),
             Command::Trim => request.has(FLAG_FUA) || request.length_bytes > SLOW_RANGE_BYTES,
+            Command::Cache => request.length_bytes > SLOW_RANGE_BYTES,
             Command::WriteZeroes => {
                 let limit = if request.has(FLAG_NO_HOLE) { SLOW_ALLOCATE_BYTES } else { SLOW_RANGE_BYTES };
                 request.has(FLAG_FUA) || request.length_bytes > limit
@@ -265,15 +376,14 @@ impl<'a> Session<'a> {
     }
 
     fn refuse(&self, request: &Request, refusal: &Refusal, batch: &mut Batch) {
-        batch.replies.push_error(request, self.options.structured_replies, refusal);
+        batch.replies.push_error(request, self.options.replies, refusal);
         batch.note();
     }
 
     /// Executes a checked request and appends its reply.
     fn execute(&self, request: &Request, payload: &[u8], replies: &mut ReplyBuffer) {
-        let Request { offset_bytes, cookie, .. } = *request;
-        let length_bytes = u64::from(request.length_bytes);
-        let structured = self.options.structured_replies;
+        let Request { offset_bytes, length_bytes, .. } = *request;
+        let form = self.options.replies;
         let changed = |result: Result<()>| match result {
             Ok(()) if request.has(FLAG_FUA) => self.device.flush(),
             other => other,
@@ -281,21 +391,22 @@ impl<'a> Session<'a> {
         let result = match request.command {
             Command::Read => {
                 let may_have_holes = !request.has(FLAG_DF);
-                replies.push_read(request, structured, may_have_holes, |room| match length_bytes {
+                replies.push_read(request, form, may_have_holes, |room| match length_bytes {
                     0 => Ok(()),
                     _ => self.device.read(offset_bytes, room),
                 })
             }
-            Command::Flush => self.device.flush().map(|()| replies.push_success(cookie)),
+            Command::Flush => self.device.flush().map(|()| replies.push_success(request, form)),
             Command::BlockStatus => self.block_status(request, replies),
-            Command::Write | Command::Trim | Command::WriteZeroes if length_bytes == 0 => {
-                replies.push_success(cookie);
+            Command::Write | Command::Trim | Command::WriteZeroes | Command::Cache if length_bytes == 0 => {
+                replies.push_success(request, form);
                 Ok(())
             }
-            Command::Write => changed(self.device.write(offset_bytes, payload)).map(|()| replies.push_success(cookie)),
-            Command::Trim => changed(self.device.discard(offset_bytes, length_bytes)).map(|()| replies.push_success(cookie)),
+            Command::Cache => self.device.prefetch(offset_bytes, length_bytes).map(|()| replies.push_success(request, form)),
+            Command::Write => changed(self.device.write(offset_bytes, payload)).map(|()| replies.push_success(request, form)),
+            Command::Trim => changed(self.device.discard(offset_bytes, length_bytes)).map(|()| replies.push_success(request, form)),
             Command::WriteZeroes => changed(self.device.write_zeroes(offset_bytes, length_bytes, request.has(FLAG_NO_HOLE)))
-                .map(|()| replies.push_success(cookie)),
+                .map(|()| replies.push_success(request, form)),
             Command::Disconnect | Command::Unknown => unreachable!("refused or handled before execution"),
         };
         if let Err(error) = result {
@@ -304,26 +415,40 @@ impl<'a> Session<'a> {
                 // Wakes the reading thread; the answer still goes out.
                 self.socket.shutdown_receive();
             }
-            replies.push_error(request, structured, &refusal_of(&error));
+            replies.push_error(request, form, &refusal_of(&error));
         }
     }
 
+    /// A chunk for each context asked about, all or none of them.
     fn block_status(&self, request: &Request, replies: &mut ReplyBuffer) -> Result<()> {
-        let context_id = self.options.allocation_context_id.unwrap_or_default();
         let count_max = if request.has(FLAG_REQ_ONE) { 1 } else { STATUS_EXTENT_COUNT_MAX };
-        let mut extents = Vec::new();
-        self.device.block_status(request.offset_bytes, u64::from(request.length_bytes), count_max, &mut extents)?;
-        // The reply must fit the request whatever the device knows about its surroundings.
-        let mut left = u64::from(request.length_bytes);
-        extents.retain_mut(|extent| {
-            extent.length_bytes = extent.length_bytes.min(left);
-            left -= extent.length_bytes;
-            extent.length_bytes > 0
-        });
-        if extents.is_empty() {
-            return Err(EngineError::new("IO_ERROR", libc::EIO, "the device has no status for this range"));
+        let Request { offset_bytes, length_bytes, .. } = *request;
+        let asked = self.options.contexts.iter().enumerate().filter(|(index, _)| request.contexts & (1 << index) != 0);
+        let mut statuses: Vec<(u32, Vec<StatusExtent>)> = Vec::new();
+        for (_, context) in asked {
+            let mut extents = Vec::new();
+            match &context.kind {
+                MetaContextKind::Allocation => self.device.allocation(offset_bytes, length_bytes, count_max, &mut extents)?,
+                MetaContextKind::Depth => self.device.allocation_depth(offset_bytes, length_bytes, count_max, &mut extents)?,
+                MetaContextKind::ChangedSince(base) => {
+                    self.device.changed_since(base, offset_bytes, length_bytes, count_max, &mut extents)?;
+                }
+            }
+            // The reply must fit the request whatever the device knows about its surroundings.
+            let mut left = length_bytes;
+            extents.retain_mut(|extent| {
+                extent.length_bytes = extent.length_bytes.min(left);
+                left -= extent.length_bytes;
+                extent.length_bytes > 0
+            });
+            if extents.is_empty() {
+                return Err(EngineError::new("IO_ERROR", libc::EIO, "the device has no status for this range"));
+            }
+            statuses.push((context.id, extents));
         }
-        replies.push_block_status(request, context_id, &extents);
+        for (index, (id, extents)) in statuses.iter().enumerate() {
+            replies.push_block_status(request, self.options.replies, index + 1 == statuses.len(), *id, extents);
+        }
         Ok(())
     }
 
@@ -335,7 +460,7 @@ impl<'a> Session<'a> {
                 self.fail();
                 replies = ReplyBuffer::default();
             }
-            self.queue.finished(job.payload.len());
+            self.finished(&job);
         }
     }
 
@@ -344,7 +469,8 @@ impl<'a> Session<'a> {
         let gives_up = || self.client_is_gone.load(Ordering::Acquire) || self.control.is_draining();
         let bytes = throttle_bytes(&job.request).unwrap_or_default();
         if job.is_throttled && self.device.throttle_unless(bytes, &gives_up) == Admission::Cancelled {
-            replies.push_error(&job.request, self.options.structured_replies, &shutting_down());
+            self.control.note_refused();
+            replies.push_error(&job.request, self.options.replies, &shutting_down());
         } else {
             self.execute(&job.request, &job.payload, replies);
         }
@@ -378,7 +504,8 @@ impl<'a> Session<'a> {
     }
 
     fn broken(&self, error: &io::Error) -> ServeEnd {
-        if self.control.is_closed() {
+        // With TLS the end of a drain looks like a stream that was cut.
+        if self.control.is_draining() {
             return ended(ServeEndReason::Closed, "the connection was closed");
         }
         ended(ServeEndReason::Error, format!("the connection broke: {error}"))
@@ -421,7 +548,8 @@ impl Batch {
 /// What a request costs at the throttle; `None`: nothing (a flush moves no new bytes, a status none at all).
 fn throttle_bytes(request: &Request) -> Option<u64> {
     match request.command {
-        Command::Read | Command::Write => Some(u64::from(request.length_bytes)),
+        Command::Read | Command::Write => Some(request.length_bytes),
+        Command::Cache => Some(request.length_bytes.min(PREFETCH_BYTES_MAX)),
         Command::Trim | Command::WriteZeroes => Some(0),
         _ => None,
     }

@@ -1,8 +1,8 @@
 //! The transmission phase against scripted clients, over a real device on the memory store.
 use crate::net::Connection;
 use crate::{
-    Device, DeviceLimits, DeviceSpec, Engine, EngineOptions, LayerSpec, NBD_REQUEST_BYTES_MAX, NbdOptions, ServeEnd, ServeEndReason,
-    ThrottleLimits,
+    Device, DeviceLimits, DeviceSpec, Engine, EngineOptions, LayerSpec, MetaContext, MetaContextKind, NBD_REQUEST_BYTES_MAX, NbdOptions,
+    ReplyForm, ServeEnd, ServeEndReason, ThrottleLimits,
 };
 use atoll_io::{FaultPlan, FaultRule, FaultStore, LayerId, MemoryStore, Store};
 use atoll_map::{FrozenMap, HOLE};
@@ -11,34 +11,36 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
-const READ: u16 = 0;
-const WRITE: u16 = 1;
-const DISC: u16 = 2;
-const FLUSH: u16 = 3;
-const TRIM: u16 = 4;
-const CACHE: u16 = 5;
-const WRITE_ZEROES: u16 = 6;
-const BLOCK_STATUS: u16 = 7;
+pub(super) const READ: u16 = 0;
+pub(super) const WRITE: u16 = 1;
+pub(super) const DISC: u16 = 2;
+pub(super) const FLUSH: u16 = 3;
+pub(super) const TRIM: u16 = 4;
+pub(super) const CACHE: u16 = 5;
+pub(super) const WRITE_ZEROES: u16 = 6;
+pub(super) const BLOCK_STATUS: u16 = 7;
 
-const FUA: u16 = 1;
-const NO_HOLE: u16 = 2;
-const DF: u16 = 4;
-const REQ_ONE: u16 = 8;
-const FAST_ZERO: u16 = 16;
+pub(super) const FUA: u16 = 1;
+pub(super) const NO_HOLE: u16 = 2;
+pub(super) const DF: u16 = 4;
+pub(super) const REQ_ONE: u16 = 8;
+pub(super) const FAST_ZERO: u16 = 16;
+pub(super) const PAYLOAD_LEN: u16 = 32;
 
 const EPERM: u32 = 1;
 const EINVAL: u32 = 22;
 const ENOSPC: u32 = 28;
 const EOVERFLOW: u32 = 75;
+const ENOTSUP: u32 = 95;
 const ESHUTDOWN: u32 = 108;
 
-const SIZE_BYTES: u64 = 64 << 20;
+pub(super) const SIZE_BYTES: u64 = 64 << 20;
 
 /// An engine with one device of 64 MiB on a store that fails when told to, and a listener.
-struct World {
-    engine: Arc<Engine>,
-    faults: Arc<FaultStore>,
-    device: Arc<Device>,
+pub(super) struct World {
+    pub(super) engine: Arc<Engine>,
+    pub(super) faults: Arc<FaultStore>,
+    pub(super) device: Arc<Device>,
     listener: Arc<crate::Listener>,
     directory: std::path::PathBuf,
 }
@@ -50,7 +52,7 @@ impl Drop for World {
     }
 }
 
-fn world() -> World {
+pub(super) fn world() -> World {
     world_with(ThrottleLimits::default())
 }
 
@@ -87,10 +89,10 @@ fn world_with(throttle: ThrottleLimits) -> World {
 }
 
 impl World {
-    fn connect(&self, change: impl FnOnce(&mut NbdOptions)) -> Client {
+    pub(super) fn connect(&self, change: impl FnOnce(&mut NbdOptions)) -> Client {
         let mut options = NbdOptions {
-            structured_replies: true,
-            allocation_context_id: Some(1),
+            replies: ReplyForm::Structured,
+            contexts: vec![MetaContext { id: 1, kind: MetaContextKind::Allocation }],
             read_only: false,
             request_bytes_max: NBD_REQUEST_BYTES_MAX,
         };
@@ -98,10 +100,19 @@ impl World {
         let stream = UnixStream::connect(self.directory.join("nbd.sock")).unwrap();
         let connection = self.engine.accept(&self.listener).unwrap().unwrap();
         let (sender, end) = channel();
+        let form = options.replies;
         connection.serve_nbd(self.device.clone(), options, move |result| {
             let _ = sender.send(result.unwrap());
         });
-        Client { stream, connection, end, structured: options.structured_replies, next_cookie: 0xc00c_1e00_0000_0000 }
+        Client { stream, connection, end, form, next_cookie: 0xc00c_1e00_0000_0000 }
+    }
+
+    /// The device's map as it is now.
+    fn freeze(&self) -> FrozenMap {
+        let checkpoint = self.device.checkpoint(1 << 30).unwrap().unwrap();
+        let frozen = checkpoint.frozen().clone();
+        self.device.checkpoint_aborted(checkpoint);
+        frozen
     }
 
     fn fail(&self, operation: &str, errno: i32) {
@@ -121,26 +132,41 @@ impl World {
     }
 }
 
-struct Client {
-    stream: UnixStream,
-    connection: Arc<Connection>,
-    end: Receiver<ServeEnd>,
-    structured: bool,
+pub(super) struct Client {
+    pub(super) stream: UnixStream,
+    pub(super) connection: Arc<Connection>,
+    pub(super) end: Receiver<ServeEnd>,
+    pub(super) form: ReplyForm,
     next_cookie: u64,
 }
 
 /// What came back for one request.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-struct Answer {
-    cookie: u64,
-    error: u32,
-    message: String,
-    data: Vec<u8>,
-    chunks: Vec<u16>,
-    extents: Vec<(u32, u32)>,
+pub(super) struct Answer {
+    pub(super) cookie: u64,
+    pub(super) error: u32,
+    pub(super) message: String,
+    pub(super) data: Vec<u8>,
+    pub(super) chunks: Vec<u16>,
+    /// Of the first context that was answered.
+    pub(super) extents: Vec<(u64, u64)>,
+    /// Of every context, by id.
+    pub(super) statuses: Vec<(u32, Vec<(u64, u64)>)>,
 }
 
-fn request_bytes(command: u16, flags: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+/// A request with a header of 32 bytes.
+pub(super) fn extended_bytes(command: u16, flags: u16, cookie: u64, offset: u64, length: u64) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(32);
+    bytes.extend(0x21e4_1c71u32.to_be_bytes());
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(command.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(length.to_be_bytes());
+    bytes
+}
+
+pub(super) fn request_bytes(command: u16, flags: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(28);
     bytes.extend(0x2560_9513u32.to_be_bytes());
     bytes.extend(flags.to_be_bytes());
@@ -152,9 +178,19 @@ fn request_bytes(command: u16, flags: u16, cookie: u64, offset: u64, length: u32
 }
 
 impl Client {
-    fn send(&mut self, command: u16, flags: u16, offset: u64, length: u32, payload: &[u8]) -> u64 {
+    /// With extended headers a WRITE gets the flag that it needs.
+    pub(super) fn send(&mut self, command: u16, flags: u16, offset: u64, length: u64, payload: &[u8]) -> u64 {
+        let is_extended = self.form == ReplyForm::Extended;
+        let flags = if is_extended && command == WRITE { flags | PAYLOAD_LEN } else { flags };
+        self.send_as_is(command, flags, offset, length, payload)
+    }
+
+    pub(super) fn send_as_is(&mut self, command: u16, flags: u16, offset: u64, length: u64, payload: &[u8]) -> u64 {
         self.next_cookie += 1;
-        let mut bytes = request_bytes(command, flags, self.next_cookie, offset, length);
+        let mut bytes = match self.form {
+            ReplyForm::Extended => extended_bytes(command, flags, self.next_cookie, offset, length),
+            _ => request_bytes(command, flags, self.next_cookie, offset, u32::try_from(length).unwrap()),
+        };
         bytes.extend_from_slice(payload);
         self.stream.write_all(&bytes).unwrap();
         self.next_cookie
@@ -176,79 +212,95 @@ impl Client {
         u64::from_be_bytes(self.take(8).try_into().unwrap())
     }
 
-    /// Reads one reply, simple or structured; `read` is (offset, length) if it answers a READ.
-    fn answer(&mut self, read: Option<(u64, usize)>) -> Answer {
+    /// Reads one reply in the form that was negotiated; `offset` is the request's, `read` its length if it is a READ.
+    pub(super) fn answer_to(&mut self, offset: u64, read: Option<usize>) -> Answer {
         let mut answer = Answer::default();
-        let mut data = read.map(|(_, length)| vec![0xee; length]);
+        let mut data = read.map(|length| vec![0xee; length]);
         let mut covered = 0;
         loop {
-            match self.take_u32() {
-                0x6744_6698 => {
-                    assert!(!(self.structured && read.is_some()), "a read must not get a simple reply");
+            let magic = self.take_u32();
+            if magic == 0x6744_6698 {
+                assert!(self.form == ReplyForm::Simple || (self.form == ReplyForm::Structured && read.is_none()), "a simple reply");
+                answer.error = self.take_u32();
+                answer.cookie = self.take_u64();
+                if let (Some(length), 0) = (read, answer.error) {
+                    answer.data = self.take(length);
+                }
+                return answer;
+            }
+            let expected = if self.form == ReplyForm::Extended { 0x6e8a_278c } else { 0x668e_33ef };
+            assert!(self.form != ReplyForm::Simple && magic == expected, "magic {magic:#x}");
+            let (flags, kind) = (self.take_u16(), self.take_u16());
+            answer.cookie = self.take_u64();
+            let length = if self.form == ReplyForm::Extended {
+                assert_eq!(self.take_u64(), offset, "the request's offset comes back");
+                self.take_u64() as usize
+            } else {
+                self.take_u32() as usize
+            };
+            answer.chunks.push(kind);
+            match kind {
+                0 => assert_eq!(length, 0),
+                1 | 2 => {
+                    let at = (self.take_u64() - offset) as usize;
+                    let hole = (kind == 2).then(|| self.take_u32() as usize);
+                    let bytes = hole.map_or_else(|| self.take(length - 8), |hole| vec![0; hole]);
+                    assert_eq!(at, covered, "chunks are in order and do not overlap");
+                    covered += bytes.len();
+                    data.as_mut().unwrap()[at..at + bytes.len()].copy_from_slice(&bytes);
+                }
+                5 | 6 => {
+                    assert_eq!(kind == 6, self.form == ReplyForm::Extended);
+                    let id = self.take_u32();
+                    let extents = if kind == 6 {
+                        let count = self.take_u32() as usize;
+                        assert_eq!(length, 8 + 16 * count);
+                        (0..count).map(|_| (self.take_u64(), self.take_u64())).collect::<Vec<_>>()
+                    } else {
+                        (0..(length - 4) / 8).map(|_| (u64::from(self.take_u32()), u64::from(self.take_u32()))).collect()
+                    };
+                    assert!(!extents.is_empty() && extents.iter().all(|extent| extent.0 > 0));
+                    assert!(answer.statuses.iter().all(|(other, _)| *other != id), "a context is answered once");
+                    if answer.statuses.is_empty() {
+                        answer.extents = extents.clone();
+                    }
+                    answer.statuses.push((id, extents));
+                }
+                0x8001 => {
                     answer.error = self.take_u32();
-                    answer.cookie = self.take_u64();
-                    if let (Some((_, length)), 0) = (read, answer.error) {
-                        answer.data = self.take(length);
-                    }
-                    return answer;
+                    let text = self.take_u16() as usize;
+                    assert_eq!(length, 6 + text);
+                    answer.message = String::from_utf8(self.take(text)).unwrap();
                 }
-                0x668e_33ef => {
-                    assert!(self.structured);
-                    let (flags, kind) = (self.take_u16(), self.take_u16());
-                    answer.cookie = self.take_u64();
-                    let length = self.take_u32() as usize;
-                    answer.chunks.push(kind);
-                    match kind {
-                        0 => assert_eq!(length, 0),
-                        1 | 2 => {
-                            let (offset, _) = read.unwrap();
-                            let at = (self.take_u64() - offset) as usize;
-                            let hole = (kind == 2).then(|| self.take_u32() as usize);
-                            let bytes = hole.map_or_else(|| self.take(length - 8), |hole| vec![0; hole]);
-                            assert_eq!(at, covered, "chunks are in order and do not overlap");
-                            covered += bytes.len();
-                            data.as_mut().unwrap()[at..at + bytes.len()].copy_from_slice(&bytes);
-                        }
-                        5 => {
-                            assert_eq!(self.take_u32(), 1, "the context that was negotiated");
-                            for _ in 0..(length - 4) / 8 {
-                                let extent = (self.take_u32(), self.take_u32());
-                                answer.extents.push(extent);
-                            }
-                        }
-                        0x8001 => {
-                            answer.error = self.take_u32();
-                            let text = self.take_u16() as usize;
-                            assert_eq!(length, 6 + text);
-                            answer.message = String::from_utf8(self.take(text)).unwrap();
-                        }
-                        other => panic!("chunk type {other:#x}"),
-                    }
-                    if flags & 1 != 0 {
-                        if let (Some(data), 0) = (data, answer.error) {
-                            assert_eq!(covered, data.len(), "a successful read is covered whole");
-                            answer.data = data;
-                        }
-                        return answer;
-                    }
+                other => panic!("chunk type {other:#x}"),
+            }
+            if flags & 1 != 0 {
+                if let (Some(data), 0) = (data, answer.error) {
+                    assert_eq!(covered, data.len(), "a successful read is covered whole");
+                    answer.data = data;
                 }
-                other => panic!("magic {other:#x}"),
+                return answer;
             }
         }
     }
 
-    fn call(&mut self, command: u16, flags: u16, offset: u64, length: u32, payload: &[u8]) -> Answer {
+    /// Reads one reply; `read` is (offset, length) if it answers a READ.
+    fn answer(&mut self, read: Option<(u64, usize)>) -> Answer {
+        self.answer_to(read.map_or(0, |(offset, _)| offset), read.map(|(_, length)| length))
+    }
+
+    pub(super) fn call(&mut self, command: u16, flags: u16, offset: u64, length: u64, payload: &[u8]) -> Answer {
         let cookie = self.send(command, flags, offset, length, payload);
-        let answer = self.answer((command == READ).then_some((offset, length as usize)));
+        let answer = self.answer_to(offset, (command == READ).then_some(length as usize));
         assert_eq!(answer.cookie, cookie);
         answer
     }
 
-    fn write(&mut self, offset: u64, payload: &[u8]) {
-        assert_eq!(self.call(WRITE, 0, offset, payload.len() as u32, payload).error, 0);
+    pub(super) fn write(&mut self, offset: u64, payload: &[u8]) {
+        assert_eq!(self.call(WRITE, 0, offset, payload.len() as u64, payload).error, 0);
     }
 
-    fn read(&mut self, offset: u64, length: u32) -> Vec<u8> {
+    pub(super) fn read(&mut self, offset: u64, length: u64) -> Vec<u8> {
         let answer = self.call(READ, 0, offset, length, &[]);
         assert_eq!(answer.error, 0, "{}", answer.message);
         answer.data
@@ -265,15 +317,15 @@ impl Client {
 }
 
 #[test]
-fn what_is_written_is_read_back_at_any_alignment_with_either_kind_of_reply() {
+fn what_is_written_is_read_back_at_any_alignment_with_every_kind_of_reply() {
     let world = world();
-    for structured in [false, true] {
-        let mut client = world.connect(|options| options.structured_replies = structured);
+    for form in [ReplyForm::Simple, ReplyForm::Structured, ReplyForm::Extended] {
+        let mut client = world.connect(|options| options.replies = form);
         for (index, length) in [1usize, 512, 4096, 5000, 65_536, 262_144, 262_145, 1 << 20, 32 << 20].into_iter().enumerate() {
             let payload: Vec<u8> = (0..length).map(|at| (at * 7 + index + 1) as u8).collect();
             client.write(333, &payload);
-            assert_eq!(client.read(333, length as u32), payload);
-            let large = client.call(READ, if structured { DF } else { 0 }, 333, length as u32, &[]);
+            assert_eq!(client.read(333, length as u64), payload);
+            let large = client.call(READ, if form == ReplyForm::Simple { 0 } else { DF }, 333, length as u64, &[]);
             assert_eq!(large.data, payload);
             assert!(large.chunks.len() <= 1, "DF gets one chunk");
         }
@@ -333,14 +385,16 @@ fn errors_are_those_of_the_protocol_and_the_connection_stays_in_step() {
         (WRITE_ZEROES, 0, end - 1, 2, &[], ENOSPC),
         (READ, 0, end - 1, 2, &[], EINVAL),
         (READ, 0, u64::MAX - 511, 512, &[], EINVAL),
-        (READ, 0, 0, NBD_REQUEST_BYTES_MAX + 1, &[], EOVERFLOW),
+        (READ, 0, 0, u64::from(NBD_REQUEST_BYTES_MAX) + 1, &[], EOVERFLOW),
         (TRIM, 0, end, 1, &[], EINVAL),
         (BLOCK_STATUS, 0, end, 1, &[], EINVAL),
         (BLOCK_STATUS, 0, 0, 0, &[], EINVAL),
-        (CACHE, 0, 0, 4096, &[], EINVAL),
+        (CACHE, 0, end, 1, &[], EINVAL),
+        (CACHE, REQ_ONE, 0, 4096, &[], EINVAL),
         (8, 0, 0, 4096, &[], EINVAL),
         (999, 0, 0, 4096, &[], EINVAL),
-        (WRITE_ZEROES, FAST_ZERO, 0, 4096, &[], EINVAL),
+        (WRITE_ZEROES, FAST_ZERO, end, 4096, &[], ENOSPC),
+        (WRITE, FAST_ZERO, 0, 4096, &page, EINVAL),
         (WRITE, DF, 0, 4096, &page, EINVAL),
         (WRITE, 1 << 5, 0, 4096, &page, EINVAL),
         (READ, NO_HOLE, 0, 4096, &[], EINVAL),
@@ -364,23 +418,165 @@ fn errors_are_those_of_the_protocol_and_the_connection_stays_in_step() {
 fn a_flag_that_was_not_advertised_does_not_stop_anybody() {
     // nbdkit 1.32.5 and 1.42.3 with the file plugin abort on WRITE_ZEROES with FAST_ZERO.
     let world = world();
+    for form in [ReplyForm::Simple, ReplyForm::Structured, ReplyForm::Extended] {
+        let mut client = world.connect(|options| {
+            options.read_only = true;
+            options.replies = form;
+        });
+        assert_eq!(client.call(WRITE_ZEROES, FAST_ZERO, 0, 4096, &[]).error, EINVAL);
+        assert_eq!(client.call(WRITE_ZEROES, FAST_ZERO | NO_HOLE, 0, 4096, &[]).error, EINVAL);
+        assert_eq!(client.read(0, 4096), [0; 4096]);
+    }
     let mut client = world.connect(|_| {});
-    assert_eq!(client.call(WRITE_ZEROES, FAST_ZERO, 0, 4096, &[]).error, EINVAL);
-    assert_eq!(world.connect(|_| {}).read(0, 4096), [0; 4096]);
     client.write(0, &[1; 4096]);
 }
 
 #[test]
-fn without_structured_replies_errors_are_numbers_and_df_is_unknown() {
+fn fast_zeroes_zero_whole_slots_and_are_refused_where_they_would_write() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    client.write(0, &vec![7; 1 << 20]);
+    for (flags, offset, length) in [
+        (FAST_ZERO | NO_HOLE, 0, 65_536),
+        (FAST_ZERO, 1, 4095),
+        (FAST_ZERO, 4096, 8191),
+        (FAST_ZERO, 100, 10),
+        (FAST_ZERO | FUA, 512, 65_536),
+    ] {
+        let answer = client.call(WRITE_ZEROES, flags, offset, length, &[]);
+        assert_eq!(answer.error, ENOTSUP, "{flags:#x} at {offset}+{length}");
+    }
+    assert_eq!(client.read(0, 1 << 20), vec![7; 1 << 20], "nothing was changed by what was refused");
+    assert_eq!(client.call(WRITE_ZEROES, FAST_ZERO, 4096, 8192, &[]).error, 0);
+    assert_eq!(client.call(WRITE_ZEROES, FAST_ZERO | FUA, 32 << 20, 32 << 20, &[]).error, 0);
+    let content = client.read(0, 16_384);
+    assert!(content[..4096].iter().chain(&content[12_288..]).all(|byte| *byte == 7));
+    assert!(content[4096..12_288].iter().all(|byte| *byte == 0));
+    // Without the flag nothing is ever refused for being slow.
+    for (flags, offset, length) in [(0, 1, 4095), (NO_HOLE, 100, 10), (NO_HOLE, 0, 65_536), (0, 4096, 8191)] {
+        assert_eq!(client.call(WRITE_ZEROES, flags, offset, length, &[]).error, 0);
+    }
+}
+
+#[test]
+fn a_prefetch_changes_nothing_and_knows_its_flags_and_bounds() {
+    let world = world();
+    for form in [ReplyForm::Simple, ReplyForm::Structured, ReplyForm::Extended] {
+        let mut client = world.connect(|options| options.replies = form);
+        client.write(5000, &[3; 9000]);
+        for (offset, length) in [(0, 4096), (5001, 77), (0, SIZE_BYTES), (SIZE_BYTES, 0), (SIZE_BYTES - 1, 1)] {
+            assert_eq!(client.call(CACHE, 0, offset, length, &[]).error, 0);
+            assert_eq!(client.call(CACHE, FUA, offset, length, &[]).error, 0);
+        }
+        for flag in [NO_HOLE, DF, REQ_ONE, FAST_ZERO, 1 << 6, 1 << 15] {
+            assert_eq!(client.call(CACHE, flag, 0, 4096, &[]).error, EINVAL);
+        }
+        assert_eq!(client.call(CACHE, 0, SIZE_BYTES - 1, 2, &[]).error, EINVAL);
+        assert_eq!(client.read(5000, 9000), [3; 9000]);
+    }
+    assert_eq!(world.connect(|options| options.read_only = true).call(CACHE, 0, 0, 4096, &[]).error, 0);
+}
+
+#[test]
+fn without_chunks_errors_are_numbers_and_df_is_unknown() {
     let world = world();
     let mut client = world.connect(|options| {
-        options.structured_replies = false;
-        options.allocation_context_id = None;
+        options.replies = ReplyForm::Simple;
+        options.contexts.clear();
     });
     assert_eq!(client.call(READ, DF, 0, 4096, &[]).error, EINVAL);
     assert_eq!(client.call(BLOCK_STATUS, 0, 0, 4096, &[]).error, EINVAL);
     assert_eq!(client.call(WRITE, 0, SIZE_BYTES, 512, &[0; 512]).error, ENOSPC);
     client.write(0, &[3; 512]);
+}
+
+#[test]
+fn extended_requests_say_what_their_length_is() {
+    let world = world();
+    let mut client = world.connect(|options| options.replies = ReplyForm::Extended);
+    client.write(4096, &[5; 8192]);
+    assert_eq!(client.read(4000, 300), [&[0; 96][..], &[5; 204]].concat());
+    // A write without the flag has its payload all the same (QEMU's client); others with it have one, which is consumed.
+    let cookie = client.send_as_is(WRITE, 0, 0, 4096, &[6; 4096]);
+    let answer = client.answer_to(0, None);
+    assert_eq!((answer.cookie, answer.error), (cookie, 0));
+    assert_eq!(client.read(0, 4096), [6; 4096]);
+    for command in [READ, FLUSH, TRIM, CACHE, WRITE_ZEROES, 8, 999] {
+        for length in [1usize, 100, 300_000] {
+            client.send_as_is(command, PAYLOAD_LEN, 0, length as u64, &vec![9; length]);
+            let answer = client.answer_to(0, None);
+            assert_eq!(answer.error, EINVAL, "command {command} with {length} bytes");
+        }
+    }
+    // Lengths beyond 32 bits are compared, not cut.
+    for (command, error) in [(READ, EINVAL), (TRIM, EINVAL), (CACHE, EINVAL), (BLOCK_STATUS, EINVAL), (WRITE_ZEROES, ENOSPC)] {
+        for length in [(1 << 32) + 4096, 1 << 63, u64::MAX] {
+            client.send_as_is(command, 0, 4096, length, &[]);
+            assert_eq!(client.answer_to(4096, None).error, error, "command {command} of {length}");
+        }
+    }
+    assert_eq!(client.call(FLUSH, FUA, 0, 0, &[]).chunks, [0]);
+    assert_eq!(client.read(4096, 8192), [5; 8192]);
+    // More than may be sent: the connection ends, and no other.
+    client.send_as_is(TRIM, PAYLOAD_LEN, 0, 1 << 40, &[]);
+    assert_eq!(client.answer_to(0, None).error, EINVAL);
+    assert_eq!(client.expect_closed().reason, ServeEndReason::Error);
+    let mut other = world.connect(|options| options.replies = ReplyForm::Extended);
+    other.stream.write_all(&request_bytes(READ, 0, 1, 0, 512)).unwrap();
+    other.stream.write_all(&[0; 4]).unwrap();
+    assert_eq!(other.expect_closed().reason, ServeEndReason::Error, "a compact request is out of step there");
+}
+
+#[test]
+fn a_status_tells_each_context_once_or_those_that_were_chosen() {
+    let world = world();
+    world.device.write(0, &[1; 16_384]).unwrap();
+    let before = world.freeze();
+    world.device.write(8192, &[2; 4096]).unwrap();
+    world.device.discard(12_288, 4096).unwrap();
+    let contexts = || {
+        vec![
+            MetaContext { id: 5, kind: MetaContextKind::Allocation },
+            MetaContext { id: 9, kind: MetaContextKind::Depth },
+            MetaContext { id: 2, kind: MetaContextKind::ChangedSince(before.clone()) },
+        ]
+    };
+    for form in [ReplyForm::Structured, ReplyForm::Extended] {
+        let mut client = world.connect(|options| {
+            options.replies = form;
+            options.contexts = contexts();
+        });
+        let answer = client.call(BLOCK_STATUS, 0, 0, 65_536, &[]);
+        let expected = [
+            (5, vec![(12_288, 0), (53_248, 3)]),
+            (9, vec![(12_288, 1), (53_248, 0)]),
+            // The layer is still the same: writes in place are no change of owner, so nothing has changed since that map.
+            (2, vec![(65_536, 0)]),
+        ];
+        assert_eq!(answer.statuses, expected);
+        let one = client.call(BLOCK_STATUS, REQ_ONE, 4096, 65_536, &[]);
+        assert!(one.statuses.iter().all(|(_, extents)| extents.len() == 1 && extents[0].0 <= 65_536));
+    }
+    let mut client = world.connect(|options| {
+        options.replies = ReplyForm::Extended;
+        options.contexts = contexts();
+    });
+    let filter = |length: u64, ids: &[u32]| {
+        let mut payload = length.to_be_bytes().to_vec();
+        ids.iter().for_each(|id| payload.extend(id.to_be_bytes()));
+        payload
+    };
+    let mut ask = |payload: &[u8]| {
+        client.send_as_is(BLOCK_STATUS, PAYLOAD_LEN, 0, payload.len() as u64, payload);
+        client.answer_to(0, None)
+    };
+    assert_eq!(ask(&filter(65_536, &[9])).statuses, [(9, vec![(12_288, 1), (53_248, 0)])]);
+    assert_eq!(ask(&filter(4096, &[2, 5])).statuses.iter().map(|status| status.0).collect::<Vec<_>>(), [5, 2]);
+    for bad in [filter(4096, &[9, 9]), filter(4096, &[7]), filter(4096, &[]), filter(1 << 40, &[9]), vec![1; 13], vec![], vec![0; 300_000]]
+    {
+        assert_eq!(ask(&bad).error, EINVAL, "{} bytes", bad.len());
+    }
+    assert_eq!(ask(&filter(SIZE_BYTES, &[5])).error, 0);
 }
 
 #[test]
@@ -409,7 +605,7 @@ fn zeros_trims_and_status_agree_with_what_is_read() {
         let zero = (100..5100).contains(&at) || (65_536..131_072).contains(&at);
         assert_eq!(*byte, if zero { 0 } else { 5 }, "at {at}");
     }
-    let answer = client.call(BLOCK_STATUS, FUA, 0, SIZE_BYTES as u32, &[]);
+    let answer = client.call(BLOCK_STATUS, FUA, 0, SIZE_BYTES, &[]);
     assert_eq!(answer.chunks, [5]);
     let mut at = 0u64;
     for (length, state) in &answer.extents {
@@ -418,7 +614,7 @@ fn zeros_trims_and_status_agree_with_what_is_read() {
             let step = (*length).min(1 << 20);
             assert!(client.read(at, step).iter().all(|byte| *byte == 0), "{at} is said to be zero");
         }
-        at += u64::from(*length);
+        at += *length;
     }
     assert_eq!(at, SIZE_BYTES);
     let one = client.call(BLOCK_STATUS, REQ_ONE, 4096, 1 << 20, &[]);
@@ -443,7 +639,7 @@ fn a_write_that_is_too_large_ends_its_connection_and_no_other() {
     let world = world();
     let mut other = world.connect(|_| {});
     let mut client = world.connect(|_| {});
-    client.send(WRITE, 0, 0, u32::MAX, &[]);
+    client.send(WRITE, 0, 0, u64::from(u32::MAX), &[]);
     assert_eq!(client.answer(None).error, EINVAL);
     assert_eq!(client.expect_closed().reason, ServeEndReason::Error);
     other.write(0, &[1; 512]);
@@ -541,6 +737,68 @@ fn closing_the_device_answers_shutdown_and_ends_the_connection() {
     assert_eq!(client.call(READ, 0, 0, 4096, &[]).error, ESHUTDOWN);
     let end = client.expect_closed();
     assert_eq!((end.reason, end.message.as_str()), (ServeEndReason::Closed, "the device was closed"));
+}
+
+#[test]
+fn requests_that_come_while_a_connection_drains_are_answered_shutdown_and_then_it_ends() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    client.write(0, &[1; 4096]);
+    // Something is in flight for as long as the test wants: a flush whose sync waits.
+    world.faults.set_plan(FaultPlan {
+        seed: 1,
+        rules: vec![FaultRule {
+            operation: "sync".to_owned(),
+            layer: None,
+            skip_count: 0,
+            apply_count: 1,
+            probability_of_256: 256,
+            errno: 0,
+            delay_ms: 3000,
+            tear: false,
+        }],
+    });
+    let flush = client.send(FLUSH, 0, 0, 0, &[]);
+    while world.faults.injected_count() == 0 {
+        std::thread::yield_now();
+    }
+    client.connection.drain();
+    let started_at = std::time::Instant::now();
+    for (command, length, payload) in
+        [(READ, 4096, 0), (WRITE, 4096, 4096), (WRITE, 1 << 20, 1 << 20), (BLOCK_STATUS, 4096, 0), (TRIM, 4096, 0)]
+    {
+        assert_eq!(client.call(command, 0, 0, length, &vec![2; payload]).error, ESHUTDOWN);
+    }
+    assert!(started_at.elapsed() < std::time::Duration::from_secs(3), "they did not wait for the flush");
+    let answer = client.answer(None);
+    assert_eq!((answer.cookie, answer.error), (flush, 0), "what was in flight is finished");
+    assert_eq!(client.expect_closed().reason, ServeEndReason::Closed);
+    let mut again = world.connect(|_| {});
+    assert_eq!(again.read(0, 4096), [1; 4096], "nothing of what was refused was done");
+}
+
+#[test]
+fn a_client_that_never_stops_asking_does_not_keep_a_drain_from_its_end() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    client.write(0, &[1; 4096]);
+    client.connection.drain();
+    client.connection.drain();
+    let started_at = std::time::Instant::now();
+    let mut refused_count = 0;
+    while client.stream.write_all(&request_bytes(READ, 0, 1, 0, 512)).is_ok() {
+        let mut head = [0; 20];
+        if client.stream.read_exact(&mut head).is_err() {
+            break;
+        }
+        let length = u32::from_be_bytes(head[16..20].try_into().unwrap());
+        let payload = client.take(length as usize);
+        assert_eq!(payload[..4], ESHUTDOWN.to_be_bytes());
+        refused_count += 1;
+    }
+    assert!(refused_count > 0);
+    assert!(started_at.elapsed() < std::time::Duration::from_secs(10));
+    client.connection.wait_ended();
 }
 
 #[test]

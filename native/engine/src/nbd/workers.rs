@@ -126,11 +126,19 @@ impl Drop for CloseOnDrop<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::request::Command;
+    use super::super::request::{ALL_CONTEXTS, Command};
     use super::*;
 
     fn job(payload_bytes: usize) -> Job {
-        let request = Request { flags: 0, command: Command::Write, cookie: 0, offset_bytes: 0, length_bytes: 0 };
+        let request = Request {
+            flags: 0,
+            command: Command::Write,
+            cookie: 0,
+            offset_bytes: 0,
+            length_bytes: 0,
+            payload_bytes: 0,
+            contexts: ALL_CONTEXTS,
+        };
         Job { request, payload: vec![0; payload_bytes], is_throttled: false }
     }
 

@@ -140,9 +140,22 @@ impl Connection {
     /// A connection that does not serve yet ends as well. Returns at once; a client that does not take its answers holds the end
     /// up until `close`.
     pub fn drain(&self) {
-        self.shared.control.drain();
-        self.shared.socket.shutdown_receive();
+        if !self.shared.control.drain() {
+            return;
+        }
         *self.commands.lock() = None;
+        if self.shared.control.is_serving() {
+            let shared = self.shared.clone();
+            let waiting = spawn_named("atoll-drain", move || {
+                shared.control.wait_quiet();
+                shared.socket.shutdown_receive();
+            });
+            // Without a thread to wait on, who asks now finds the connection closed.
+            if waiting.is_ok() {
+                return;
+            }
+        }
+        self.shared.socket.shutdown_receive();
     }
 
     /// Ends the connection now: the socket is shut down, requests in flight run to their end without an answer.

@@ -171,6 +171,12 @@ impl LayerIo for FileLayer {
         system::drop_cache(&self.file).map_err(|error| self.error("drop-cache", 0, &error))
     }
 
+    fn prefetch(&self, offset_bytes: u64, length_bytes: u64) -> Result<()> {
+        let end = self.end("prefetch", offset_bytes, length_bytes)?.min(self.length_bytes()?);
+        system::prefetch(&self.file, offset_bytes, end.saturating_sub(offset_bytes))
+            .map_err(|error| self.error("prefetch", offset_bytes, &error))
+    }
+
     fn raw_fd(&self) -> Option<RawFd> {
         Some(self.file.as_raw_fd())
     }

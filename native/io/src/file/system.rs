@@ -158,6 +158,25 @@ pub(super) fn drop_cache(file: &File) -> Result<()> {
     if errno == 0 { Ok(()) } else { Err(Error::from_raw_os_error(errno)) }
 }
 
+/// Bytes of one piece of advice: the kernel starts to read no more than its read-ahead window at a time, and drops the rest.
+const PREFETCH_STEP_BYTES: u64 = 128 << 10;
+
+/// Asks the kernel to read the range into its cache, without waiting for it.
+pub(super) fn prefetch(file: &File, offset_bytes: u64, length_bytes: u64) -> Result<()> {
+    let mut done = 0;
+    while done < length_bytes {
+        let step = (length_bytes - done).min(PREFETCH_STEP_BYTES);
+        let offset = libc::off_t::try_from(offset_bytes + done).map_err(|_| Error::from_raw_os_error(libc::EFBIG))?;
+        // SAFETY: no memory is passed.
+        let errno = unsafe { libc::posix_fadvise(file.as_raw_fd(), offset, step as libc::off_t, libc::POSIX_FADV_WILLNEED) };
+        if errno != 0 {
+            return Err(Error::from_raw_os_error(errno));
+        }
+        done += step;
+    }
+    Ok(())
+}
+
 /// Takes (`true`) or gives back (`false`) the exclusive lock of this open file description on the whole file; does not wait.
 /// `Ok(false)`: somebody else has it.
 pub(super) fn set_lock(file: &File, exclusive: bool) -> Result<bool> {
