@@ -6,6 +6,7 @@ import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest'
 import {
   connect,
   connectRaw,
+  encodeExtendedRequest,
   encodeInfoRequest,
   encodeMetaContextRequest,
   encodeOption,
@@ -39,7 +40,17 @@ function randomBytes(random: Random, lengthBytes: number): Buffer {
 }
 
 const names = ['disk', 'disk', 'disk', '', 'other', 'disk\0', 'ä'.repeat(100), 'x'.repeat(4097)]
-const queries = ['base:allocation', 'base:', 'x-y:z', '', 'q'.repeat(5000), 'a\0b']
+const queries = [
+  'base:allocation',
+  'qemu:allocation-depth',
+  'qemu:dirty-bitmap:',
+  'qemu:',
+  'base:',
+  'x-y:z',
+  '',
+  'q'.repeat(5000),
+  'a\0b',
+]
 
 function randomOption(random: Random): Buffer {
   const name = names[random(names.length)]!
@@ -47,7 +58,7 @@ function randomOption(random: Random): Buffer {
     case 0:
       return encodeOption(option.list, randomBytes(random, random(4) === 0 ? random(100) : 0))
     case 1:
-      return encodeOption(option.structuredReply, Buffer.alloc(0))
+      return encodeOption(random(2) === 0 ? option.structuredReply : option.extendedHeaders, Buffer.alloc(0))
     case 2:
     case 3:
       return encodeOption(
@@ -83,7 +94,7 @@ function randomStream(random: Random): Buffer {
   const parts = [flags, ...Array.from({ length: random(12) }, () => randomOption(random))]
   if (random(3) === 0)
     parts.push(
-      encodeRequest({
+      (random(2) === 0 ? encodeRequest : encodeExtendedRequest)({
         flags: random(64),
         command: random(9),
         cookie: 1n,
