@@ -206,4 +206,26 @@ export const nativeBugs: PlantedBug[] = [
     edits: [{ file: 'native/engine/src/device/discard.rs', find: 'self.change_owner(active, runs, HOLE)', replace: 'Ok(())' }],
     tests: deviceTests,
   },
+  {
+    name: 'what was discarded since a snapshot is not told to who backs up',
+    edits: [
+      {
+        file: 'native/engine/src/device/status.rs',
+        find: 'if run.owner == base_run.owner { 0 }',
+        replace: 'if run.owner == base_run.owner || run.owner == HOLE { 0 }',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'a fast zero is taken for ranges whose edges have to be written',
+    edits: [
+      {
+        file: 'native/engine/src/device/discard.rs',
+        find: ' && length_bytes.is_multiple_of(unit_bytes)',
+        replace: ' && length_bytes > 0',
+      },
+    ],
+    tests: ['-p', 'atoll-engine', 'nbd::'],
+  },
 ]
