@@ -6,11 +6,14 @@
 import { chmodSync, copyFileSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { rolldown, type Plugin } from 'rolldown'
+import { crateNotices, packageNotices } from './notices.ts'
 
 export const repositoryRoot = join(import.meta.dirname, '..')
 
 /** Packages with binaries: not bundled, but installed beside the bundle. */
 const external = ['better-sqlite3']
+
+const noticesFile = 'THIRD-PARTY-NOTICES'
 
 interface Manifest {
   readonly version: string
@@ -26,13 +29,15 @@ export interface Release {
 
 /**
  * Writes the packages into `folder`, which is empty.
- * @throws Error if the addon is not built, or a source names a file in a way that the bundle would lose
+ * @throws Error if the addon is not built, a source names a file in a way that the bundle would lose, or a part's licence does
+ * not allow it
  */
 export async function buildRelease(folder: string): Promise<Release> {
   const root = readManifest('package.json')
   const bundle = join(folder, 'atoll')
   const native = join(folder, nativePackageName(process.arch))
-  await writeBundle(join(bundle, 'lib/atoll'))
+  const bundledFiles = await writeBundle(join(bundle, 'lib/atoll'))
+  writeFileSync(join(bundle, noticesFile), packageNotices(bundledFiles))
   mkdirSync(join(bundle, 'bin'))
   copyFileSync(join(import.meta.dirname, 'launcher.sh'), join(bundle, 'bin/atoll'))
   chmodSync(join(bundle, 'bin/atoll'), 0o755)
@@ -54,6 +59,7 @@ export async function buildRelease(folder: string): Promise<Release> {
 
   mkdirSync(native)
   copyFileSync(join(repositoryRoot, `native/atoll.linux-${process.arch}.node`), join(native, 'atoll.node'))
+  writeFileSync(join(native, noticesFile), crateNotices(join(repositoryRoot, 'native')))
   writeManifest(native, {
     name: nativePackageName(process.arch),
     version: root.version,
@@ -73,7 +79,8 @@ function nativePackageName(arch: string): string {
   return `atoll-native-linux-${arch}`
 }
 
-async function writeBundle(folder: string): Promise<void> {
+/** Returns the files that are in it. */
+async function writeBundle(folder: string): Promise<Set<string>> {
   const threads = threadFiles()
   const bundle = await rolldown({
     cwd: repositoryRoot,
@@ -87,7 +94,13 @@ async function writeBundle(folder: string): Promise<void> {
     },
   })
   try {
-    await bundle.write({ dir: folder, format: 'esm', entryFileNames: '[name].js', chunkFileNames: '[name]-[hash].js' })
+    const { output } = await bundle.write({
+      dir: folder,
+      format: 'esm',
+      entryFileNames: '[name].js',
+      chunkFileNames: '[name]-[hash].js',
+    })
+    return new Set(output.flatMap((file) => (file.type === 'chunk' ? file.moduleIds : [])))
   } finally {
     await bundle.close()
   }
