@@ -1,4 +1,4 @@
-import { existsSync } from 'node:fs'
+import { existsSync, readdirSync } from 'node:fs'
 import { stat } from 'node:fs/promises'
 import { afterEach, describe, expect, it, vi } from 'vitest'
 import { silentLog } from '@atoll/core'
@@ -45,6 +45,18 @@ describe('the NBD server', () => {
     fixture.exports.entries.delete('disk')
     await expect(connect(fixture.uri())).rejects.toMatchObject({ replyName: 'errorUnknown' })
     expect((await connection.read(0, 512)).length).toBe(512)
+  })
+
+  it('keeps no descriptor of a client that has left', async () => {
+    fixture = await NbdFixture.start()
+    const descriptorCount = (): number => readdirSync('/proc/self/fd').length
+    const before = descriptorCount()
+    for (let index = 0; index < 40; index += 1) {
+      const connection = await connect(fixture.uri())
+      await connection.disconnect()
+    }
+    await vi.waitFor(() => expect(fixture.server.connections()).toEqual([]))
+    await vi.waitFor(() => expect(descriptorCount()).toBeLessThanOrEqual(before + 2))
   })
 
   it('tells clients of a suspended export to come back', async () => {

@@ -48,9 +48,16 @@ enum Command {
     ServeNbd { device: Arc<Device>, options: NbdOptions, done: Done<ServeEnd> },
 }
 
-struct Shared {
+/// What there is only while the connection lives. Its thread has one handle.
+struct Link {
     socket: Socket,
     control: ServeControl,
+}
+
+struct Shared {
+    peer: String,
+    /// Gone when the thread has ended: a handle that somebody forgets keeps no descriptor.
+    link: Mutex<Option<Arc<Link>>>,
     ended: Mutex<Ended>,
     ended_changed: Condvar,
 }
@@ -70,9 +77,11 @@ pub struct Connection {
 
 impl Connection {
     pub(super) fn start(socket: Socket, place: ConnectionPlace) -> Result<Arc<Connection>> {
+        let peer = socket.peer().to_owned();
+        let link = Arc::new(Link { socket, control: ServeControl::default() });
         let shared = Arc::new(Shared {
-            socket,
-            control: ServeControl::default(),
+            peer,
+            link: Mutex::new(Some(link.clone())),
             ended: Mutex::new(Ended::default()),
             ended_changed: Condvar::new(),
         });
@@ -80,9 +89,11 @@ impl Connection {
         let on_thread = shared.clone();
         spawn_named("atoll-client", move || {
             // What is left of a panic here is this connection's alone: the socket is shut down and the place given back.
-            let _ = catch_unwind(AssertUnwindSafe(|| run(&on_thread, &receiver)));
+            let _ = catch_unwind(AssertUnwindSafe(|| run(&link, &receiver)));
             drop(receiver);
-            on_thread.socket.shutdown();
+            link.socket.shutdown();
+            *on_thread.link.lock() = None;
+            drop(link);
             drop(place);
             on_thread.end();
         })?;
@@ -91,7 +102,7 @@ impl Connection {
 
     /// Who is at the other end, for logs and listings.
     pub fn peer(&self) -> &str {
-        self.shared.socket.peer()
+        &self.shared.peer
     }
 
     /// Reads exactly `length_bytes` and calls `done` with them, with `None` at end of file (also in the middle), or with
@@ -140,29 +151,37 @@ impl Connection {
     /// A connection that does not serve yet ends as well. Returns at once; a client that does not take its answers holds the end
     /// up until `close`.
     pub fn drain(&self) {
-        if !self.shared.control.drain() {
+        let Some(link) = self.link() else { return };
+        if !link.control.drain() {
             return;
         }
         *self.commands.lock() = None;
-        if self.shared.control.is_serving() {
-            let shared = self.shared.clone();
+        if link.control.is_serving() {
+            let draining = link.clone();
             let waiting = spawn_named("atoll-drain", move || {
-                shared.control.wait_quiet();
-                shared.socket.shutdown_receive();
+                draining.control.wait_quiet();
+                draining.socket.shutdown_receive();
             });
             // Without a thread to wait on, who asks now finds the connection closed.
             if waiting.is_ok() {
                 return;
             }
         }
-        self.shared.socket.shutdown_receive();
+        link.socket.shutdown_receive();
+    }
+
+    /// `None` when the connection has ended.
+    fn link(&self) -> Option<Arc<Link>> {
+        self.shared.link.lock().clone()
     }
 
     /// Ends the connection now: the socket is shut down, requests in flight run to their end without an answer.
     /// Returns at once; see `wait_ended`. Idempotent.
     pub fn close(&self) {
-        self.shared.control.close();
-        self.shared.socket.shutdown();
+        if let Some(link) = self.link() {
+            link.control.close();
+            link.socket.shutdown();
+        }
         *self.commands.lock() = None;
     }
 
@@ -218,30 +237,30 @@ impl Command {
     }
 }
 
-fn run(shared: &Shared, commands: &Receiver<Command>) {
+fn run(link: &Link, commands: &Receiver<Command>) {
     while let Ok(command) = commands.recv() {
         match command {
             Command::Read { length_bytes, timeout, done } => {
                 let mut bytes = vec![0; length_bytes];
                 let deadline = timeout.map(|timeout| Instant::now() + timeout);
-                let result = shared.socket.receive_all_until(&mut bytes, deadline);
+                let result = link.socket.receive_all_until(&mut bytes, deadline);
                 done.call(result.map(|count| (count == length_bytes).then_some(bytes)));
             }
             Command::Write { bytes, done } => {
-                done.call(shared.socket.send_all(&bytes).map_err(|error| connection_lost(&error)));
+                done.call(link.socket.send_all(&bytes).map_err(|error| connection_lost(&error)));
             }
             Command::StartTls { config, timeout, done } => {
-                let result = shared.socket.start_tls(&config, timeout);
+                let result = link.socket.start_tls(&config, timeout);
                 if result.is_err() {
                     // Half a handshake is out: nothing that follows could be understood.
-                    shared.socket.shutdown();
+                    link.socket.shutdown();
                 }
                 done.call(result);
             }
             Command::ServeNbd { device, options, done } => {
-                let served = catch_unwind(AssertUnwindSafe(|| nbd::serve(&shared.socket, &device, options, &shared.control)));
+                let served = catch_unwind(AssertUnwindSafe(|| nbd::serve(&link.socket, &device, options, &link.control)));
                 // The peer is told before anybody above, so that whoever waits for `done` finds the connection gone.
-                shared.socket.shutdown();
+                link.socket.shutdown();
                 drop(device);
                 done.call(Ok(served.unwrap_or_else(|_| ServeEnd {
                     reason: ServeEndReason::Error,
