@@ -1,6 +1,6 @@
 //! The receiving side: one large buffer that requests are parsed from in place.
 use super::request::EXTENDED_HEADER_BYTES;
-use crate::net::Socket;
+use crate::net::{Patience, Socket};
 use std::io;
 
 /// Bytes of payload that are received together with their headers; longer payloads get a buffer of their own.
@@ -16,13 +16,14 @@ pub(super) struct ReceiveBuffer {
     start: usize,
     end: usize,
     payload: Vec<u8>,
+    patience: Patience,
 }
 
 impl ReceiveBuffer {
     /// For requests whose headers have this many bytes.
     pub(super) fn new(header_bytes: usize) -> ReceiveBuffer {
         let bytes = vec![0; EXTENDED_HEADER_BYTES + INLINE_PAYLOAD_BYTES_MAX];
-        ReceiveBuffer { header_bytes, bytes, start: 0, end: 0, payload: Vec::new() }
+        ReceiveBuffer { header_bytes, bytes, start: 0, end: 0, payload: Vec::new(), patience: Patience::default() }
     }
 
     /// Bytes received and not consumed.
@@ -61,7 +62,7 @@ impl ReceiveBuffer {
             self.end -= self.start;
             self.start = 0;
         }
-        let count = socket.receive(&mut self.bytes[self.end..])?;
+        let count = socket.receive_patiently(&mut self.bytes[self.end..], &mut self.patience)?;
         self.end += count;
         Ok(count)
     }

@@ -6,11 +6,13 @@
 //! TLS lies below all of it: whoever reads and writes does not see it, and a plain socket does not pay for it.
 mod connection;
 mod listener;
+mod patience;
 mod socket;
 mod tls;
 
 pub use connection::{CONNECTION_READ_BYTES_MAX, Connection};
 pub(crate) use listener::ConnectionCount;
 pub use listener::{CONNECTION_COUNT_MAX, Endpoint, Listener};
+pub(crate) use patience::Patience;
 pub(crate) use socket::Socket;
 pub use tls::{TlsConfig, TlsPeer};

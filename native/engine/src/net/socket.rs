@@ -1,4 +1,5 @@
 //! A connected stream socket, plain or with TLS: whole reads and writes, deadlines, and shutting it down under a reader.
+use super::patience::Patience;
 use super::tls::{TlsConfig, TlsPeer, TlsSession};
 use crate::{EngineError, Result};
 use std::io;
@@ -66,9 +67,17 @@ impl Socket {
     /// Reads what is there, at least one byte; 0: end of file.
     pub(crate) fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match self.tls.get() {
-            None => self.raw.receive(buffer),
+            None => self.raw.receive(buffer, 0),
             Some(tls) => tls.receive_until(&self.raw, buffer, None).map_err(io::Error::other),
         }
+    }
+
+    /// As `receive`, by a reader that may look for bytes before it sleeps. Through TLS it sleeps at once.
+    pub(crate) fn receive_patiently(&self, buffer: &mut [u8], patience: &mut Patience) -> io::Result<usize> {
+        if self.tls.get().is_some() {
+            return self.receive(buffer);
+        }
+        patience.receive(|may_sleep| self.raw.receive(buffer, if may_sleep { 0 } else { libc::MSG_DONTWAIT }))
     }
 
     /// Fills the buffer. The number is smaller than its length only at end of file.
@@ -134,11 +143,11 @@ impl RawSocket {
         unsafe { libc::setsockopt(self.fd.as_raw_fd(), level, name, (&raw const value).cast(), length) == 0 }
     }
 
-    /// Reads what is there, at least one byte; 0: end of file.
-    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    /// Reads what is there, at least one byte; 0: end of file. `flags`: as for recv.
+    fn receive(&self, buffer: &mut [u8], flags: libc::c_int) -> io::Result<usize> {
         loop {
             // SAFETY: the pointer and length are those of one exclusive slice.
-            let count = unsafe { libc::recv(self.fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+            let count = unsafe { libc::recv(self.fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), flags) };
             if count >= 0 {
                 return Ok(count as usize);
             }
@@ -154,7 +163,7 @@ impl RawSocket {
         if let Some(deadline) = deadline {
             self.wait(libc::POLLIN, deadline)?;
         }
-        self.receive(buffer).map_err(|error| connection_lost(&error))
+        self.receive(buffer, 0).map_err(|error| connection_lost(&error))
     }
 
     /// Waits for a direction to be ready, or for the connection to be broken.
