@@ -30,6 +30,17 @@ impl Device {
         })
     }
 
+    /// The next part of a write whose first part `write` took: no operation of its own in the counters.
+    pub fn write_rest(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
+        self.unwind_guard("write", || {
+            self.wait_for_room()?;
+            let _pass = self.enter()?;
+            self.check_range(offset_bytes, data.len() as u64, libc::ENOSPC)?;
+            self.counters.write_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+            self.write_inside(offset_bytes, data)
+        })
+    }
+
     pub(super) fn write_inside(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
         let layers = self.layers.load();
         let active = layers.active.as_ref().ok_or_else(read_only_error)?;

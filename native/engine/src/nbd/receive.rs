@@ -6,6 +6,11 @@ use std::io;
 /// Bytes of payload that are received together with their headers; longer payloads get a buffer of their own.
 pub(super) const INLINE_PAYLOAD_BYTES_MAX: usize = 256 << 10;
 
+/// A long payload is taken in pieces of at least this: small enough for a cache, and large against an alignment.
+const PIECE_BYTES: usize = 128 << 10;
+
+const _: () = assert!(PIECE_BYTES <= INLINE_PAYLOAD_BYTES_MAX, "a piece fits the buffer");
+
 /// A payload buffer larger than this is given back after use: an idle connection keeps little memory (I8).
 const PAYLOAD_KEEP_BYTES_MAX: usize = 4 << 20;
 
@@ -51,7 +56,7 @@ impl ReceiveBuffer {
         &self.bytes[payload_start..self.start]
     }
 
-    /// Waits for more bytes. 0: end of file. Must not be called while a request that fits is here as a whole.
+    /// Waits for more bytes. 0: end of file. Must not be called while the buffer is full: a request that fits is here as a whole.
     pub(super) fn fill(&mut self, socket: &Socket) -> io::Result<usize> {
         if self.start == self.end {
             self.start = 0;
@@ -81,6 +86,41 @@ impl ReceiveBuffer {
             return Ok(None);
         }
         Ok(Some(&mut self.payload))
+    }
+
+    /// Consumes a request whose payload does not fit, and hands the payload to `take` piece by piece while it is fresh in the
+    /// processor's cache. The pieces come in order and join; all but the last end at multiples of `alignment_bytes` counted from
+    /// `payload_offset_bytes` before the payload. False: end of file in the middle.
+    pub(super) fn receive_in_pieces(
+        &mut self,
+        socket: &Socket,
+        payload_bytes: u64,
+        payload_offset_bytes: u64,
+        alignment_bytes: u64,
+        mut take: impl FnMut(u64, &[u8]),
+    ) -> io::Result<bool> {
+        self.start += self.header_bytes;
+        let mut at = 0;
+        while at < payload_bytes {
+            let left_bytes = payload_bytes - at;
+            let wanted_bytes = left_bytes.min(PIECE_BYTES as u64) as usize;
+            while self.available_bytes() < wanted_bytes {
+                if self.fill(socket)? == 0 {
+                    return Ok(false);
+                }
+            }
+            let here = (self.available_bytes() as u64).min(left_bytes);
+            let piece_bytes = if here == left_bytes {
+                here
+            } else {
+                let end = payload_offset_bytes + at + here;
+                here - end % alignment_bytes
+            };
+            take(at, &self.bytes[self.start..self.start + piece_bytes as usize]);
+            self.start += piece_bytes as usize;
+            at += piece_bytes;
+        }
+        Ok(true)
     }
 
     /// Gives a large payload buffer back.

@@ -10,6 +10,7 @@ use super::{MetaContextKind, NbdOptions, ReplyForm, ServeEnd, ServeEndReason};
 use crate::device::PREFETCH_BYTES_MAX;
 use crate::net::Socket;
 use crate::{Admission, Device, EngineError, Result, StatusExtent};
+use atoll_map::SLOT_BYTES;
 use parking_lot::Mutex;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -239,7 +240,11 @@ impl<'a> Session<'a> {
                 return Err(ended(ServeEndReason::Error, message));
             }
             let payload_bytes = request.payload_bytes as usize;
-            let next = if payload_bytes > INLINE_PAYLOAD_BYTES_MAX {
+            let next = if payload_bytes > INLINE_PAYLOAD_BYTES_MAX && self.may_write_in_pieces(&request) {
+                self.send_batch(batch)?;
+                self.write_in_pieces(&request, received, batch)?;
+                Next::Continue
+            } else if payload_bytes > INLINE_PAYLOAD_BYTES_MAX {
                 // The rest of the payload may be long in coming: nobody waits for it.
                 self.send_batch(batch)?;
                 let payload = match received.receive_large(self.socket, payload_bytes) {
@@ -410,13 +415,50 @@ impl<'a> Session<'a> {
             Command::Disconnect | Command::Unknown => unreachable!("refused or handled before execution"),
         };
         if let Err(error) = result {
-            if error.errno == libc::ESHUTDOWN {
-                self.device_is_gone.store(true, Ordering::Release);
-                // Wakes the reading thread; the answer still goes out.
-                self.socket.shutdown_receive();
-            }
-            replies.push_error(request, form, &refusal_of(&error));
+            self.push_failure(request, &error, replies);
         }
+    }
+
+    fn push_failure(&self, request: &Request, error: &EngineError, replies: &mut ReplyBuffer) {
+        if error.errno == libc::ESHUTDOWN {
+            self.device_is_gone.store(true, Ordering::Release);
+            // Wakes the reading thread; the answer still goes out.
+            self.socket.shutdown_receive();
+        }
+        replies.push_error(request, self.options.replies, &refusal_of(error));
+    }
+
+    /// Whether a long write can go to the device while the rest of it is still on its way. Nobody was told that it is done, so a
+    /// snapshot in between, or a client that leaves, may find a part of it, as a power cut may. What is refused or held back is
+    /// received as a whole.
+    fn may_write_in_pieces(&self, request: &Request) -> bool {
+        request.command == Command::Write
+            && !request.has(FLAG_FUA)
+            && !self.control.is_draining()
+            && request.check(&self.permissions()).is_ok()
+            && self.device.try_throttle(request.length_bytes)
+    }
+
+    fn write_in_pieces(&self, request: &Request, received: &mut ReceiveBuffer, batch: &mut Batch) -> std::result::Result<(), ServeEnd> {
+        let Request { offset_bytes, length_bytes, .. } = *request;
+        let mut result = Ok(());
+        let whole = received.receive_in_pieces(self.socket, length_bytes, offset_bytes, SLOT_BYTES, |at, piece| {
+            // After a failure the rest is only consumed.
+            if result.is_ok() {
+                result = if at == 0 { self.device.write(offset_bytes, piece) } else { self.device.write_rest(offset_bytes + at, piece) };
+            }
+        });
+        match whole {
+            Ok(true) => {}
+            Ok(false) => return Err(self.end_of_file(received.available_bytes())),
+            Err(error) => return Err(self.broken(&error)),
+        }
+        match result {
+            Ok(()) => batch.replies.push_success(request, self.options.replies),
+            Err(error) => self.push_failure(request, &error, &mut batch.replies),
+        }
+        batch.note();
+        Ok(())
     }
 
     /// A chunk for each context asked about, all or none of them.

@@ -116,12 +116,16 @@ impl World {
     }
 
     fn fail(&self, operation: &str, errno: i32) {
+        self.fail_after(0, operation, errno);
+    }
+
+    fn fail_after(&self, skip_count: u64, operation: &str, errno: i32) {
         self.faults.set_plan(FaultPlan {
             seed: 1,
             rules: vec![FaultRule {
                 operation: operation.to_owned(),
                 layer: None,
-                skip_count: 0,
+                skip_count,
                 apply_count: u64::MAX,
                 probability_of_256: 256,
                 errno,
@@ -370,6 +374,31 @@ fn a_request_may_arrive_in_pieces() {
     }
     assert_eq!(client.answer(None).cookie, 5);
     assert_eq!(client.answer(Some((8192, 3000))).data, [7; 3000]);
+}
+
+#[test]
+fn a_long_write_is_one_request_however_it_arrives_and_fails_as_one() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    let length = (1 << 20) + 777;
+    for (round, piece_bytes) in [7_001usize, 131_085, 300_000, 4 << 20].into_iter().enumerate() {
+        let payload: Vec<u8> = (0..length).map(|at| (at * 13 + round) as u8).collect();
+        let operations = world.device.stats().write_operations;
+        let mut bytes = request_bytes(WRITE, 0, 1, 12_291, length as u32);
+        bytes.extend(&payload);
+        bytes.extend(request_bytes(READ, 0, 2, 12_291, length as u32));
+        let mut writer = client.stream.try_clone().unwrap();
+        let sender = std::thread::spawn(move || bytes.chunks(piece_bytes).for_each(|piece| writer.write_all(piece).unwrap()));
+        assert_eq!((client.answer(None).cookie, world.device.stats().write_operations), (1, operations + 1));
+        let read = client.answer(Some((12_291, length)));
+        assert!(read.data == payload, "pieces of {piece_bytes}");
+        sender.join().unwrap();
+    }
+    world.fail_after(2, "write", libc::ENOSPC);
+    assert_eq!(client.call(WRITE, 0, 0, 2 << 20, &vec![1; 2 << 20]).error, ENOSPC);
+    world.faults.set_plan(FaultPlan::default());
+    client.write(0, &vec![2; 2 << 20]);
+    assert!(client.read(0, 2 << 20) == vec![2; 2 << 20]);
 }
 
 #[test]
