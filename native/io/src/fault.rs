@@ -112,6 +112,10 @@ impl Faults {
         None
     }
 
+    fn has_rule(&self, operation: &str) -> bool {
+        self.state.lock().plan.rules.iter().any(|rule| rule.operation == operation)
+    }
+
     /// Asks the rules about a call of which nothing may be left behind, and waits as they say.
     fn check(&self, operation: &'static str, layer: Option<LayerId>, object: impl FnOnce() -> String) -> Result<()> {
         match self.decide(operation, layer) {
@@ -263,6 +267,14 @@ impl LayerIo for FaultLayer {
     fn read(&self, offset_bytes: u64, buffers: &mut [IoSliceMut<'_>]) -> Result<()> {
         self.check("read")?;
         self.inner.read(offset_bytes, buffers)
+    }
+
+    /// What a rule may hit or delay has to be waited for.
+    fn read_now(&self, offset_bytes: u64, buffer: &mut [u8]) -> Result<bool> {
+        if self.faults.has_rule("read") {
+            return Ok(false);
+        }
+        self.inner.read_now(offset_bytes, buffer)
     }
 
     fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()> {

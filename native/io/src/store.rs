@@ -159,6 +159,11 @@ pub struct StoreLock {
 pub trait LayerIo: Send + Sync + 'static {
     /// Fills all buffers from `offset_bytes` on; holes and everything past the end read as zeros.
     fn read(&self, offset_bytes: u64, buffers: &mut [IoSliceMut<'_>]) -> Result<()>;
+    /// As `read` of one buffer, but only if nobody has to be waited for: false, with anything in the buffer, if a disk or a
+    /// network would. A kind that cannot tell reads.
+    fn read_now(&self, offset_bytes: u64, buffer: &mut [u8]) -> Result<bool> {
+        self.read(offset_bytes, &mut [IoSliceMut::new(buffer)]).map(|()| true)
+    }
     /// Writes all buffers from `offset_bytes` on, all or an error (what landed before the error is unknown). Not durable before `sync`.
     fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()>;
     /// Frees the range; it reads as zeros. Not durable before `sync`. Whole punch units are freed, the rest is zeroed.

@@ -44,6 +44,7 @@ store_contract!(
     removing_what_is_not_there_is_no_error,
     what_was_written_reads_back_and_the_rest_is_zeros,
     reads_past_the_end_are_zeros,
+    what_is_read_at_once_is_what_a_read_gives_or_nothing,
     many_buffers_are_filled_and_written_in_order,
     a_read_only_layer_refuses_every_change,
     a_punched_range_reads_as_zeros_and_frees_whole_units,
@@ -118,6 +119,28 @@ fn reads_past_the_end_are_zeros((store, _guard): Opened) {
     assert!(read(&*layer, 100, 5000).iter().all(|byte| *byte == 0));
     assert!(read(&*layer, (1 << 49) - 4096, 4096).iter().all(|byte| *byte == 0));
     assert_eq!(layer.length_bytes().unwrap(), 100);
+}
+
+fn what_is_read_at_once_is_what_a_read_gives_or_nothing((store, _guard): Opened) {
+    let layer = layer(&*store);
+    write(&*layer, 8192, &[7; 8192]).unwrap();
+    for drop_cache in [false, true] {
+        if drop_cache {
+            layer.sync().unwrap();
+            layer.drop_cache().unwrap();
+        }
+        for (offset_bytes, length) in [(8192, 8192), (9000, 10), (4096, 8192), (0, 4096), (12_288, 8192), (1 << 30, 4096)] {
+            let mut bytes = vec![0xee; length];
+            if layer.read_now(offset_bytes, &mut bytes).unwrap() {
+                assert_eq!(bytes, read(&*layer, offset_bytes, length), "{length} bytes at {offset_bytes}");
+            }
+        }
+    }
+    // A read has brought it: now it is at hand, unless the file system cannot tell.
+    read(&*layer, 8192, 8192);
+    let mut bytes = [0; 4096];
+    assert!(layer.read_now(8192, &mut bytes).unwrap());
+    assert_eq!(bytes, [7; 4096]);
 }
 
 fn many_buffers_are_filled_and_written_in_order((store, _guard): Opened) {

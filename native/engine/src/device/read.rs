@@ -37,15 +37,36 @@ impl Device {
         })
     }
 
+    /// As `read`, but only from what is at hand: false, with anything in the buffer and nothing counted, if a backend would have to
+    /// be waited for.
+    pub fn read_now(&self, offset_bytes: u64, buffer: &mut [u8]) -> Result<bool> {
+        self.unwind_guard("read", || {
+            let _pass = self.enter()?;
+            self.check_range(offset_bytes, buffer.len() as u64, libc::EINVAL)?;
+            if !self.read_parts(offset_bytes, buffer, |owner, at, part| self.read_now_from(owner, at, part))? {
+                return Ok(false);
+            }
+            self.counters.read_operations.fetch_add(1, Ordering::Relaxed);
+            self.counters.read_bytes.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+            Ok(true)
+        })
+    }
+
     /// Reads without asking the gate: the caller is inside, or nobody else is.
     pub(super) fn read_inside(&self, offset_bytes: u64, buffer: &mut [u8]) -> Result<()> {
+        self.read_parts(offset_bytes, buffer, |owner, at, part| self.read_from(owner, at, part).map(|()| true)).map(|_| ())
+    }
+
+    /// Calls `read` for each run of one owner, until one is not read (false).
+    #[inline]
+    fn read_parts(&self, offset_bytes: u64, buffer: &mut [u8], read: impl Fn(u32, u64, &mut [u8]) -> Result<bool>) -> Result<bool> {
         if buffer.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let (start_slot, end_slot) = slots_touched(offset_bytes, buffer.len() as u64);
         let owner = self.map.lookup(start_slot)?;
         if end_slot - start_slot == 1 || self.map.is_owned(start_slot, end_slot - start_slot, owner)? {
-            return self.read_from(owner, offset_bytes, buffer);
+            return read(owner, offset_bytes, buffer);
         }
         with_runs(|runs| {
             self.map.lookup_runs(start_slot, end_slot - start_slot, runs)?;
@@ -55,12 +76,14 @@ impl Device {
                 let run_end = (run.start_slot + run.slot_count) * SLOT_BYTES;
                 let length = (run_end - at).min(rest.len() as u64) as usize;
                 let (part, tail) = rest.split_at_mut(length);
-                self.read_from(run.owner, at, part)?;
+                if !read(run.owner, at, part)? {
+                    return Ok(false);
+                }
                 at += length as u64;
                 rest = tail;
             }
             debug_assert!(rest.is_empty(), "lookup_runs covers the range exactly");
-            Ok(())
+            Ok(true)
         })
     }
 
@@ -73,6 +96,16 @@ impl Device {
         let layers = self.layers.load();
         layers.reader(owner)?.read(offset_bytes, &mut [IoSliceMut::new(buffer)])?;
         Ok(())
+    }
+
+    #[inline]
+    fn read_now_from(&self, owner: u32, offset_bytes: u64, buffer: &mut [u8]) -> Result<bool> {
+        if owner == HOLE {
+            buffer.fill(0);
+            return Ok(true);
+        }
+        let layers = self.layers.load();
+        Ok(layers.reader(owner)?.read_now(offset_bytes, buffer)?)
     }
 
     /// Asks the backend to have the range's data at hand soon, `PREFETCH_BYTES_MAX` of it at most. A hint: nothing depends on it.

@@ -36,7 +36,7 @@ const _: () = assert!(EXTENDED_HEADER_BYTES + HOLE_PAYLOAD_BYTES + EXTENDED_HEAD
 const ERROR_MESSAGE_BYTES_MAX: usize = 1024;
 
 /// A buffer larger than this is given back after it was sent (I8).
-const REPLY_KEEP_BYTES_MAX: usize = 4 << 20;
+const REPLY_KEEP_BYTES_MAX: usize = 2 << 20;
 
 /// Replies that wait to be sent. The bytes behind `used` are initialised but mean nothing, so reuse costs no clearing.
 #[derive(Default)]

@@ -305,15 +305,23 @@ impl<'a> Session<'a> {
         }
         let is_throttled = throttle_bytes(request).is_some_and(|bytes| !self.device.try_throttle(bytes));
         if !is_throttled && !self.is_slow(request) {
-            self.execute(request, payload.bytes(), &mut batch.replies);
-            batch.note();
-            return Ok(Next::Continue);
+            let is_done = if request.command == Command::Read {
+                self.read_now(request, &mut batch.replies)
+            } else {
+                self.execute(request, payload.bytes(), &mut batch.replies);
+                true
+            };
+            if is_done {
+                batch.note();
+                return Ok(Next::Continue);
+            }
         }
-        if !self.queue.has_room(payload.bytes().len()) {
+        let held_bytes = if request.command == Command::Read { request.length_bytes as usize } else { payload.bytes().len() };
+        if !self.queue.has_room(held_bytes) {
             self.send_batch(batch)?;
         }
         self.control.in_flight.fetch_add(1, Ordering::AcqRel);
-        let job = Job { request: *request, payload: payload.into_vec(), is_throttled };
+        let job = Job { request: *request, payload: payload.into_vec(), held_bytes, is_throttled };
         if self.queue.submit(job) {
             let started = std::thread::Builder::new().name("atoll-nbd-work".to_owned()).spawn_scoped(scope, || self.work());
             // Without any thread to be had the request is done here: slower, but done.
@@ -329,7 +337,7 @@ impl<'a> Session<'a> {
     }
 
     fn finished(&self, job: &Job) {
-        self.queue.finished(job.payload.len());
+        self.queue.finished(job.held_bytes);
         self.control.in_flight.fetch_sub(1, Ordering::AcqRel);
     }
 
@@ -416,6 +424,28 @@ impl<'a> Session<'a> {
         };
         if let Err(error) = result {
             self.push_failure(request, &error, replies);
+        }
+    }
+
+    /// Answers a read from what is at hand. False: somebody has to wait for a backend, and nothing was answered.
+    fn read_now(&self, request: &Request, replies: &mut ReplyBuffer) -> bool {
+        let Request { offset_bytes, length_bytes, .. } = *request;
+        let may_have_holes = !request.has(FLAG_DF);
+        let read = replies.push_read(request, self.options.replies, may_have_holes, |room| match length_bytes {
+            0 => Ok(()),
+            _ => match self.device.read_now(offset_bytes, room) {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(None),
+                Err(error) => Err(Some(error)),
+            },
+        });
+        match read {
+            Ok(()) => true,
+            Err(None) => false,
+            Err(Some(error)) => {
+                self.push_failure(request, &error, replies);
+                true
+            }
         }
     }
 

@@ -713,6 +713,41 @@ fn requests_before_a_goodbye_are_finished_and_answered() {
 }
 
 #[test]
+fn a_read_that_waits_for_its_disk_does_not_hold_up_others_and_reads_wait_side_by_side() {
+    let world = world();
+    let mut client = world.connect(|options| options.replies = ReplyForm::Simple);
+    for index in 0..4u64 {
+        client.write(index * 8192, &[index as u8 + 1; 8192]);
+    }
+    // Two reads meet their disk, and it takes its time; everything after them is at hand.
+    world.faults.set_plan(FaultPlan {
+        seed: 1,
+        rules: vec![FaultRule {
+            operation: "read".to_owned(),
+            layer: None,
+            skip_count: 0,
+            apply_count: 2,
+            probability_of_256: 256,
+            errno: 0,
+            delay_ms: 1500,
+            tear: false,
+        }],
+    });
+    let mut bytes = request_bytes(READ, 0, 1, 0, 8192);
+    bytes.extend(request_bytes(READ, 0, 2, 8192, 8192));
+    client.stream.write_all(&bytes).unwrap();
+    while world.faults.injected_count() < 2 {
+        std::thread::yield_now();
+    }
+    world.faults.set_plan(FaultPlan::default());
+    // Its answer is the first: both of the others wait, and neither for the other.
+    assert_eq!(client.read(16_384, 8192), [3; 8192]);
+    let mut late: Vec<(u64, Vec<u8>)> = (0..2).map(|_| client.answer(Some((0, 8192)))).map(|answer| (answer.cookie, answer.data)).collect();
+    late.sort();
+    assert_eq!(late, [(1, vec![1; 8192]), (2, vec![2; 8192])]);
+}
+
+#[test]
 fn a_slow_flush_does_not_hold_up_other_requests_of_its_connection() {
     let world = world();
     let mut client = world.connect(|_| {});

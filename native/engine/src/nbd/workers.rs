@@ -6,18 +6,20 @@ use std::collections::VecDeque;
 /// Requests that may wait or run on workers; then the connection stops reading until one is done (I8).
 pub(super) const QUEUED_REQUESTS_MAX: usize = 128;
 
-/// Payload bytes that requests on workers may hold; a single larger one may run alone (I8).
+/// Bytes that requests on workers may hold, payloads and what is read; a single larger one may run alone (I8).
 pub(super) const QUEUED_PAYLOAD_BYTES_MAX: usize = 64 << 20;
 
-/// Worker threads of one connection, started as they are needed. Syncs of one device mostly share each other's work, so
-/// more would only wait.
-pub(super) const WORKER_COUNT_MAX: usize = 8;
+/// Worker threads of one connection, started as they are needed: reads that wait for a disk which does several at a time. (Syncs of
+/// one device mostly share each other's work.)
+pub(super) const WORKER_COUNT_MAX: usize = 16;
 
 /// A request on its way to a worker.
 pub(super) struct Job {
     pub(super) request: Request,
     /// A copy of its own: the receive buffer goes on.
     pub(super) payload: Vec<u8>,
+    /// Bytes that it keeps in memory until it is answered: the payload, or what is read.
+    pub(super) held_bytes: usize,
     /// The throttle has not admitted it yet.
     pub(super) is_throttled: bool,
 }
@@ -58,11 +60,11 @@ impl WorkQueue {
     /// `worker_started` or `worker_missing` then.
     pub(super) fn submit(&self, job: Job) -> bool {
         let mut state = self.state.lock();
-        while !state.has_room(job.payload.len()) {
+        while !state.has_room(job.held_bytes) {
             self.room.wait(&mut state);
         }
         state.in_flight_count += 1;
-        state.in_flight_bytes += job.payload.len();
+        state.in_flight_bytes += job.held_bytes;
         state.jobs.push_back(job);
         let wants_worker = state.jobs.len() > state.idle_count && state.worker_count < WORKER_COUNT_MAX;
         if wants_worker {
@@ -139,7 +141,7 @@ mod tests {
             payload_bytes: 0,
             contexts: ALL_CONTEXTS,
         };
-        Job { request, payload: vec![0; payload_bytes], is_throttled: false }
+        Job { request, payload: vec![0; payload_bytes], held_bytes: payload_bytes, is_throttled: false }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Zeros are written from here, 64 KiB at a time.
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
@@ -23,11 +24,13 @@ pub(super) struct FileLayer {
     path: String,
     writable: bool,
     can_punch: bool,
+    /// The file system can say whether a read would have to wait; unknown until it was asked.
+    can_read_now: AtomicBool,
 }
 
 impl FileLayer {
     pub(super) fn new(file: File, path: String, writable: bool, can_punch: bool) -> FileLayer {
-        FileLayer { file, path, writable, can_punch }
+        FileLayer { file, path, writable, can_punch, can_read_now: AtomicBool::new(true) }
     }
 
     fn error(&self, operation: &'static str, offset_bytes: u64, error: &std::io::Error) -> IoError {
@@ -80,6 +83,17 @@ impl FileLayer {
 impl LayerIo for FileLayer {
     fn read(&self, offset_bytes: u64, buffers: &mut [IoSliceMut<'_>]) -> Result<()> {
         system::read_all_at(&self.file, offset_bytes, buffers).map_err(|error| self.error("read", offset_bytes, &error))
+    }
+
+    fn read_now(&self, offset_bytes: u64, buffer: &mut [u8]) -> Result<bool> {
+        if self.can_read_now.load(Ordering::Relaxed) {
+            match system::read_cached_at(&self.file, offset_bytes, buffer) {
+                Ok(is_read) => return Ok(is_read),
+                Err(error) if system::is_unsupported(&error) => self.can_read_now.store(false, Ordering::Relaxed),
+                Err(error) => return Err(self.error("read", offset_bytes, &error)),
+            }
+        }
+        self.read(offset_bytes, &mut [IoSliceMut::new(buffer)]).map(|()| true)
     }
 
     fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()> {

@@ -87,6 +87,27 @@ pub(super) fn read_all_at(file: &File, offset_bytes: u64, buffers: &mut [IoSlice
     Ok(())
 }
 
+/// Fills the buffer from the page cache in one call: false if a part of it is not there, or the file ends inside. What lies past
+/// the end is zeros. An error for which `is_unsupported` holds: this file system cannot tell.
+pub(super) fn read_cached_at(file: &File, offset_bytes: u64, buffer: &mut [u8]) -> Result<bool> {
+    let offset = libc::off_t::try_from(offset_bytes).map_err(|_| Error::from_raw_os_error(libc::EFBIG))?;
+    let vector = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: one vector that covers exactly `buffer`, which is borrowed mutably until the call returns.
+    let count = unsafe { libc::preadv2(file.as_raw_fd(), &raw const vector, 1, offset, libc::RWF_NOWAIT) };
+    if count == 0 {
+        buffer.fill(0);
+        return Ok(true);
+    }
+    if count > 0 {
+        return Ok(count as usize == buffer.len());
+    }
+    let error = Error::last_os_error();
+    match error.kind() {
+        ErrorKind::WouldBlock | ErrorKind::Interrupted => Ok(false),
+        _ => Err(error),
+    }
+}
+
 /// Writes all buffers from `offset_bytes` on.
 pub(super) fn write_all_at(file: &File, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()> {
     let descriptor = file.as_raw_fd();
