@@ -170,7 +170,10 @@ impl JsConnection {
 
     /// `ids`, `kinds` and `maps` belong together; only a kind that compares has a map.
     #[napi]
-    #[allow(clippy::too_many_arguments)]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "the one call that hands a negotiation's result over; an object would be copied field by field"
+    )]
     pub fn serve_nbd<'env>(
         &self,
         env: &'env Env,

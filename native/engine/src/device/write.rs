@@ -20,22 +20,21 @@ const SLOT: usize = SLOT_BYTES as usize;
 impl Device {
     /// Writes; durable after the next `flush` that starts afterwards. Any alignment. `OUT_OF_RANGE`, `READ_ONLY`, `NO_SPACE`.
     pub fn write(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
-        self.unwind_guard("write", || {
-            self.wait_for_room()?;
-            let _pass = self.enter()?;
-            self.check_range(offset_bytes, data.len() as u64, libc::ENOSPC)?;
-            self.counters.write_operations.fetch_add(1, Ordering::Relaxed);
-            self.counters.write_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
-            self.write_inside(offset_bytes, data)
-        })
+        self.write_part(offset_bytes, data, 1)
     }
 
     /// The next part of a write whose first part `write` took: no operation of its own in the counters.
     pub fn write_rest(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
+        self.write_part(offset_bytes, data, 0)
+    }
+
+    /// `operations`: how many the counters get.
+    fn write_part(&self, offset_bytes: u64, data: &[u8], operations: u64) -> Result<()> {
         self.unwind_guard("write", || {
             self.wait_for_room()?;
             let _pass = self.enter()?;
             self.check_range(offset_bytes, data.len() as u64, libc::ENOSPC)?;
+            self.counters.write_operations.fetch_add(operations, Ordering::Relaxed);
             self.counters.write_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
             self.write_inside(offset_bytes, data)
         })

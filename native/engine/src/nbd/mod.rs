@@ -6,8 +6,10 @@
 //!
 //! Rules:
 //! - One thread reads: a large receive, then every complete request in the buffer, then one send with all replies.
-//!   Requests that may be slow (flush, FUA, long trims and zeroes, whatever the throttle holds back) go to workers of the
-//!   connection, so that nothing waits behind somebody's fsync. Replies go out in any order, each as one piece.
+//!   Requests that may be slow (flush, FUA, long trims and zeroes, reads of what is not at hand, whatever the throttle holds
+//!   back) go to workers of the connection, so that nothing waits behind somebody's fsync or disk. Replies go out in any order,
+//!   each as one piece.
+//! - A long write goes to the device in pieces while the rest of it still arrives; it is answered once, when all of it is done.
 //! - A reply is sent only when what it says is true: a write when the device has it, a flush or FUA when it is durable.
 //! - Everything a client can make us keep is bounded: requests and bytes in flight, request size, extents of a reply.
 //! - Once a reply's first byte is sent the rest follows, or the connection ends; nothing is padded.

@@ -1,4 +1,6 @@
 //! The transmission phase against scripted clients, over a real device on the memory store.
+mod drain;
+
 use crate::net::Connection;
 use crate::{
     Device, DeviceLimits, DeviceSpec, Engine, EngineOptions, LayerSpec, MetaContext, MetaContextKind, NBD_REQUEST_BYTES_MAX, NbdOptions,
@@ -120,19 +122,36 @@ impl World {
     }
 
     fn fail_after(&self, skip_count: u64, operation: &str, errno: i32) {
-        self.faults.set_plan(FaultPlan {
-            seed: 1,
-            rules: vec![FaultRule {
-                operation: operation.to_owned(),
-                layer: None,
-                skip_count,
-                apply_count: u64::MAX,
-                probability_of_256: 256,
-                errno,
-                delay_ms: 0,
-                tear: false,
-            }],
-        });
+        self.inject(FaultRule { skip_count, errno, ..rule(operation) });
+    }
+
+    /// The next calls answer late.
+    fn delay(&self, operation: &str, apply_count: u64, delay_ms: u32) {
+        self.inject(FaultRule { apply_count, delay_ms, ..rule(operation) });
+    }
+
+    fn inject(&self, rule: FaultRule) {
+        self.faults.set_plan(FaultPlan { seed: 1, rules: vec![rule] });
+    }
+
+    fn wait_injected(&self, count: u64) {
+        while self.faults.injected_count() < count {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Every call of an operation succeeds, and at once.
+fn rule(operation: &str) -> FaultRule {
+    FaultRule {
+        operation: operation.to_owned(),
+        layer: None,
+        skip_count: 0,
+        apply_count: u64::MAX,
+        probability_of_256: 256,
+        errno: 0,
+        delay_ms: 0,
+        tear: false,
     }
 }
 
@@ -720,25 +739,11 @@ fn a_read_that_waits_for_its_disk_does_not_hold_up_others_and_reads_wait_side_by
         client.write(index * 8192, &[index as u8 + 1; 8192]);
     }
     // Two reads meet their disk, and it takes its time; everything after them is at hand.
-    world.faults.set_plan(FaultPlan {
-        seed: 1,
-        rules: vec![FaultRule {
-            operation: "read".to_owned(),
-            layer: None,
-            skip_count: 0,
-            apply_count: 2,
-            probability_of_256: 256,
-            errno: 0,
-            delay_ms: 1500,
-            tear: false,
-        }],
-    });
+    world.delay("read", 2, 1500);
     let mut bytes = request_bytes(READ, 0, 1, 0, 8192);
     bytes.extend(request_bytes(READ, 0, 2, 8192, 8192));
     client.stream.write_all(&bytes).unwrap();
-    while world.faults.injected_count() < 2 {
-        std::thread::yield_now();
-    }
+    world.wait_injected(2);
     world.faults.set_plan(FaultPlan::default());
     // Its answer is the first: both of the others wait, and neither for the other.
     assert_eq!(client.read(16_384, 8192), [3; 8192]);
@@ -753,23 +758,9 @@ fn a_slow_flush_does_not_hold_up_other_requests_of_its_connection() {
     let mut client = world.connect(|_| {});
     client.write(0, &[1; 4096]);
     // The sync answers late; the read behind it must not wait for it.
-    world.faults.set_plan(FaultPlan {
-        seed: 1,
-        rules: vec![FaultRule {
-            operation: "sync".to_owned(),
-            layer: None,
-            skip_count: 0,
-            apply_count: 1,
-            probability_of_256: 256,
-            errno: 0,
-            delay_ms: 300,
-            tear: false,
-        }],
-    });
+    world.delay("sync", 1, 300);
     let flush = client.send(FLUSH, 0, 0, 0, &[]);
-    while world.faults.injected_count() == 0 {
-        std::thread::yield_now();
-    }
+    world.wait_injected(1);
     let read = client.send(READ, 0, 0, 4096, &[]);
     assert_eq!(client.answer(Some((0, 4096))).cookie, read);
     let answer = client.answer(None);
@@ -801,97 +792,6 @@ fn closing_the_device_answers_shutdown_and_ends_the_connection() {
     assert_eq!(client.call(READ, 0, 0, 4096, &[]).error, ESHUTDOWN);
     let end = client.expect_closed();
     assert_eq!((end.reason, end.message.as_str()), (ServeEndReason::Closed, "the device was closed"));
-}
-
-#[test]
-fn requests_that_come_while_a_connection_drains_are_answered_shutdown_and_then_it_ends() {
-    let world = world();
-    let mut client = world.connect(|_| {});
-    client.write(0, &[1; 4096]);
-    // Something is in flight for as long as the test wants: a flush whose sync waits.
-    world.faults.set_plan(FaultPlan {
-        seed: 1,
-        rules: vec![FaultRule {
-            operation: "sync".to_owned(),
-            layer: None,
-            skip_count: 0,
-            apply_count: 1,
-            probability_of_256: 256,
-            errno: 0,
-            delay_ms: 3000,
-            tear: false,
-        }],
-    });
-    let flush = client.send(FLUSH, 0, 0, 0, &[]);
-    while world.faults.injected_count() == 0 {
-        std::thread::yield_now();
-    }
-    client.connection.drain();
-    let started_at = std::time::Instant::now();
-    for (command, length, payload) in
-        [(READ, 4096, 0), (WRITE, 4096, 4096), (WRITE, 1 << 20, 1 << 20), (BLOCK_STATUS, 4096, 0), (TRIM, 4096, 0)]
-    {
-        assert_eq!(client.call(command, 0, 0, length, &vec![2; payload]).error, ESHUTDOWN);
-    }
-    assert!(started_at.elapsed() < std::time::Duration::from_secs(3), "they did not wait for the flush");
-    let answer = client.answer(None);
-    assert_eq!((answer.cookie, answer.error), (flush, 0), "what was in flight is finished");
-    assert_eq!(client.expect_closed().reason, ServeEndReason::Closed);
-    let mut again = world.connect(|_| {});
-    assert_eq!(again.read(0, 4096), [1; 4096], "nothing of what was refused was done");
-}
-
-#[test]
-fn a_client_that_never_stops_asking_does_not_keep_a_drain_from_its_end() {
-    let world = world();
-    let mut client = world.connect(|_| {});
-    client.write(0, &[1; 4096]);
-    client.connection.drain();
-    client.connection.drain();
-    let started_at = std::time::Instant::now();
-    let mut refused_count = 0;
-    while client.stream.write_all(&request_bytes(READ, 0, 1, 0, 512)).is_ok() {
-        let mut head = [0; 20];
-        if client.stream.read_exact(&mut head).is_err() {
-            break;
-        }
-        let length = u32::from_be_bytes(head[16..20].try_into().unwrap());
-        let payload = client.take(length as usize);
-        assert_eq!(payload[..4], ESHUTDOWN.to_be_bytes());
-        refused_count += 1;
-    }
-    assert!(refused_count > 0);
-    assert!(started_at.elapsed() < std::time::Duration::from_secs(10));
-    client.connection.wait_ended();
-}
-
-#[test]
-fn a_drained_connection_answers_what_it_has_and_ends() {
-    let world = world();
-    let mut client = world.connect(|_| {});
-    client.write(0, &[1; 4096]);
-    client.connection.drain();
-    client.connection.wait_ended();
-    let end = client.expect_closed();
-    assert_eq!(end.reason, ServeEndReason::Closed);
-}
-
-#[test]
-fn a_throttled_connection_is_slow_but_can_be_drained_at_once() {
-    let world = world_with(ThrottleLimits { bytes_per_second: 1, burst_bytes: 4096, ..ThrottleLimits::default() });
-    let mut client = world.connect(|_| {});
-    client.write(0, &[1; 4096]);
-    let write = client.send(WRITE, 0, 4096, 4096, &[2; 4096]);
-    // A flush costs nothing at the throttle and passes the write that waits there.
-    let flush = client.send(FLUSH, 0, 0, 0, &[]);
-    assert_eq!(client.answer(None).cookie, flush);
-    client.connection.drain();
-    let answer = client.answer(None);
-    assert_eq!((answer.cookie, answer.error), (write, ESHUTDOWN));
-    assert_eq!(client.expect_closed().reason, ServeEndReason::Closed);
-    let mut again = world.connect(|_| {});
-    world.device.set_throttle(ThrottleLimits::default());
-    assert_eq!(again.read(0, 8192)[4095..4097], [1, 0]);
 }
 
 #[test]
