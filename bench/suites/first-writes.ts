@@ -1,10 +1,9 @@
 /** First writes on a fresh clone: where copy-on-write costs. Every 4 KiB block is written once, in random order. */
 import { execFileSync } from 'node:child_process'
-import { rmSync, statSync } from 'node:fs'
 import { type Bench, GiB, MiB, type Peer } from '../bench.ts'
 import type { Contender } from '../contenders.ts'
-import type { Server } from '../servers.ts'
 import { median } from '../table.ts'
+import { fileForARound } from './file-for-a-round.ts'
 
 const diskBytes = GiB
 const writtenBytes = 256 * MiB
@@ -58,39 +57,13 @@ export async function firstWrites(bench: Bench): Promise<void> {
 
 /** nbdkit on a new empty file of the disk's size: what no copy-on-write can beat by much. */
 function sparseFile(bench: Bench): Contender {
-  const path = bench.path('sparse.raw')
-  let server: Server | undefined
-  return {
-    name: 'nbdkit sparse',
-    async prepare() {
-      execFileSync('truncate', ['-s', String(diskBytes), path])
-      const served = await bench.serve('nbdkit', path)
-      server = served.server
-      return served.uri
-    },
-    async finish() {
-      if (server !== undefined) await bench.stop(server)
-      rmSync(path)
-    },
-  }
+  const make = (path: string): void => void execFileSync('truncate', ['-s', String(diskBytes), path])
+  return fileForARound(bench, { name: 'nbdkit sparse', kind: 'nbdkit', format: 'raw', make })
 }
 
 /** A new qcow2 overlay over a full qcow2. */
 export function overlay(bench: Bench, base: string): Contender {
-  const path = bench.path('overlay.qcow2')
-  let server: Server | undefined
-  return {
-    name: 'qcow2 overlay',
-    async prepare() {
-      statSync(base)
-      execFileSync('qemu-img', ['create', '-q', '-f', 'qcow2', '-b', base, '-F', 'qcow2', path])
-      const served = await bench.serve('qemu-nbd', path, 'qcow2')
-      server = served.server
-      return served.uri
-    },
-    async finish() {
-      if (server !== undefined) await bench.stop(server)
-      rmSync(path)
-    },
-  }
+  const make = (path: string): void =>
+    void execFileSync('qemu-img', ['create', '-q', '-f', 'qcow2', '-b', base, '-F', 'qcow2', path])
+  return fileForARound(bench, { name: 'qcow2 overlay', kind: 'qemu-nbd', format: 'qcow2', make })
 }

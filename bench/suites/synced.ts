@@ -1,9 +1,9 @@
 /** Writes that are flushed, on a real file system: databases in guests. */
 import { execFileSync } from 'node:child_process'
-import { rmSync } from 'node:fs'
 import { type Bench, GiB } from '../bench.ts'
 import type { Contender } from '../contenders.ts'
-import type { Atoll, Server } from '../servers.ts'
+import type { Atoll } from '../servers.ts'
+import { fileForARound } from './file-for-a-round.ts'
 import { overlay } from './first-writes.ts'
 
 const diskBytes = GiB
@@ -61,19 +61,6 @@ function freshVolume(atoll: Atoll, source: readonly string[]): Contender {
 }
 
 function freshImage(bench: Bench): Contender {
-  const path = bench.path('fresh.qcow2')
-  let server: Server | undefined
-  return {
-    name: 'qemu-nbd qcow2',
-    async prepare() {
-      execFileSync('qemu-img', ['create', '-q', '-f', 'qcow2', path, String(diskBytes)])
-      const served = await bench.serve('qemu-nbd', path, 'qcow2')
-      server = served.server
-      return served.uri
-    },
-    async finish() {
-      if (server !== undefined) await bench.stop(server)
-      rmSync(path)
-    },
-  }
+  const make = (path: string): void => void execFileSync('qemu-img', ['create', '-q', '-f', 'qcow2', path, String(diskBytes)])
+  return fileForARound(bench, { name: 'qemu-nbd qcow2', kind: 'qemu-nbd', format: 'qcow2', make })
 }
