@@ -202,6 +202,28 @@ export const nativeBugs: PlantedBug[] = [
     tests: deviceTests,
   },
   {
+    name: 'the next frame goes behind the zeros that a segment grew ahead by',
+    edits: [
+      {
+        file: 'native/io/src/journal/writer.rs',
+        find: 'last.length_bytes = end_bytes;',
+        replace: 'let _ = end_bytes;\n            last.length_bytes = padded_bytes;',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'bytes of a torn frame are taken for the zeros of a segment that grew ahead',
+    edits: [
+      {
+        file: 'native/io/src/journal/replay.rs',
+        find: '(self.good_bytes < self.length_bytes && !self.is_tail_zero)',
+        replace: 'false',
+      },
+    ],
+    tests: ['-p', 'atoll-io', '--test', 'journal'],
+  },
+  {
     name: 'a discard of a slot that another layer owns only punches',
     edits: [{ file: 'native/engine/src/device/discard.rs', find: 'self.change_owner(active, runs, HOLE)', replace: 'Ok(())' }],
     tests: deviceTests,
