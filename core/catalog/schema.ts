@@ -6,8 +6,8 @@
  * - times are milliseconds since 1970 (a number), sizes are bytes, ids are lower-case UUIDs;
  * - integers are numbers (every one of them stays below 2^53), but for `root_word`, which is a bigint;
  * - a column name means the same in every table, because values are converted by the name of their column: `root_word`
- *   <-> bigint, `read_only` and `shared` <-> boolean, and `options`, `throttle`, `params`, `cursor`, `result` <-> an object
- *   stored as JSON text. A conversion follows the origin of a column, so an alias (`root_word as word`) keeps it.
+ *   <-> bigint, `read_only`, `shared`, `versioned`, `is_current` and `delete_marker` <-> boolean, and `options`, `throttle`,
+ *   `params`, `cursor`, `result`, `metadata` <-> an object stored as JSON text. A conversion follows the origin of a column, so an alias (`root_word as word`) keeps it.
  */
 import type { Generated, Insertable, Selectable, Updateable } from 'kysely'
 
@@ -168,6 +168,39 @@ export interface PageRangesTable {
   volume_id: string
 }
 
+export interface ContainersTable {
+  id: string
+  project_id: string
+  /** Unique in its project. */
+  name: string
+  /** Puts and deletes keep what was there before as a version. */
+  versioned: boolean
+  metadata: Record<string, string>
+  created_at: number
+  updated_at: number
+}
+
+export interface FilesTable {
+  /** The resource with the content; also the version's id. */
+  id: string
+  project_id: string
+  container_id: string
+  /** The resource has the beginning of it. */
+  name: string
+  /** What the name means now; at most one of a name. */
+  is_current: boolean
+  /** Made while the container was versioned: a later put or delete keeps it. */
+  versioned: boolean
+  /** Stands for a delete in a versioned container; it has no content and is never current. */
+  delete_marker: boolean
+  /** MD5 of the content in hexadecimal digits; null: not known. */
+  etag: string | null
+  content_type: string
+  metadata: Record<string, string>
+  /** Later than that of every version of the name that was there before, so that it orders them. */
+  created_at: number
+}
+
 export interface Schema {
   meta: MetaTable
   projects: ProjectsTable
@@ -181,6 +214,8 @@ export interface Schema {
   jobs: JobsTable
   pages: PagesTable
   page_ranges: PageRangesTable
+  containers: ContainersTable
+  files: FilesTable
 }
 
 export type ProjectRow = Selectable<ProjectsTable>
@@ -193,6 +228,8 @@ export type LeaseRow = Selectable<LeasesTable>
 export type AttachmentRow = Selectable<AttachmentsTable>
 export type JobRow = Selectable<JobsTable>
 export type PageRangeRow = Selectable<PageRangesTable>
+export type ContainerRow = Selectable<ContainersTable>
+export type FileRow = Selectable<FilesTable>
 export type NewResource = Insertable<ResourcesTable>
 export type ResourceUpdate = Updateable<ResourcesTable>
 export type NewJob = Insertable<JobsTable>

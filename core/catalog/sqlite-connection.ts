@@ -28,11 +28,15 @@ const codecByColumn: ReadonlyMap<string, Codec> = new Map<string, Codec>([
   ['root_word', 'bigint'],
   ['read_only', 'boolean'],
   ['shared', 'boolean'],
+  ['versioned', 'boolean'],
+  ['is_current', 'boolean'],
+  ['delete_marker', 'boolean'],
   ['options', 'json'],
   ['throttle', 'json'],
   ['params', 'json'],
   ['cursor', 'json'],
   ['result', 'json'],
+  ['metadata', 'json'],
 ])
 
 interface PreparedQuery {

@@ -7,6 +7,7 @@
  */
 import type { Kysely } from 'kysely'
 import { createTables } from './0001-create-tables.ts'
+import { createFiles } from './0002-files.ts'
 
 export interface Migration {
   readonly name: string
@@ -14,4 +15,4 @@ export interface Migration {
   up(tx: Kysely<unknown>): Promise<void>
 }
 
-export const migrations: readonly Migration[] = [createTables]
+export const migrations: readonly Migration[] = [createTables, createFiles]
