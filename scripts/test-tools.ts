@@ -26,6 +26,7 @@ export const testTools: readonly TestTool[] = [
   { name: 'syslinux', debianPackage: 'syslinux', usedFor: 'bootable disks for guests' },
   { name: 'mformat', debianPackage: 'mtools', usedFor: 'bootable disks for guests' },
   { name: 'sfdisk', debianPackage: 'fdisk', usedFor: 'bootable disks for guests' },
+  { name: 'cc', debianPackage: 'gcc', usedFor: "the kernel's NBD client through a kill of the daemon" },
   { name: 'nbdfuse', debianPackage: 'libnbd-bin', usedFor: 'file system tools on an export' },
   { name: 'qemu-storage-daemon', debianPackage: 'qemu-system-common', usedFor: 'QEMU as a client that exports us again' },
 ]
