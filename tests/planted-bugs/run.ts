@@ -23,31 +23,33 @@ const { values } = parseArgs({
     seed: { type: 'string', default: '1' },
   },
 })
-/** A test that hangs over a bug has caught it. */
-const testTimeoutMs = 240_000
-const buildTimeoutMs = 1_200_000
+/** For what ends by itself: a build, and tests without a bug, on however busy a machine. */
+const soundTimeoutMs = 1_200_000
+/** A test that hangs over a bug has caught it: when it has taken this many times what it takes without the bug, and a minute. */
+const hangFactor = 3
 
 interface Suite {
   readonly bugs: readonly PlantedBug[]
   /** Whether the tests pass in the tree at `root`. */
-  passes(root: string, tests: readonly string[]): Promise<{ passed: boolean; output: string }>
+  passes(root: string, tests: readonly string[], timeoutMs: number): Promise<{ passed: boolean; output: string }>
 }
 
 const suites: Record<string, Suite> = {
   native: {
     bugs: nativeBugs,
-    passes: async (root, tests) => {
+    passes: async (root, tests, timeoutMs) => {
       // Shared by all bugs and all runs: only the crate with the bug is built anew.
       const env = { CARGO_TARGET_DIR: join(checkout, '.build/planted-bugs') }
       const args = ['--quiet', '--manifest-path', join(root, 'native/Cargo.toml')]
       // Built on its own, so that the time of the tests is theirs.
-      const built = await run('cargo', ['test', '--no-run', ...args, ...tests.slice(0, 2)], env, buildTimeoutMs)
-      return built.passed ? await run('cargo', ['test', ...args, ...tests], env, testTimeoutMs) : built
+      const built = await run('cargo', ['test', '--no-run', ...args, ...tests.slice(0, 2)], env, soundTimeoutMs)
+      return built.passed ? await run('cargo', ['test', ...args, ...tests], env, timeoutMs) : built
     },
   },
   'control-plane': {
     bugs: controlPlaneBugs,
-    passes: (root, tests) => run(process.execPath, [join(root, 'tests/crash/run-history.ts'), ...tests], {}, testTimeoutMs),
+    passes: (root, tests, timeoutMs) =>
+      run(process.execPath, [join(root, 'tests/crash/run-history.ts'), ...tests], {}, timeoutMs),
   },
 }
 
@@ -102,13 +104,16 @@ for (const [suiteName, suite] of Object.entries(suites)) {
     }
     await symlinkPackages(root)
     const chosen = choose(suite.bugs.filter((bug) => bug.name.includes(values.name)))
+    const timeouts = new Map<string, number>()
     for (const tests of new Set(chosen.map((bug) => bug.tests.join(' ')))) {
-      const sound = await suite.passes(root, tests.split(' '))
+      const startedMs = performance.now()
+      const sound = await suite.passes(root, tests.split(' '), soundTimeoutMs)
+      timeouts.set(tests, 60_000 + hangFactor * (performance.now() - startedMs))
       if (!sound.passed) throw new Error(`the tests fail without any planted bug (${tests}):\n${sound.output}`)
     }
     for (const bug of chosen) {
       const takeBack = await plant(root, bug)
-      const result = await suite.passes(root, bug.tests)
+      const result = await suite.passes(root, bug.tests, timeouts.get(bug.tests.join(' ')) ?? soundTimeoutMs)
       await takeBack()
       // A bug that does not compile proves nothing; the others are tried all the same.
       if (/could not compile/.test(result.output)) {
