@@ -38,6 +38,8 @@ export interface StatusDocument {
   readonly attachedVolumes: number
   readonly connections: number
   readonly runningJobs: number
+  /** Names of the pools that are running out of space. */
+  readonly lowSpacePools: readonly string[]
   /** Memory of all maps that are loaded. */
   readonly mapBytes: number
   readonly residentBytes: number

@@ -30,6 +30,7 @@ import { Resolver } from './resolve.ts'
 import { reread, type ServiceContext } from './service-context.ts'
 import { SnapshotService } from './snapshot-service.ts'
 import type { ServeTemporaryNbd } from './temporary-nbd.ts'
+import { SpaceMonitor } from './space-monitor.ts'
 import { systemTimer, type SetTimer } from './timers.ts'
 import { VolumeService } from './volume-service.ts'
 
@@ -61,6 +62,8 @@ export interface ComposerStatus {
   attachedVolumes: number
   connections: number
   runningJobs: number
+  /** Names of the pools that had less free than their alarm says when they were looked at last. */
+  lowSpacePools: string[]
 }
 
 export interface Composer {
@@ -130,16 +133,19 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
     ],
   })
   const reclaim = new ReclaimScheduler({ jobs, log, setTimer })
-  const context: ServiceContext = { catalog, mapper, resolver, attachments, devices, jobs, reclaim, locks, log }
+  const space = new SpaceMonitor({ mapper, log, setTimer })
+  const context: ServiceContext = { catalog, mapper, resolver, attachments, devices, jobs, reclaim, space, locks, log }
 
   await attachments.start()
   await jobs.resumeAll()
   await targets.removeOrphans(jobs.subjects(), log)
   await spool.removeOrphans(jobs.subjects(), log)
+  space.start()
 
   let closed: Promise<void> | null = null
   const close = async (): Promise<void> => {
     reclaim.close()
+    await space.close()
     await jobs.close()
     await attachments.close()
   }
@@ -157,7 +163,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
 }
 
 async function statusOf(context: ServiceContext, exports: Exports): Promise<ComposerStatus> {
-  const { catalog, attachments, jobs } = context
+  const { catalog, attachments, jobs, space } = context
   const { pools } = await catalog.db
     .selectFrom('pools')
     .select(({ fn }) => fn.countAll<number>().as('pools'))
@@ -173,5 +179,6 @@ async function statusOf(context: ServiceContext, exports: Exports): Promise<Comp
     attachedVolumes: attachments.resourceIds().length,
     connections: exports.list().reduce((count, entry) => count + entry.connections.size, 0),
     runningJobs: jobs.runningCount(),
+    lowSpacePools: space.lowPools(),
   }
 }

@@ -1,5 +1,6 @@
 /** Pools: places on a backend. Seen by every project. */
 import { AtollError, checkName, toAtollError, type ErrorData, type PoolRow } from '@atoll/core'
+import { shownSettings } from '@atoll/mapper'
 import type { Finding, PoolCapabilities } from '@atoll/southbound'
 import type { JobView } from './job-kind.ts'
 import type { ProjectScope } from './resolve.ts'
@@ -10,6 +11,8 @@ export interface PoolView {
   name: string
   driver: string
   options: Record<string, string>
+  /** What the operator decided since, and the defaults (mapper/pool-settings.ts); `reserve` only if it was set. */
+  settings: Record<string, string>
   /** null: the backend cannot be reached. */
   capabilities: PoolCapabilities | null
   /** Size of the backend. */
@@ -18,6 +21,16 @@ export interface PoolView {
   freeBytes: number
   /** Allocated by this pool. */
   storedBytes: number
+  /** Kept back at present for deletes on a full backend; 0: given up, or the pool keeps none. */
+  reserveBytes: number
+  /** Whether less than `lowSpaceBytes` is free. It stays true until a tenth more than that is. */
+  lowSpace: boolean
+  /** 0: there is no alarm. */
+  lowSpaceBytes: number
+  /** What the volumes of the pool have together. */
+  provisionedBytes: number
+  /** What they may have together; null: as much as they like. */
+  provisionedMaxBytes: number | null
   /** Sum of what the resources of the pool refer to. */
   logicalBytes: number
   /** logicalBytes / storedBytes. */
@@ -80,6 +93,15 @@ export class PoolService {
     await mapper.pools.delete((await resolver.pool(pool)).id)
   }
 
+  /**
+   * Changes settings: `overcommit`, `low-space`, `reserve`; the value `default` takes one back, what is not named stays.
+   * @throws AtollError POOL_NOT_FOUND, POOL_OPTION_INVALID, NO_SPACE, POOL_UNSUPPORTED
+   */
+  async set(pool: string, changes: Readonly<Record<string, string>>): Promise<PoolView> {
+    const { resolver, mapper } = this.context
+    return await this.view(await mapper.pools.set((await resolver.pool(pool)).id, changes))
+  }
+
   /** Compares the backend with the catalog; changes nothing. @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE */
   async check(pool: string): Promise<Finding[]> {
     const { resolver, mapper } = this.context
@@ -93,15 +115,31 @@ export class PoolService {
   }
 
   private async view(row: PoolRow): Promise<PoolView> {
-    const { mapper } = this.context
-    const common = { id: row.id, name: row.name, driver: row.driver, options: row.options, createdAt: row.created_at }
+    const { mapper, space } = this.context
+    const settings = shownSettings(row.settings)
+    const common = { id: row.id, name: row.name, driver: row.driver, options: row.options, settings, createdAt: row.created_at }
     try {
       const { capabilities } = await mapper.pools.open(row)
+      const room = await mapper.pools.space(row.id)
+      const lowSpace = space.observe(row, room)
       const { totalBytes, freeBytes, storedBytes, logicalBytes, dedupRatio, layers } = await mapper.pools.status(row.id)
-      return { ...common, capabilities, totalBytes, freeBytes, storedBytes, logicalBytes, dedupRatio, layers, error: null }
+      return {
+        ...common,
+        ...room,
+        lowSpace,
+        capabilities,
+        totalBytes,
+        freeBytes,
+        storedBytes,
+        logicalBytes,
+        dedupRatio,
+        layers,
+        error: null,
+      }
     } catch (error) {
       const { code, message } = toAtollError(error)
-      const nothing = { totalBytes: 0, freeBytes: 0, storedBytes: 0, logicalBytes: 0, dedupRatio: 1, layers: 0 }
+      const room = { totalBytes: 0, freeBytes: 0, storedBytes: 0, reserveBytes: 0, lowSpaceBytes: 0, provisionedMaxBytes: null }
+      const nothing = { ...room, provisionedBytes: 0, lowSpace: false, logicalBytes: 0, dedupRatio: 1, layers: 0 }
       return { ...common, ...nothing, capabilities: null, error: { code, message } }
     }
   }

@@ -15,6 +15,7 @@ import type { KeyedLock } from './keyed-lock.ts'
 import type { OpenDevices } from './open-devices.ts'
 import type { ReclaimScheduler } from './reclaim-job.ts'
 import type { Resolver } from './resolve.ts'
+import type { SpaceMonitor } from './space-monitor.ts'
 import { resourceView, type ResourceUsage, type ResourceView, type ViewSources } from './views.ts'
 
 export interface ServiceContext {
@@ -25,6 +26,7 @@ export interface ServiceContext {
   readonly devices: OpenDevices
   readonly jobs: Jobs
   readonly reclaim: ReclaimScheduler
+  readonly space: SpaceMonitor
   /** One change of a resource at a time, by its id; one making of a name at a time, by `nameKey`. */
   readonly locks: KeyedLock
   readonly log: Logger

@@ -192,6 +192,11 @@ export const errorCatalogue = {
     'Bring the backend back; the daemon tries again by itself.',
     true,
   ),
+  POOL_OVERCOMMITTED: entry(
+    507,
+    'The volumes of the pool would have more bytes together than its over-commit setting allows.',
+    'Delete or shrink volumes, use another pool, or raise the limit with `atoll pool set POOL overcommit=RATIO`.',
+  ),
   POOL_UNSUPPORTED: entry(400, "The pool's backend cannot do this.", 'Use a pool whose capabilities include it.'),
   STORE_LOCKED: entry(409, 'Another process holds the lock of the directory.', 'Stop the process that the message names.', true),
   NO_SPACE: entry(507, 'The backend is full.', 'Delete something and reclaim, or make the backend larger.', true),

@@ -13,6 +13,7 @@ import { AtollError, checkVolumeSize, type CatalogTransaction, type ResourceKind
 import type { RootRef } from '@atoll/native'
 import type { MapperContext } from './context.ts'
 import type { Spare } from './layers.ts'
+import { overcommitLimit, requireProvisionable, type OvercommitLimit } from './overcommit.ts'
 import { rootOf, uniformRoot } from './root.ts'
 import { requireAvailable, requireResource } from './rows.ts'
 import { shareVolumes, swapDeadlineMs } from './share.ts'
@@ -42,11 +43,14 @@ interface Source {
 
 /**
  * Makes a volume; returns when it is durable.
- * @throws AtollError SIZE_INVALID, RESOURCE_NOT_FOUND, RESOURCE_STATUS, POOL_UNAVAILABLE, POOL_CLOSED, NO_SPACE, and for a volume
+ * @throws AtollError SIZE_INVALID, POOL_OVERCOMMITTED, RESOURCE_NOT_FOUND, RESOURCE_STATUS, POOL_UNAVAILABLE, POOL_CLOSED, NO_SPACE, and for a volume
  * as the source what `shareVolumes` throws
  */
 export async function createVolume(context: MapperContext, wanted: NewVolume): Promise<ResourceRow> {
   checkVolumeSize(wanted.sizeBytes)
+  const limit = await overcommitLimit(context, wanted.poolId)
+  // Asked here as well, so that what will be refused does not make a volume that is copied change its layers.
+  await requireProvisionable(context.catalog.db, limit, wanted.sizeBytes)
   const [spare] = await context.layers.take([wanted.poolId])
   if (spare === undefined) throw new AtollError('INTERNAL', 'no spare was given')
   const id = context.newId()
@@ -54,11 +58,11 @@ export async function createVolume(context: MapperContext, wanted: NewVolume): P
   try {
     const { fromId } = wanted
     if (fromId === undefined) {
-      row = await context.catalog.write(async (tx) => await insertVolume(context, tx, { id, wanted, spare, source: null }))
+      row = await context.catalog.write(async (tx) => await insertVolume(context, tx, { id, wanted, spare, source: null, limit }))
     } else {
       await shareFrom(context, fromId, async (tx, source) => {
         if (wanted.sizeBytes < source.sizeBytes) throw sizeBelowSource(wanted.sizeBytes, source)
-        row = await insertVolume(context, tx, { id, wanted, spare, source })
+        row = await insertVolume(context, tx, { id, wanted, spare, source, limit })
       })
     }
   } catch (error) {
@@ -116,9 +120,10 @@ async function shareFrom(
 async function insertVolume(
   context: MapperContext,
   tx: CatalogTransaction,
-  part: { id: string; wanted: NewVolume; spare: Spare; source: Source | null },
+  part: { id: string; wanted: NewVolume; spare: Spare; source: Source | null; limit: OvercommitLimit | null },
 ): Promise<ResourceRow> {
-  const { id, wanted, spare, source } = part
+  const { id, wanted, spare, source, limit } = part
+  await requireProvisionable(tx, limit, wanted.sizeBytes)
   const row = await insertResource(context, tx, {
     id,
     projectId: wanted.projectId,

@@ -9,6 +9,8 @@
 import { AtollError, toAtollError, type PoolRow } from '@atoll/core'
 import type { Finding, PoolHandle } from '@atoll/southbound'
 import type { MapperContext } from './context.ts'
+import { provisionedBytes } from './overcommit.ts'
+import { changeSettings, lowSpaceBytes, parsePoolSettings } from './pool-settings.ts'
 import { recoverPool, removeCondemned } from './recover.ts'
 import type { Usage } from './usage.ts'
 
@@ -30,6 +32,21 @@ export interface PoolStatus {
   readonly dedupRatio: number
   /** Layers of the pool, spares included. */
   readonly layers: number
+}
+
+/** How much room a pool has, and what its settings make of that. */
+export interface PoolSpace {
+  readonly totalBytes: number
+  readonly freeBytes: number
+  readonly storedBytes: number
+  /** Kept back at present for deletes on a full backend; 0: given up, or the pool keeps none. */
+  readonly reserveBytes: number
+  /** The alarm is on when less is free; 0: never. */
+  readonly lowSpaceBytes: number
+  /** What the volumes of the pool have together. */
+  readonly provisionedBytes: number
+  /** What they may have together; null: as much as they like. */
+  readonly provisionedMaxBytes: number | null
 }
 
 export class PoolService {
@@ -185,6 +202,38 @@ export class PoolService {
       .executeTakeFirstOrThrow()
     const dedupRatio = usage.storedBytes > 0 ? logicalBytes / usage.storedBytes : 1
     return { ...usage, logicalBytes, dedupRatio, layers: Number(count) }
+  }
+
+  /** @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE, IO_ERROR */
+  async space(id: string): Promise<PoolSpace> {
+    const settings = parsePoolSettings((await this.get(id)).settings)
+    const usage = await this.#context.pools.handle(id).usage()
+    return {
+      ...usage,
+      lowSpaceBytes: lowSpaceBytes(settings.lowSpace, usage.totalBytes),
+      provisionedBytes: (await provisionedBytes(this.#context.catalog.db)).get(id) ?? 0,
+      provisionedMaxBytes: settings.overcommit === null ? null : Math.floor(usage.totalBytes * settings.overcommit),
+    }
+  }
+
+  /**
+   * Changes settings (pool-settings.ts); those that are not named stay. They hold at once, the reserve of a pool that is not
+   * open from its next open on.
+   * @throws AtollError POOL_NOT_FOUND, POOL_OPTION_INVALID; NO_SPACE if the reserve does not fit, POOL_UNSUPPORTED if the pool
+   * keeps none; nothing was changed then
+   */
+  async set(id: string, changes: Readonly<Record<string, string>>): Promise<PoolRow> {
+    const { catalog, locks, pools } = this.#context
+    return await locks.run([id], async () => {
+      const before = await this.get(id)
+      const settings = changeSettings(before.settings, changes)
+      if (settings['reserve'] !== before.settings['reserve'])
+        await pools.find(id)?.setReserve(parsePoolSettings(settings).reserveBytes)
+      return await catalog.write(
+        async (tx) =>
+          await tx.updateTable('pools').set({ settings }).where('id', '=', id).returningAll().executeTakeFirstOrThrow(),
+      )
+    })
   }
 
   /** What the driver finds, layers whose files are missing, files that no row knows. @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE */

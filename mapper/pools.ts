@@ -10,6 +10,7 @@ import { hostname } from 'node:os'
 import { AtollError, toAtollError, type Catalog, type Clock, type PoolRow } from '@atoll/core'
 import type { Engine } from '@atoll/native'
 import type { Driver, PoolHandle } from '@atoll/southbound'
+import { parsePoolSettings } from './pool-settings.ts'
 
 export interface PoolsOptions {
   readonly catalog: Catalog
@@ -50,6 +51,7 @@ export class Pools {
     const present = this.#handles.get(row.id)
     if (present !== undefined) return present
     try {
+      const { reserveBytes } = parsePoolSettings(row.settings)
       const handle = await this.driver(row.driver).open({
         engine: this.#options.engine,
         poolId: row.id,
@@ -58,6 +60,7 @@ export class Pools {
         ownerText: this.#ownerText,
         now: () => this.#options.clock.nowMs(),
         create,
+        ...(reserveBytes === null ? {} : { reserveBytes }),
       })
       this.#handles.set(row.id, handle)
       this.#failures.delete(row.id)

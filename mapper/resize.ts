@@ -14,13 +14,14 @@ import { closeLocked } from './close.ts'
 import type { MapperContext } from './context.ts'
 import type { OpenVolume } from './open-table.ts'
 import { openLocked, settleLocked } from './open.ts'
-import { inUseError, leaseLostError, requireAvailable, requireKind, requireVolumeRow } from './rows.ts'
+import { overcommitLimit, requireProvisionable } from './overcommit.ts'
+import { inUseError, leaseLostError, requireAvailable, requireKind, requireResource, requireVolumeRow } from './rows.ts'
 
 const resizeHolder = 'resize'
 
 /**
  * Changes the size of a volume, open or closed; durable on return. What lies beyond a smaller size is lost.
- * @throws AtollError SIZE_INVALID, VOLUME_NOT_FOUND, RESOURCE_STATUS, VOLUME_IN_USE if it is open for reading, LEASE_LOST, NO_SPACE,
+ * @throws AtollError SIZE_INVALID, POOL_OVERCOMMITTED, VOLUME_NOT_FOUND, RESOURCE_STATUS, VOLUME_IN_USE if it is open for reading, LEASE_LOST, NO_SPACE,
  * IO_ERROR; then the size is as before
  */
 export async function resize(context: MapperContext, volumeId: string, sizeBytes: number): Promise<void> {
@@ -43,9 +44,11 @@ export async function resize(context: MapperContext, volumeId: string, sizeBytes
 async function grow(context: MapperContext, row: ResourceRow, entry: OpenVolume | undefined, sizeBytes: number): Promise<void> {
   const epoch = entry?.epoch ?? (await requireVolumeRow(context.catalog.db, row.id)).epoch
   if (entry?.leaseLost === true) throw leaseLostError(row.id, epoch)
+  const limit = await overcommitLimit(context, row.home_pool_id)
   await context.catalog.write(async (tx) => {
     const volume = await requireVolumeRow(tx, row.id)
     if (volume.epoch !== epoch) throw leaseLostError(row.id, epoch)
+    await requireProvisionable(tx, limit, sizeBytes - (await requireResource(tx, row.id)).size_bytes)
     await tx
       .updateTable('resources')
       .set({ size_bytes: sizeBytes, updated_at: context.clock.nowMs() })

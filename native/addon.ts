@@ -87,6 +87,8 @@ export interface StoreUsage {
   totalBytes: number
   freeBytes: number
   storedBytes: number
+  /** Kept back at present for emergencies; 0: given up, or the store keeps none. */
+  reserveBytes: number
 }
 
 export interface LayerExtent {
@@ -149,6 +151,7 @@ export interface RawStore {
   lock(owner: string): Promise<RawStoreLock>
   releaseReserve(): Promise<void>
   restoreReserve(): Promise<number>
+  setReserve(bytes: number): Promise<number>
   sealLayer(id: string, volumeId: string, epoch: number, finalLsn: number, successor: string | null): Promise<void>
   punchExcept(id: string, keepRuns: Float64Array): Promise<number>
   extents(id: string, offsetBytes: number, lengthBytes: number): Promise<LayerExtent[]>

@@ -104,6 +104,15 @@ export class Store {
   }
 
   /**
+   * Keeps back this much from now on; returns the bytes that there are: 0 from a store that keeps no reserve.
+   *
+   * @throws NO_SPACE it does not fit; what was kept before stays
+   */
+  setReserve(bytes: number): Promise<number> {
+    return settle(() => this.raw.setReserve(bytes))
+  }
+
+  /**
    * Marks a layer of a closed volume as sealed: its journal ends with `finalLsn`. Idempotent.
    *
    * @throws CATALOG_BEHIND if the journal holds changes after `finalLsn`: nothing was changed then

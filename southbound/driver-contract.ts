@@ -320,6 +320,27 @@ export function describeDriver(name: string, makeSubject: () => Promise<DriverSu
       expect(await pool.restoreReserve()).toBe(reserveBytes)
     })
 
+    test('the reserve can be made larger and smaller, or the pool says that it keeps none', async () => {
+      const pool = await open()
+      expect((await pool.usage()).reserveBytes).toBe(await pool.restoreReserve())
+      const keepsOne = (await pool.usage()).reserveBytes > 0
+      for (const bytes of [3 * mebibyte, mebibyte, 2 * mebibyte]) {
+        const code = await pool.setReserve(bytes).then(
+          () => null,
+          (error: AtollError) => error.code,
+        )
+        expect(code).toBe(keepsOne ? null : 'POOL_UNSUPPORTED')
+        expect((await pool.usage()).reserveBytes).toBe(keepsOne ? bytes : 0)
+      }
+      const { freeBytes, reserveBytes } = await pool.usage()
+      const wanted = expect.stringMatching(keepsOne ? /^NO_SPACE$/ : /^POOL_UNSUPPORTED$/) as string
+      await expect(pool.setReserve(4 * freeBytes)).rejects.toMatchObject({ code: wanted })
+      expect((await pool.usage()).reserveBytes).toBe(reserveBytes)
+      await pool.setReserve(0)
+      expect((await pool.usage()).reserveBytes).toBe(0)
+      await pool.setReserve(null)
+    })
+
     test('a sound pool has no findings', async () => {
       const pool = await open()
       await pool.createLayer(layerId(1))
@@ -356,6 +377,7 @@ export function describeDriver(name: string, makeSubject: () => Promise<DriverSu
         () => pool.sealLayer(layerId(1), seal),
         () => pool.releaseReserve(),
         () => pool.restoreReserve(),
+        () => pool.setReserve(0),
         () => pool.check(),
         () => pool.destroy(),
       ]) {

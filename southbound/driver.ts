@@ -7,6 +7,9 @@
  */
 import type { Engine, Store } from '@atoll/native'
 
+/** No reserve is larger. */
+export const reserveBytesMax = 64 * 2 ** 30
+
 /** What a pool can do. Constant while it is open. */
 export interface PoolCapabilities {
   /** The unit that a first write to a shared slot copies up. */
@@ -40,6 +43,8 @@ export interface PoolUsage {
   freeBytes: number
   /** Allocated by this pool. */
   storedBytes: number
+  /** Kept back at present for deletes on a full backend; 0: given up, or the pool keeps none. */
+  reserveBytes: number
 }
 
 /** One thing that a check found. */
@@ -79,6 +84,8 @@ export interface PoolContext {
    * found out rather than hidden under a new, empty pool.
    */
   readonly create?: boolean
+  /** The reserve that the operator set for this pool (at most `reserveBytesMax`), instead of what the options say. */
+  readonly reserveBytes?: number
 }
 
 /**
@@ -117,6 +124,11 @@ export interface PoolHandle {
   releaseReserve(): Promise<void>
   /** Makes the reserve whole again if there is space; returns its bytes. */
   restoreReserve(): Promise<number>
+  /**
+   * Keeps back this much from now on, until the pool is closed; null: as much as its options say.
+   * @throws AtollError NO_SPACE if it does not fit: what was kept before stays; POOL_UNSUPPORTED if the pool keeps no reserve
+   */
+  setReserve(bytes: number | null): Promise<void>
   /** Looks at what the driver itself is responsible for: owner record, lock, free space. Changes nothing. */
   check(): Promise<Finding[]>
   /** Ends the pool for good: its owner record goes, the pool is closed. @throws AtollError POOL_NOT_EMPTY if layers are left */

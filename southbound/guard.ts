@@ -84,6 +84,11 @@ class GuardedPool implements PoolHandle {
     return this.#call(() => this.#inner.restoreReserve())
   }
 
+  async setReserve(bytes: number | null): Promise<void> {
+    if (bytes !== null) requireCount('reserve', bytes)
+    await this.#call(() => this.#inner.setReserve(bytes))
+  }
+
   check(): Promise<Finding[]> {
     return this.#call(() => this.#inner.check())
   }

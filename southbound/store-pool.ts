@@ -19,6 +19,8 @@ export interface StorePoolOptions {
   poolName: string
   context: PoolContext
   store: Store
+  /** What the pool's options say; absent: it keeps none. */
+  reserveBytes?: number
   /** What the driver adds to what the store says. */
   capabilities: Pick<PoolCapabilities, 'fence' | 'offloadDomain' | 'sharedByNodes'>
   /** Called when the pool is deleted, after the lock was released. */
@@ -131,6 +133,14 @@ class StorePool implements PoolHandle {
 
   restoreReserve(): Promise<number> {
     return this.store.restoreReserve()
+  }
+
+  async setReserve(wantedBytes: number | null): Promise<void> {
+    const { poolName, reserveBytes } = this.#options
+    const bytes = wantedBytes ?? reserveBytes ?? 0
+    // A store that keeps no reserve says that there are 0 bytes of it, whatever is asked for.
+    if ((await this.store.setReserve(bytes)) === bytes) return
+    throw new AtollError('POOL_UNSUPPORTED', `${poolName} keeps no reserve`, { values: { pool: poolName } })
   }
 
   async check(): Promise<Finding[]> {

@@ -38,10 +38,11 @@ export function register(pool: Command): void {
         const documents = await context.client.get<PoolDocument[]>('/v1/pools')
         context.print(documents, () =>
           formatTable(
-            ['name', 'driver', 'free', 'total', 'stored', 'layers', 'id'],
+            ['name', 'driver', 'state', 'free', 'total', 'stored', 'layers', 'id'],
             documents.map((document) => [
               document.name,
               document.driver,
+              poolState(document),
               formatBytes(document.freeBytes),
               formatBytes(document.totalBytes),
               formatBytes(document.storedBytes),
@@ -75,6 +76,23 @@ export function register(pool: Command): void {
         context.print(await context.client.delete(`/v1/pools/${segment(name)}`), () => `deleted ${name}`)
       }),
     'atoll pool delete fast',
+  )
+  withExample(
+    pool
+      .command('set')
+      .description('change the over-commit limit, the low-space alarm and the reserve of a pool')
+      .argument('<pool>', 'name or id')
+      .argument(
+        '<setting...>',
+        'overcommit=RATIO|unlimited, low-space=PERCENT%|SIZE|off, reserve=SIZE; KEY=default takes one back',
+      )
+      .action(async (name: string, pairs: string[], _options: unknown, command: Command) => {
+        const context = contextOf(command)
+        const body = { settings: readSettings(pairs) }
+        const document = await context.client.post<PoolDocument>(`/v1/pools/${segment(name)}/settings`, body)
+        context.print(document, () => poolText(document))
+      }),
+    'atoll pool set default overcommit=10 low-space=50G reserve=1G',
   )
   withExample(
     pool
@@ -120,14 +138,39 @@ function collect(value: string, before: string[]): string[] {
   return [...before, value]
 }
 
+function readSettings(pairs: readonly string[]): Record<string, string> {
+  const settings: Record<string, string> = {}
+  for (const pair of pairs) {
+    const end = pair.indexOf('=')
+    if (end <= 0) throw usageError(`${pair}: write KEY=VALUE`)
+    settings[pair.slice(0, end)] = pair.slice(end + 1)
+  }
+  return settings
+}
+
+function poolState(pool: PoolDocument): string {
+  if (pool.error !== null) return pool.error.code
+  return pool.lowSpace ? 'low space' : 'ok'
+}
+
 function poolText(pool: PoolDocument): string {
   return formatFields([
     ['id', pool.id],
     ['name', pool.name],
     ['driver', pool.driver],
     ...Object.entries(pool.options).map(([name, value]) => [`option ${name}`, value] as const),
+    ...Object.entries(pool.settings).map(([name, value]) => [`setting ${name}`, value] as const),
+    ['state', poolState(pool)],
     ['total', formatBytes(pool.totalBytes)],
-    ['free', formatBytes(pool.freeBytes)],
+    [
+      'free',
+      `${formatBytes(pool.freeBytes)}${pool.lowSpaceBytes > 0 ? `, the alarm is below ${formatBytes(pool.lowSpaceBytes)}` : ''}`,
+    ],
+    ['reserve', formatBytes(pool.reserveBytes)],
+    [
+      'provisioned',
+      `${formatBytes(pool.provisionedBytes)}${pool.provisionedMaxBytes === null ? '' : ` of ${formatBytes(pool.provisionedMaxBytes)}`}`,
+    ],
     ['stored', formatBytes(pool.storedBytes)],
     ['logical', formatBytes(pool.logicalBytes)],
     ['dedup ratio', pool.dedupRatio.toFixed(2)],

@@ -26,6 +26,7 @@ function statusText(status: StatusDocument): string {
     ['pools', String(status.pools)],
     ['volumes', `${status.volumes}, ${status.attachedVolumes} attached`],
     ['connections', String(status.connections)],
+    ...(status.lowSpacePools.length === 0 ? [] : [['low space', status.lowSpacePools.join(', ')] as const]),
     ['running jobs', String(status.runningJobs)],
     ['memory', `${formatBytes(status.residentBytes)}, maps ${formatBytes(status.mapBytes)}`],
   ])

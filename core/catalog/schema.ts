@@ -7,7 +7,8 @@
  * - integers are numbers (every one of them stays below 2^53), but for `root_word`, which is a bigint;
  * - a column name means the same in every table, because values are converted by the name of their column: `root_word`
  *   <-> bigint, `read_only`, `shared`, `versioned`, `is_current` and `delete_marker` <-> boolean, and `options`, `throttle`,
- *   `params`, `cursor`, `result`, `metadata` <-> an object stored as JSON text. A conversion follows the origin of a column, so an alias (`root_word as word`) keeps it.
+ *   `params`, `cursor`, `result`, `metadata`, `settings` <-> an object stored as JSON text. A conversion follows the origin of a
+ *   column, so an alias (`root_word as word`) keeps it.
  */
 import type { Generated, Insertable, Selectable, Updateable } from 'kysely'
 
@@ -56,6 +57,8 @@ export interface PoolsTable {
   driver: string
   /** The driver's options as the user gave them. */
   options: Record<string, string>
+  /** What the operator set since, as it was typed; what is not there has its default. */
+  settings: Generated<Record<string, string>>
   created_at: number
 }
 

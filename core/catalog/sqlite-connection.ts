@@ -37,6 +37,7 @@ const codecByColumn: ReadonlyMap<string, Codec> = new Map<string, Codec>([
   ['cursor', 'json'],
   ['result', 'json'],
   ['metadata', 'json'],
+  ['settings', 'json'],
 ])
 
 interface PreparedQuery {

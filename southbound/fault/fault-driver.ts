@@ -65,6 +65,7 @@ function overStore(driver: string, inner: PoolHandle, store: Store): PoolHandle 
     punchExcept: (id, keepRuns) => store.punchExcept(id, keepRuns),
     releaseReserve: () => store.releaseReserve(),
     restoreReserve: () => store.restoreReserve(),
+    setReserve: (bytes) => inner.setReserve(bytes),
     check: () => inner.check(),
     destroy: () => inner.destroy(),
     close: () => inner.close(),

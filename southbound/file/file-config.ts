@@ -1,11 +1,11 @@
 /** Options of the file driver; README.md has the table. */
 import { isAbsolute, normalize } from 'node:path'
 import { z } from 'zod'
+import { reserveBytesMax } from '../driver.ts'
 import { checkOptions } from '../driver-options.ts'
 import { sizeOption } from '../size-option.ts'
 
 export const fileReserveBytesDefault = 64 * 2 ** 20
-const reserveBytesMax = 64 * 2 ** 30
 
 const fileOptions = z.strictObject({
   path: z

@@ -26,6 +26,7 @@ export const fileDriver: Driver = {
       poolName,
       context,
       store,
+      reserveBytes: config.reserveBytes,
       // An OFD lock: the kernel drops it with the process, so who gets it may write at once.
       capabilities: { fence: 'lock', offloadDomain: `file:${dev}`, sharedByNodes: false },
     })
@@ -44,7 +45,11 @@ async function openStore(context: PoolContext, config: FileConfig, poolName: str
     throw unavailable('it is not a folder', undefined)
   }
   try {
-    return await context.engine.openFileStore({ path: config.path, create, reserveBytes: config.reserveBytes })
+    return await context.engine.openFileStore({
+      path: config.path,
+      create,
+      reserveBytes: context.reserveBytes ?? config.reserveBytes,
+    })
   } catch (error) {
     // A folder without the store's sub-folders: nothing was ever put here, so the disk is not the one that is meant.
     if (isAtollError(error, 'LAYER_MISSING'))

@@ -120,6 +120,15 @@ describe('pools', () => {
     expect(home.cli('pool', 'list')).toMatch(/^NAME .*\n.*default/)
     expect(home.cli('pool', 'show', 'fast')).toContain('driver:')
     expect(home.json<{ findings: unknown[] }>('pool', 'check', 'fast').findings).toEqual([])
+    home.cli('pool', 'set', 'fast', 'overcommit=0.001', 'low-space=1K', 'reserve=2M')
+    const settings = { overcommit: '0.001', 'low-space': '1K', reserve: '2M' }
+    const reserved = { settings, lowSpace: false, lowSpaceBytes: 1024, reserveBytes: 2 * 2 ** 20, provisionedBytes: 0 }
+    expect(home.json('pool', 'show', 'fast')).toMatchObject(reserved)
+    expect(home.fail('volume', 'create', 'huge', '--size', '512T', '--pool', 'fast')).toBe('POOL_OVERCOMMITTED')
+    expect(home.fail('pool', 'set', 'fast', 'colour=red')).toBe('POOL_OPTION_INVALID')
+    expect(home.run('pool', 'set', 'fast', 'red').exitCode).toBe(2)
+    home.cli('pool', 'set', 'fast', 'overcommit=default')
+    expect(home.json('pool', 'show', 'fast')).toMatchObject({ ...reserved, settings: { ...settings, overcommit: 'unlimited' } })
     home.cli('pool', 'delete', 'fast')
     expect(home.fail('pool', 'show', 'fast')).toBe('POOL_NOT_FOUND')
   })

@@ -23,6 +23,7 @@ export function givenStoreDriver(store: Store): Driver {
         punchExcept: (id, keepRuns) => store.punchExcept(id, keepRuns),
         releaseReserve: () => store.releaseReserve(),
         restoreReserve: () => store.restoreReserve(),
+        setReserve: async () => {},
         check: async () => [],
         destroy: async () => {},
         close: async () => {},

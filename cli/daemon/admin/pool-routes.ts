@@ -12,6 +12,8 @@ const creation = z.strictObject({
   ...projectField,
 })
 
+const setting = z.strictObject({ settings: z.record(typedText, typedText) })
+
 export function addPoolRoutes(server: FastifyInstance, { composer }: AdminContext): void {
   const { pools } = composer
 
@@ -28,6 +30,10 @@ export function addPoolRoutes(server: FastifyInstance, { composer }: AdminContex
     const { pool } = checkRequest(named, request.params)
     await pools.delete(pool)
     return { deleted: pool }
+  })
+  server.post('/v1/pools/:pool/settings', async (request) => {
+    const { pool } = checkRequest(named, request.params)
+    return toDocument(await pools.set(pool, checkRequest(setting, request.body).settings))
   })
   server.post('/v1/pools/:pool/check', async (request) => ({
     findings: await pools.check(checkRequest(named, request.params).pool),

@@ -33,6 +33,7 @@ pub struct JsUsage {
     pub total_bytes: f64,
     pub free_bytes: f64,
     pub stored_bytes: f64,
+    pub reserve_bytes: f64,
 }
 
 #[napi(object)]
@@ -198,6 +199,7 @@ impl JsStore {
                 total_bytes: usage.total_bytes as f64,
                 free_bytes: usage.free_bytes as f64,
                 stored_bytes: usage.stored_bytes as f64,
+                reserve_bytes: usage.reserve_bytes as f64,
             })
         })
     }
@@ -226,6 +228,11 @@ impl JsStore {
     #[napi]
     pub fn restore_reserve<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
         self.run(env, |store| Ok(store.restore_reserve()? as f64))
+    }
+
+    #[napi]
+    pub fn set_reserve<'env>(&self, env: &'env Env, bytes: f64) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| Ok(store.set_reserve(to_u64("bytes", bytes)?)? as f64))
     }
 
     #[napi]

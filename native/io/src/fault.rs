@@ -233,6 +233,10 @@ impl Store for FaultStore {
     fn restore_reserve(&self) -> Result<u64> {
         self.inner.restore_reserve()
     }
+
+    fn set_reserve(&self, bytes: u64) -> Result<u64> {
+        self.inner.set_reserve(bytes)
+    }
 }
 
 struct FaultLayer {

@@ -88,6 +88,8 @@ pub struct StoreUsage {
     pub free_bytes: u64,
     /// Allocated by this store.
     pub stored_bytes: u64,
+    /// Kept back at present for emergencies; 0: given up, or the store keeps none.
+    pub reserve_bytes: u64,
 }
 
 /// One layer as the backend shows it.
@@ -146,6 +148,9 @@ pub trait Store: Send + Sync + 'static {
     fn release_reserve(&self) -> Result<()>;
     /// Makes the reserve whole again if there is space; returns its bytes.
     fn restore_reserve(&self) -> Result<u64>;
+    /// Keeps back this much from now on and returns the bytes that there are: 0 from a store that keeps no reserve. `NoSpace` if
+    /// it does not fit; what was kept before stays then.
+    fn set_reserve(&self, bytes: u64) -> Result<u64>;
 }
 
 /// A held lock; released on drop.

@@ -361,7 +361,8 @@ fn the_lock_excludes_and_names_its_owner((store, _guard): Opened) {
 }
 
 fn usage_counts_what_layers_hold((store, _guard): Opened) {
-    let StoreUsage { total_bytes, free_bytes, stored_bytes } = store.usage().unwrap();
+    let StoreUsage { total_bytes, free_bytes, stored_bytes, reserve_bytes } = store.usage().unwrap();
+    assert_eq!(reserve_bytes, 0);
     assert!(total_bytes > 0 && free_bytes <= total_bytes);
     assert_eq!(stored_bytes, 0);
     let layer = layer(&*store);
@@ -374,6 +375,7 @@ fn usage_counts_what_layers_hold((store, _guard): Opened) {
     assert_eq!(entries[0].length_bytes, (1 << 30) + (1 << 20));
     assert_eq!(store.release_reserve().map_err(|error| error.code), Ok(()));
     assert_eq!(store.restore_reserve().unwrap(), 0, "this store keeps no reserve");
+    assert_eq!(store.set_reserve(0).unwrap(), 0);
 }
 
 fn calls_from_many_threads_do_not_disturb_each_other((store, _guard): Opened) {
@@ -495,7 +497,15 @@ fn the_reserve_is_taken_with_the_lock_and_given_up_and_restored_on_demand() {
     assert_eq!(store.restore_reserve().unwrap(), 1 << 20);
     assert_eq!(store.restore_reserve().unwrap(), 1 << 20);
     assert!(allocated() >= 1 << 20);
+    assert_eq!(store.set_reserve(3 << 20).unwrap(), 3 << 20);
+    assert!(allocated() >= 3 << 20);
+    assert_eq!(store.usage().unwrap().reserve_bytes, 3 << 20);
     let free = store.usage().unwrap().free_bytes;
+    assert_eq!(store.set_reserve(free.saturating_mul(4)).unwrap_err().code, IoErrorCode::NoSpace);
+    assert!(allocated() >= 3 << 20, "what was kept before stays");
+    assert_eq!(store.restore_reserve().unwrap(), 3 << 20);
+    assert_eq!(store.set_reserve(0).unwrap(), 0);
+    assert!(!reserve.exists());
     let greedy = FileStore::open(folder.path(), false, free.saturating_mul(4)).unwrap();
     assert_eq!(greedy.restore_reserve().unwrap(), 0, "a reserve that does not fit is not taken at all");
     assert_eq!(allocated(), 0);

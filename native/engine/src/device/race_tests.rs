@@ -105,6 +105,9 @@ impl Store for Slow {
     fn restore_reserve(&self) -> atoll_io::Result<u64> {
         self.inner.restore_reserve()
     }
+    fn set_reserve(&self, bytes: u64) -> atoll_io::Result<u64> {
+        self.inner.set_reserve(bytes)
+    }
 }
 
 fn slow_world(record: bool) -> (Arc<MemoryStore>, super::tests::World) {

@@ -22,7 +22,9 @@ mod segment;
 mod system;
 
 use crate::store::is_record_name;
-use crate::{IoError, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreLock, StoreUsage};
+use crate::{
+    IoError, IoErrorCode, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreLock, StoreUsage,
+};
 use layer::FileLayer;
 use parking_lot::Mutex;
 pub use raw::RawFileStore;
@@ -33,6 +35,7 @@ use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const PUNCH_UNIT_BYTES: u32 = 4096;
 
@@ -48,7 +51,8 @@ pub struct FileStore {
     layers: File,
     journal: Arc<File>,
     records: File,
-    reserve_bytes: u64,
+    /// Changed by `set_reserve`.
+    reserve_bytes: AtomicU64,
     can_punch: bool,
     segments: Mutex<HashMap<LayerId, BTreeSet<u64>>>,
     /// Held while a record is written: two writers of one record share its temporary file.
@@ -72,7 +76,7 @@ impl FileStore {
             layers: open_folder(&layers)?,
             journal: Arc::new(open_folder(&journal)?),
             records: open_folder(&records)?,
-            reserve_bytes,
+            reserve_bytes: AtomicU64::new(reserve_bytes),
             can_punch: can_punch(root)?,
             segments: Mutex::new(scan_segments(&journal)?),
             record_writer: Mutex::new(()),
@@ -172,7 +176,9 @@ impl Store for FileStore {
     fn usage(&self) -> Result<StoreUsage> {
         let (total_bytes, free_bytes) = system::file_system_bytes(&self.root).map_err(|error| path_error("statvfs", &self.root, &error))?;
         let stored_bytes = self.list_layers()?.iter().map(|entry| entry.allocated_bytes).sum();
-        Ok(StoreUsage { total_bytes, free_bytes, stored_bytes })
+        // What it has allocated: one that was cut short is none.
+        let reserve_bytes = fs::metadata(self.root.join("reserve")).map_or(0, |found| found.len().min(found.blocks() * 512));
+        Ok(StoreUsage { total_bytes, free_bytes, stored_bytes, reserve_bytes })
     }
 
     fn list_segments(&self, layer: LayerId) -> Result<Vec<u64>> {
@@ -254,7 +260,8 @@ impl Store for FileStore {
 
     /// A disk that is too full for the whole reserve gets none (0 is returned): half a reserve would only take the last space.
     fn restore_reserve(&self) -> Result<u64> {
-        if self.reserve_bytes == 0 {
+        let reserve_bytes = self.reserve_bytes.load(Ordering::Relaxed);
+        if reserve_bytes == 0 {
             self.release_reserve()?;
             return Ok(0);
         }
@@ -268,21 +275,21 @@ impl Store for FileStore {
             Err(error) => return Err(fail(&error)),
         };
         let metadata = file.metadata().map_err(|error| fail(&error))?;
-        if metadata.len() == self.reserve_bytes && metadata.blocks() * 512 >= self.reserve_bytes {
-            return Ok(self.reserve_bytes);
+        if metadata.len() == reserve_bytes && metadata.blocks() * 512 >= reserve_bytes {
+            return Ok(reserve_bytes);
         }
         file.set_len(0).map_err(|error| fail(&error))?;
         // Asked first, because an allocation that fails has taken everything there is in the meantime.
         let (_, free_bytes) = system::file_system_bytes(&self.root).map_err(|error| path_error("statvfs", &self.root, &error))?;
-        if free_bytes < self.reserve_bytes {
+        if free_bytes < reserve_bytes {
             return Ok(0);
         }
-        let allocated = match system::allocate(&file, 0, 0, self.reserve_bytes) {
-            Err(error) if system::is_unsupported(&error) => write_reserve(&file, self.reserve_bytes),
+        let allocated = match system::allocate(&file, 0, 0, reserve_bytes) {
+            Err(error) if system::is_unsupported(&error) => write_reserve(&file, reserve_bytes),
             answer => answer,
         };
         match allocated {
-            Ok(()) => Ok(self.reserve_bytes),
+            Ok(()) => Ok(reserve_bytes),
             Err(error) => {
                 file.set_len(0).map_err(|error| fail(&error))?;
                 match error.raw_os_error() {
@@ -291,6 +298,21 @@ impl Store for FileStore {
                 }
             }
         }
+    }
+
+    fn set_reserve(&self, bytes: u64) -> Result<u64> {
+        let before = self.reserve_bytes.swap(bytes, Ordering::Relaxed);
+        let result = match self.restore_reserve() {
+            Ok(kept_bytes) if kept_bytes == bytes => return Ok(bytes),
+            Ok(_) => {
+                let message = format!("a reserve of {bytes} bytes does not fit on the file system");
+                Err(IoError::new(IoErrorCode::NoSpace, "reserve", self.root.join("reserve").display().to_string(), 0, message))
+            }
+            Err(error) => Err(error),
+        };
+        self.reserve_bytes.store(before, Ordering::Relaxed);
+        self.restore_reserve()?;
+        result
     }
 }
 

@@ -77,7 +77,7 @@ impl Store for RawFileStore {
     fn usage(&self) -> Result<StoreUsage> {
         let (total_bytes, free_bytes) =
             system::file_system_bytes(Path::new(&self.path)).map_err(|error| IoError::from_system("statvfs", &self.path, 0, &error))?;
-        Ok(StoreUsage { total_bytes, free_bytes, stored_bytes: self.allocated_bytes })
+        Ok(StoreUsage { total_bytes, free_bytes, stored_bytes: self.allocated_bytes, reserve_bytes: 0 })
     }
 
     fn list_segments(&self, _layer: LayerId) -> Result<Vec<u64>> {
@@ -113,6 +113,10 @@ impl Store for RawFileStore {
     }
 
     fn restore_reserve(&self) -> Result<u64> {
+        Ok(0)
+    }
+
+    fn set_reserve(&self, _bytes: u64) -> Result<u64> {
         Ok(0)
     }
 }

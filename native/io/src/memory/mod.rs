@@ -270,7 +270,7 @@ impl Store for MemoryStore {
         let total_bytes = self.shared.account.capacity_bytes;
         let free_bytes = total_bytes.saturating_sub(self.shared.account.used_bytes.load(Ordering::Relaxed));
         let stored_bytes = self.list_layers()?.iter().map(|entry| entry.allocated_bytes).sum();
-        Ok(StoreUsage { total_bytes, free_bytes, stored_bytes })
+        Ok(StoreUsage { total_bytes, free_bytes, stored_bytes, reserve_bytes: 0 })
     }
 
     fn list_segments(&self, layer: LayerId) -> Result<Vec<u64>> {
@@ -341,6 +341,10 @@ impl Store for MemoryStore {
     }
 
     fn restore_reserve(&self) -> Result<u64> {
+        Ok(0)
+    }
+
+    fn set_reserve(&self, _bytes: u64) -> Result<u64> {
         Ok(0)
     }
 }
