@@ -27,7 +27,12 @@ export const errorCatalogue = {
   NAME_INVALID: entry(
     400,
     'A name has characters or a length that are not allowed.',
-    'Use 1 to 255 characters without control characters, "/" or "@".',
+    'Use 1 to 255 characters without control characters, "/" or "@"; the message says what holds for containers and files.',
+  ),
+  METADATA_INVALID: entry(
+    400,
+    'Metadata of a container or a file is longer than the limits, or cannot be text.',
+    'Read the message: it names the item and the limit.',
   ),
   ID_INVALID: entry(400, 'An id is not a UUID.', 'Pass the id as it is shown by the list commands.'),
   SIZE_INVALID: entry(
@@ -48,7 +53,9 @@ export const errorCatalogue = {
   VOLUME_NOT_FOUND: entry(404, 'There is no such volume.', 'Look at `atoll volume list`.'),
   SNAPSHOT_NOT_FOUND: entry(404, 'There is no such snapshot.', 'Look at `atoll snapshot list VOLUME`.'),
   IMAGE_NOT_FOUND: entry(404, 'There is no such image.', 'Look at `atoll image list`.'),
-  RESOURCE_NOT_FOUND: entry(404, 'There is no volume, snapshot or image with this id.', 'Look at the list commands.'),
+  CONTAINER_NOT_FOUND: entry(404, 'There is no such container.', 'Look at `atoll file list`.'),
+  FILE_NOT_FOUND: entry(404, 'There is no such file, or no such version of it.', 'Look at `atoll file list CONTAINER`.'),
+  RESOURCE_NOT_FOUND: entry(404, 'There is no volume, snapshot, image or file with this id.', 'Look at the list commands.'),
   POOL_NOT_FOUND: entry(404, 'There is no such pool.', 'Look at `atoll pool list`.'),
   JOB_NOT_FOUND: entry(404, 'There is no such job.', 'Look at `atoll job list`.'),
   PROJECT_NOT_FOUND: entry(404, 'There is no such project.', 'Check the project that was named.'),
@@ -87,6 +94,19 @@ export const errorCatalogue = {
   ),
   SNAPSHOT_IN_USE: entry(409, 'The snapshot is attached or in use by a job.', 'Detach it, or wait for the job.'),
   IMAGE_IN_USE: entry(409, 'The image is attached or in use by a job.', 'Detach it, or wait for the job.'),
+  FILE_IN_USE: entry(409, 'The file is being read.', 'Wait until its readers are done.', true),
+  CONTAINER_NOT_EMPTY: entry(409, 'The container has files, or versions of files.', 'Delete them first.'),
+  FILE_STREAM_LOST: entry(
+    400,
+    'What was put into a file ended before all of it had come, so nothing was changed.',
+    'Put the file again.',
+  ),
+  ETAG_MISMATCH: entry(
+    412,
+    'The content is not the one that was asked for by its MD5.',
+    'Look at the file as it is now, and decide again.',
+  ),
+  RANGE_INVALID: entry(416, 'The range begins behind the end of the file.', 'Keep within the size of the file.'),
   IMAGE_SOURCE_INVALID: entry(
     400,
     'The source of an import cannot be opened or is not a regular file.',

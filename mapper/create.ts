@@ -35,7 +35,8 @@ export interface NewImage {
   readonly fromId: string
 }
 
-interface Source {
+/** The durable content of a resource. */
+export interface Source {
   readonly row: ResourceRow
   readonly root: RootRef
   readonly sizeBytes: number
@@ -95,25 +96,31 @@ export async function createImage(context: MapperContext, wanted: NewImage): Pro
   return row as ResourceRow
 }
 
-/** Calls `makeRows` with the durable content of any resource, in the transaction that makes the new rows durable. */
-async function shareFrom(
+/**
+ * Calls `makeRows` with the durable content of any resource, in the transaction that makes the new rows durable, and with the
+ * locks of the resources `alsoLocked`.
+ */
+export async function shareFrom(
   context: MapperContext,
   fromId: string,
   makeRows: (tx: CatalogTransaction, source: Source) => Promise<void>,
+  alsoLocked: readonly string[] = [],
 ): Promise<void> {
   const { kind } = await requireResource(context.catalog.db, fromId)
   if (kind === 'volume') {
-    await context.locks.run([fromId], async () => {
+    await context.locks.run([fromId, ...alsoLocked], async () => {
       await shareVolumes(context, [fromId], swapDeadlineMs, async (tx, shared) => {
         for (const { volume, root, sizeBytes } of shared) await makeRows(tx, { row: volume, root, sizeBytes })
       })
     })
     return
   }
-  await context.catalog.write(async (tx) => {
-    const row = await requireResource(tx, fromId)
-    requireAvailable(row)
-    await makeRows(tx, { row, root: rootOf(row), sizeBytes: row.size_bytes })
+  await context.locks.run(alsoLocked, async () => {
+    await context.catalog.write(async (tx) => {
+      const row = await requireResource(tx, fromId)
+      requireAvailable(row)
+      await makeRows(tx, { row, root: rootOf(row), sizeBytes: row.size_bytes })
+    })
   })
 }
 

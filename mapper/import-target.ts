@@ -7,7 +7,7 @@
  * - Finishing flushes, closes and then makes it `available` in one transaction, which also ends its life as something
  *   writable: the volume row and the lease go, the active layer is sealed.
  */
-import { assert, AtollError, type ResourceRow } from '@atoll/core'
+import { assert, AtollError, type CatalogTransaction, type ResourceRow, type VolumeRow } from '@atoll/core'
 import type { Device } from '@atoll/native'
 import { closeLocked } from './close.ts'
 import type { MapperContext } from './context.ts'
@@ -102,35 +102,52 @@ export async function finishImport(
     const unfinished = await requireUnfinished(context, resourceId)
     await finishWriting(context, unfinished, options.sizeBytes ?? unfinished.size_bytes)
     const volume = await requireVolumeRow(context.catalog.db, resourceId)
-    const active = await context.layers.ref({ alias: volume.active_alias, id: '' })
-    const row = await context.catalog.write(async (tx) => {
-      const result = await tx
-        .deleteFrom('volumes')
-        .where('id', '=', resourceId)
-        .where('epoch', '=', volume.epoch)
-        .executeTakeFirst()
-      if (result.numDeletedRows !== 1n) throw leaseLostError(resourceId, volume.epoch)
-      await tx.deleteFrom('leases').where('volume_id', '=', resourceId).execute()
-      await context.layers.move(tx, volume.active_alias, ['active'], 'closing')
-      if (volume.next_alias !== null) await context.layers.move(tx, volume.next_alias, ['spare'], 'condemned')
-      return await tx
-        .updateTable('resources')
-        .set({ status: 'available', updated_at: context.clock.nowMs() })
-        .where('id', '=', resourceId)
-        .returningAll()
-        .executeTakeFirstOrThrow()
-    })
-    try {
-      const seal = { volumeId: resourceId, epoch: volume.epoch, finalLsn: volume.map_lsn, successor: null }
-      await context.pools.handle(row.home_pool_id).sealLayer(active.id, seal)
-      await context.catalog.write(async (tx) => await context.layers.move(tx, active.alias, ['closing'], 'sealed'), {
-        durable: false,
-      })
-    } catch (error) {
-      context.log.warn({ err: error, resourceId, layerId: active.id }, 'the layer of an image is not sealed yet')
-    }
+    const row = await context.catalog.write(async (tx) => await becomeAvailable(context, tx, volume))
+    await sealFinished(context, row, volume)
     return row
   })
+}
+
+/** Ends the life of something writable: what the catalog has of it is an available resource. Inside a write. */
+export async function becomeAvailable(
+  context: MapperContext,
+  tx: CatalogTransaction,
+  volume: VolumeRow,
+  sizeBytes?: number,
+): Promise<ResourceRow> {
+  const { id, epoch } = volume
+  const result = await tx.deleteFrom('volumes').where('id', '=', id).where('epoch', '=', epoch).executeTakeFirst()
+  if (result.numDeletedRows !== 1n) throw leaseLostError(id, epoch)
+  await tx.deleteFrom('leases').where('volume_id', '=', id).execute()
+  await context.layers.move(tx, volume.active_alias, ['active'], 'closing')
+  if (volume.next_alias !== null) await context.layers.move(tx, volume.next_alias, ['spare'], 'condemned')
+  return await tx
+    .updateTable('resources')
+    .set({
+      status: 'available',
+      updated_at: context.clock.nowMs(),
+      ...(sizeBytes === undefined ? {} : { size_bytes: sizeBytes }),
+    })
+    .where('id', '=', id)
+    .returningAll()
+    .executeTakeFirstOrThrow()
+}
+
+/** Seals the layer of what became available; one that cannot be sealed now stays `closing` until the next start. */
+export async function sealFinished(context: MapperContext, row: ResourceRow, volume: VolumeRow): Promise<void> {
+  try {
+    const active = await context.layers.ref({ alias: volume.active_alias, id: '' })
+    const seal = { volumeId: row.id, epoch: volume.epoch, finalLsn: volume.map_lsn, successor: null }
+    await context.pools.handle(row.home_pool_id).sealLayer(active.id, seal)
+    await context.catalog.write(async (tx) => await context.layers.move(tx, active.alias, ['closing'], 'sealed'), {
+      durable: false,
+    })
+  } catch (error) {
+    context.log.warn(
+      { err: error, resourceId: row.id, layerAlias: volume.active_alias },
+      'the layer of what was written is not sealed yet',
+    )
+  }
 }
 
 /** Flushes, cuts to the size and closes: afterwards the catalog's root is the content. */

@@ -11,6 +11,7 @@ import {
   systemClock,
   type AtollError,
   type Catalog,
+  type CatalogTransaction,
   type Clock,
   type NewId,
   type ResourceRow,
@@ -33,6 +34,17 @@ import {
   type ImportTarget,
   type NewImport,
 } from './import-target.ts'
+import {
+  abortFile,
+  beginFile,
+  createFile,
+  dropFiles,
+  finishFile,
+  type DropFile,
+  type FileRows,
+  type FileTarget,
+  type NewFile,
+} from './file-target.ts'
 import { KeyedMutex } from './keyed-mutex.ts'
 import { Layers } from './layers.ts'
 import { openLocked, type OpenOptions } from './open.ts'
@@ -157,6 +169,27 @@ export class Mapper {
 
   async abortImport(resourceId: string): Promise<void> {
     await abortImport(this.#context, resourceId)
+  }
+
+  /** See file-target.ts. */
+  async beginFile(wanted: NewFile): Promise<FileTarget> {
+    return await beginFile(this.#context, wanted)
+  }
+
+  async finishFile(target: FileTarget, sizeBytes: number, rows: FileRows): Promise<ResourceRow> {
+    return await finishFile(this.#context, target, sizeBytes, rows)
+  }
+
+  async abortFile(target: FileTarget): Promise<void> {
+    await abortFile(this.#context, target)
+  }
+
+  async createFile(wanted: NewFile, fromId: string | null, rows: FileRows): Promise<ResourceRow> {
+    return await createFile(this.#context, wanted, fromId, rows)
+  }
+
+  async dropFiles(ids: readonly string[], write: (tx: CatalogTransaction, drop: DropFile) => Promise<void>): Promise<void> {
+    await dropFiles(this.#context, ids, write)
   }
 
   /** See `snapshot` in snapshot.ts. */

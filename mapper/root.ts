@@ -13,6 +13,9 @@ const pageTag = 2n
 /** The owner of a slot that nobody wrote. */
 export const holeOwner = 0
 
+/** The root of a map of holes. */
+export const holeRoot: RootRef = { word: 0n, crc: 0 }
+
 /** The root of a map in which every slot belongs to `alias`. */
 export function uniformRoot(alias: number): RootRef {
   return { word: (uniformTag << tagShift) | BigInt(alias), crc: 0 }

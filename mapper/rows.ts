@@ -14,13 +14,13 @@ const notFoundCodes: Record<ResourceKind, ErrorCode> = {
   volume: 'VOLUME_NOT_FOUND',
   snapshot: 'SNAPSHOT_NOT_FOUND',
   image: 'IMAGE_NOT_FOUND',
-  file: 'RESOURCE_NOT_FOUND',
+  file: 'FILE_NOT_FOUND',
 }
 const inUseCodes: Record<ResourceKind, ErrorCode> = {
   volume: 'VOLUME_IN_USE',
   snapshot: 'SNAPSHOT_IN_USE',
   image: 'IMAGE_IN_USE',
-  file: 'VOLUME_IN_USE',
+  file: 'FILE_IN_USE',
 }
 
 /** Any resource. @throws AtollError RESOURCE_NOT_FOUND */
