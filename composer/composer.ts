@@ -11,6 +11,7 @@ import { Attachments } from './attachments.ts'
 import { Exports } from './exports.ts'
 import { imageExportKind } from './image-export.ts'
 import { qcow2ExportKind } from './image-export-qcow2.ts'
+import { FileService } from './file-service.ts'
 import { ImageService } from './image-service.ts'
 import { lookupAll } from './import-address.ts'
 import { convertImportKind } from './import-convert.ts'
@@ -70,6 +71,7 @@ export interface Composer {
   readonly volumes: VolumeService
   readonly snapshots: SnapshotService
   readonly images: ImageService
+  readonly files: FileService
   readonly pools: PoolService
   readonly jobs: Jobs
   readonly exports: Exports
@@ -140,10 +142,13 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   await jobs.resumeAll()
   await targets.removeOrphans(jobs.subjects(), log)
   await spool.removeOrphans(jobs.subjects(), log)
+  const files = new FileService(context, { clock, newId })
+  await files.removeUnfinished()
   space.start()
 
   let closed: Promise<void> | null = null
   const close = async (): Promise<void> => {
+    await files.close()
     reclaim.close()
     await space.close()
     await jobs.close()
@@ -153,6 +158,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
     volumes: new VolumeService(context),
     snapshots: new SnapshotService(context),
     images: new ImageService(context, { targets, streams, urls }),
+    files,
     pools: new PoolService(context),
     jobs,
     exports,

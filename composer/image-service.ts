@@ -189,17 +189,20 @@ export class ImageService {
   }
 
   /**
-   * Makes an image of a snapshot (`VOLUME@SNAPSHOT`) or of a volume as it is now (`volume:NAME`); no byte is copied.
-   * @throws AtollError NAME_INVALID, NAME_TAKEN, SNAPSHOT_NOT_FOUND, VOLUME_NOT_FOUND, NAME_AMBIGUOUS
+   * Makes an image of a snapshot (`VOLUME@SNAPSHOT`), of a volume as it is now (`volume:NAME`), of another image or of a file
+   * (`file:CONTAINER/NAME`); no byte is copied.
+   * @throws AtollError NAME_INVALID, NAME_TAKEN, SNAPSHOT_NOT_FOUND, VOLUME_NOT_FOUND, FILE_NOT_FOUND, SIZE_INVALID, NAME_AMBIGUOUS
    */
   async create(options: ProjectScope & NamePolicy & { name: string; from: string }): Promise<ImageView> {
     const { catalog, mapper, resolver, locks } = this.context
     checkName('image', options.name)
     const project = await resolver.project(options)
-    const isSource = /^(image|snapshot|volume):/.test(options.from) || !options.from.includes('@')
+    const isSource = /^(image|snapshot|volume|file):/.test(options.from) || !options.from.includes('@')
     const source = isSource
       ? await resolver.source(options.from, options)
       : await resolver.resource('snapshot', options.from, options)
+    // A file may be empty, an image not.
+    checkImageSize(source.size_bytes)
     const row = await locks.run(nameKey('image', project.id, options.name), async () => {
       if (options.allowDuplicateName !== true) await requireFreeName(catalog, 'image', project.id, options.name)
       return await mapper.createImage({ projectId: project.id, name: options.name, fromId: source.id })

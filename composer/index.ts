@@ -6,6 +6,18 @@ export type { VolumeService, CreateVolumeOptions } from './volume-service.ts'
 export { defaultPoolName } from './volume-service.ts'
 export type { SnapshotService, CreatedSnapshots } from './snapshot-service.ts'
 export type { ImageService, ImportFileOptions, ImportStreamOptions, ImportUrlOptions, ExportOptions } from './image-service.ts'
+export type {
+  ContainerView,
+  FileListing,
+  FileRef,
+  FileService,
+  FileView,
+  PlaceOptions,
+  PutOptions,
+  Reading,
+  ReadOptions,
+} from './file-service.ts'
+export { listingLimitMax, type ListingOptions } from './file-listing.ts'
 export { imageFormats, type ImageFormat } from './image-format.ts'
 export type { PoolService, PoolView } from './pool-service.ts'
 export type { Jobs } from './jobs.ts'

@@ -6,6 +6,7 @@ import {
   adminProject,
   AtollError,
   isId as isExactId,
+  parseFilePath,
   parseSnapshotName,
   type Catalog,
   type ErrorCode,
@@ -14,6 +15,7 @@ import {
   type ResourceKind,
   type ResourceRow,
 } from '@atoll/core'
+import { fileNotFound, requireContainer, requireFile } from './file-rows.ts'
 
 /** Whose names are meant; `project` is a name or an id, default `admin`. */
 export interface ProjectScope {
@@ -27,7 +29,7 @@ const notFoundCodes = {
   volume: 'VOLUME_NOT_FOUND',
   snapshot: 'SNAPSHOT_NOT_FOUND',
   image: 'IMAGE_NOT_FOUND',
-  file: 'RESOURCE_NOT_FOUND',
+  file: 'FILE_NOT_FOUND',
 } as const satisfies Record<ResourceKind, ErrorCode>
 
 export class Resolver {
@@ -90,23 +92,37 @@ export class Resolver {
   }
 
   /**
-   * What a volume can be made from: `image:NAME`, `snapshot:VOLUME@SNAPSHOT`, `volume:NAME`, or an id of any of them.
+   * What anything can be made from: `image:NAME`, `snapshot:VOLUME@SNAPSHOT`, `volume:NAME`, `file:CONTAINER/NAME`, or an id of
+   * any of them.
    * @throws AtollError ARGUMENT_INVALID for another form, else as `resource`
    */
   async source(text: string, scope: ProjectScope = {}): Promise<ResourceRow> {
     if (isId(text)) return await this.anyResource(text, scope)
     const separator = text.indexOf(':')
     const kind = text.slice(0, Math.max(separator, 0))
+    if (kind === 'file') return await this.file(text.slice(separator + 1), scope)
     if (kind !== 'image' && kind !== 'snapshot' && kind !== 'volume') {
       throw new AtollError(
         'ARGUMENT_INVALID',
-        `${JSON.stringify(text)} is not a source: use image:NAME, snapshot:VOLUME@SNAPSHOT or volume:NAME`,
+        `${JSON.stringify(text)} is not a source: use image:NAME, snapshot:VOLUME@SNAPSHOT, volume:NAME or file:CONTAINER/NAME`,
         {
           values: { source: text },
         },
       )
     }
     return await this.resource(kind, text.slice(separator + 1), scope)
+  }
+
+  /** What CONTAINER/NAME means now, or a file by its id. @throws AtollError FILE_NOT_FOUND, CONTAINER_NOT_FOUND, NAME_INVALID */
+  async file(path: string, scope: ProjectScope = {}): Promise<ResourceRow> {
+    if (isId(path)) return await this.resource('file', path, scope)
+    const names = parseFilePath(path)
+    const project = await this.project(scope)
+    const container = await requireContainer(this.catalog.db, project.id, names.container)
+    const { id } = await requireFile(this.catalog.db, container, names.name, undefined)
+    const row = await this.catalog.db.selectFrom('resources').selectAll().where('id', '=', id).executeTakeFirst()
+    if (row === undefined) throw fileNotFound(names.container, names.name, undefined)
+    return row
   }
 
   /** A volume by name, or any resource by its id. @throws AtollError VOLUME_NOT_FOUND, RESOURCE_NOT_FOUND, NAME_AMBIGUOUS */

@@ -42,7 +42,7 @@ const inUseCodes = {
   volume: 'VOLUME_IN_USE',
   snapshot: 'SNAPSHOT_IN_USE',
   image: 'IMAGE_IN_USE',
-  file: 'VOLUME_IN_USE',
+  file: 'FILE_IN_USE',
 } as const satisfies Record<ResourceKind, ErrorCode>
 
 /** The key under which a name is made; snapshots have names of their own in each volume. */

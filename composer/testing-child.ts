@@ -40,6 +40,15 @@ switch (scenario) {
     await afterFirstStep((await composer.images.export('image', { path })).id)
     break
   }
+  case 'put': {
+    const stream = async function* (): AsyncGenerator<Uint8Array> {
+      for (let piece = 0; piece < 8; piece += 1) yield Buffer.alloc(mebibyte, 1)
+      process.stdout.write('most of it is written\n')
+      await new Promise(() => undefined)
+    }
+    await composer.files.put({ container: 'c', name: 'n', stream: stream() })
+    break
+  }
   default:
     throw new Error(`there is no scenario ${scenario}`)
 }

@@ -25,7 +25,7 @@ export interface CreateVolumeOptions extends ProjectScope, NamePolicy {
   sizeBytes?: number
   /** Name or id; default: the pool of the source, or `default`. */
   pool?: string
-  /** `image:NAME`, `snapshot:VOLUME@SNAPSHOT`, `volume:NAME` or an id. */
+  /** `image:NAME`, `snapshot:VOLUME@SNAPSHOT`, `volume:NAME`, `file:CONTAINER/NAME` or an id. */
   from?: string
 }
 
@@ -168,6 +168,12 @@ export class VolumeService {
     const { id } = await this.attachable(volume, options)
     return await locks.run(id, async () => {
       const row = await reread(catalog, id)
+      // It would have to stay when its name is given other content.
+      if (row.kind === 'file') {
+        throw new AtollError('ARGUMENT_INVALID', `a file is not attached: make a volume of it with --from ${id}`, {
+          values: { id },
+        })
+      }
       if (row.status !== 'available') {
         throw new AtollError('RESOURCE_STATUS', `${row.kind} ${row.name} is ${row.status} and cannot be attached`, {
           values: { id, status: row.status },
@@ -211,7 +217,8 @@ function newVolumeSize(wantedBytes: number | undefined, source: ResourceRow | nu
     checkVolumeSize(wantedBytes)
     return wantedBytes
   }
-  const sourceBytes = roundUp(source.size_bytes, volumeSizeUnitBytes)
+  // A file may be empty, a volume not.
+  const sourceBytes = Math.max(roundUp(source.size_bytes, volumeSizeUnitBytes), volumeSizeUnitBytes)
   if (wantedBytes === undefined) return sourceBytes
   checkVolumeSize(wantedBytes)
   if (wantedBytes < sourceBytes) {
