@@ -1,6 +1,16 @@
 // The documents that the admin socket carries and `--json` prints. Only types: both sides import them without cost.
 // They are the composer's views with times as ISO 8601 text.
-import type { AttachmentView, ImageView, JobView, PoolView, ResourceUsage, SnapshotView, VolumeView } from '@atoll/composer'
+import type {
+  AttachmentView,
+  ContainerView,
+  FileView,
+  ImageView,
+  JobView,
+  PoolView,
+  ResourceUsage,
+  SnapshotView,
+  VolumeView,
+} from '@atoll/composer'
 
 /** A view with its times as text. */
 export type Document<View> = {
@@ -20,6 +30,14 @@ export type VolumeDocument = Document<VolumeView & ResourceUsage>
 export type SnapshotDocument = Document<SnapshotView>
 export type ImageSummary = Document<ImageView>
 export type ImageDocument = Document<ImageView & ResourceUsage>
+export type ContainerDocument = Document<ContainerView>
+export type FileSummary = Document<FileView>
+export type FileDocument = Document<FileView & ResourceUsage>
+export interface FileListingDocument {
+  readonly entries: readonly (FileSummary | { readonly commonPrefix: string })[]
+  /** Where the next listing goes on; null: this is all. */
+  readonly next: { readonly marker: string; readonly versionMarker: string | null } | null
+}
 export type PoolDocument = Document<PoolView>
 export type JobDocument = Document<JobView>
 

@@ -26,7 +26,6 @@ async function buildProgram(args: readonly string[]): Promise<Command> {
   const program = new Command('atoll')
   program
     .description('Files, images, volumes and snapshots over one pool of copy-on-write data.')
-    .version(version)
     .option('--home <dir>', 'home of the daemon (default: $ATOLL_HOME, else .atoll in the checkout)')
     .option('--project <project>', 'name or id of the project (default: admin)')
     .option('--json', 'print one JSON document')
@@ -35,6 +34,8 @@ async function buildProgram(args: readonly string[]): Promise<Command> {
   // `atoll help volume` needs the commands of the group as well.
   const words = args.filter((word) => word !== 'help')
   const named = groupName(words)
+  // A command may have a --version of its own (of a file).
+  if (named === undefined) program.version(version)
   for (const group of commandGroups) {
     const command = program.command(group.name).description(group.summary).copyInheritedSettings(program)
     if (group.name === named) (await group.load()).register(command)

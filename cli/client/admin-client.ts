@@ -39,6 +39,33 @@ export class AdminClient {
     return this.send<T>('POST', withQuery(path, query), body)
   }
 
+  /**
+   * Hands the body of an answer to `receive`, which reads it to its end or destroys it. `lengthBytes` is what will come.
+   * @throws CliError, also when less came, and what `receive` throws
+   */
+  async download(path: string, query: Query, receive: (body: Readable, lengthBytes: number) => Promise<void>): Promise<void> {
+    const { promise, resolve, reject } = Promise.withResolvers<IncomingMessage>()
+    const asked = request({ socketPath: adminSocketPath(this.home), method: 'GET', path: withQuery(path, query) }, resolve)
+    asked.on('error', (error) => reject(this.connectionError(error)))
+    asked.end()
+    const response = await promise
+    if (response.statusCode !== 200) {
+      const refused = Promise.withResolvers<never>()
+      settle(response, await readBody(response), () => undefined, refused.reject)
+      await refused.promise
+    }
+    const lost: { error: unknown } = { error: null }
+    response.once('error', (error) => (lost.error = error))
+    try {
+      await receive(response, Number(response.headers['content-length']))
+    } catch (error) {
+      if (lost.error !== null) throw new CliError('IO_ERROR', `the daemon could not read all of it: see its log`)
+      throw error
+    } finally {
+      asked.destroy()
+    }
+  }
+
   private send<T>(method: string, path: string, body?: string | Readable): Promise<T> {
     const { promise, resolve, reject } = Promise.withResolvers<T>()
     const headers =

@@ -14,5 +14,6 @@ export const commandGroups: readonly CommandGroup[] = [
   { name: 'volume', summary: 'block devices: create, attach, resize, delete', load: () => import('./volume.ts') },
   { name: 'snapshot', summary: 'points in time of volumes', load: () => import('./snapshot.ts') },
   { name: 'image', summary: 'read-only disks to make volumes from: import and export', load: () => import('./image.ts') },
+  { name: 'file', summary: 'files in containers: put, get, list, delete', load: () => import('./file.ts') },
   { name: 'job', summary: 'long work in the daemon: list, pause, resume, cancel', load: () => import('./job.ts') },
 ]

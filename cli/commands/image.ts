@@ -135,9 +135,9 @@ function registerCatalog(image: Command): void {
   withExample(
     image
       .command('create')
-      .description('make an image of a snapshot, without copying')
+      .description('make an image of something else, without copying')
       .argument('<name>')
-      .requiredOption('--from <vol@snap>', 'the snapshot')
+      .requiredOption('--from <source>', 'VOLUME@SNAPSHOT, volume:NAME (as it is now), file:CONTAINER/NAME or image:NAME')
       .action(async (name: string, options: { from: string }, command: Command) => {
         const context = contextOf(command)
         const body = { name, from: options.from, project: context.project }
@@ -145,6 +145,7 @@ function registerCatalog(image: Command): void {
         context.print(document, () => document.id)
       }),
     'atoll image create golden --from root@clean',
+    'atoll image create installer --from file:isos/installer.iso',
   )
   withExample(
     image

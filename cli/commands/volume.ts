@@ -22,7 +22,7 @@ function registerLife(volume: Command): void {
       .argument('<name>')
       .option('--size <size>', 'bytes, or with K, M, G, T; may be left out with --from, and may be larger than the source')
       .option('--pool <pool>', 'name or id of the pool (default: the source’s, else "default")')
-      .option('--from <source>', 'image:NAME, snapshot:VOL@SNAP or volume:NAME')
+      .option('--from <source>', 'image:NAME, snapshot:VOL@SNAP, volume:NAME or file:CONTAINER/NAME')
       .action(async (name: string, options: { size?: string; pool?: string; from?: string }, command: Command) => {
         const context = contextOf(command)
         const body = { name, size: options.size, pool: options.pool, from: options.from, project: context.project }

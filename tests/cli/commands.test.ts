@@ -46,7 +46,7 @@ afterAll(async () => {
 })
 
 describe('the command line itself', () => {
-  const groups = ['serve', 'status', 'pool', 'volume', 'snapshot', 'image', 'job']
+  const groups = ['serve', 'status', 'pool', 'volume', 'snapshot', 'image', 'file', 'job']
 
   test('help is printed with 0, and every command has an example', () => {
     const top = home.cli('--help')

@@ -5,6 +5,7 @@ import { fastify } from 'fastify'
 import type { FastifyInstance } from 'fastify'
 import { AtollError, toAtollError } from '@atoll/core'
 import type { Logger } from '@atoll/core'
+import { addFileRoutes } from './file-routes.ts'
 import { addImageRoutes } from './image-routes.ts'
 import { addJobRoutes } from './job-routes.ts'
 import { addPoolRoutes } from './pool-routes.ts'
@@ -18,6 +19,9 @@ const jsonBytesMax = 1024 * 1024
 /** A name has 255 characters of up to 4 bytes, each written as %XX; VOL@SNAP has two of them. */
 const pathSegmentBytesMax = 2 * 255 * 4 * 3 + 16
 
+/** A query may carry the name of a file (1280 bytes) and its metadata (4096 bytes as JSON), each byte written as %XX. */
+const headerBytesMax = 65_536
+
 export interface AdminServer {
   /** Takes no new requests and waits for those that run. */
   close(): Promise<void>
@@ -27,6 +31,7 @@ export interface AdminServer {
 export function createAdminServer(context: AdminContext, log: Logger): FastifyInstance {
   const server = fastify({
     bodyLimit: jsonBytesMax,
+    http: { maxHeaderSize: headerBytesMax },
     forceCloseConnections: 'idle',
     return503OnClosing: true,
     routerOptions: { maxParamLength: pathSegmentBytesMax },
@@ -51,6 +56,7 @@ export function createAdminServer(context: AdminContext, log: Logger): FastifyIn
   addVolumeRoutes(server, context)
   addSnapshotRoutes(server, context)
   addImageRoutes(server, context)
+  addFileRoutes(server, context)
   addJobRoutes(server, context)
   return server
 }
