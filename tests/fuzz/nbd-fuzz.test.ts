@@ -11,6 +11,8 @@ test(
     const report = await fuzzNbd({ seed, durationMs })
     expect(report.conversations).toBeGreaterThan(10)
     expect(report.answered).toBeGreaterThan(0)
+    expect(report.tlsHandshakes).toBeGreaterThan(0)
+    expect(report.tlsAnswered).toBeGreaterThan(0)
     expect(report.rssMaxBytes - report.rssStartBytes).toBeLessThan(grownBytesMax)
   },
   durationMs + 120_000,

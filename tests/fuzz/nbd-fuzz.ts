@@ -1,13 +1,16 @@
 /**
- * Fuzzes the socket of a real daemon: whole conversations, negotiation and requests in every form, put together from the corpus
- * and from random parts, then damaged. Whatever comes, the daemon must live, end every conversation whose client has ended it,
- * serve others meanwhile, and keep its memory.
+ * Fuzzes the sockets of a real daemon: whole conversations, negotiation and requests in every form, put together from the corpus
+ * and from random parts, then damaged; on the unix socket, and over TCP with TLS around them (tls-conversation.ts). Whatever comes,
+ * the daemon must live, end every conversation whose client has ended it, serve others meanwhile, and keep its memory.
  */
 import { readdir, readFile } from 'node:fs/promises'
-import { createConnection } from 'node:net'
+import { createConnection, type NetConnectOpts } from 'node:net'
 import { join } from 'node:path'
 import { connect, encodeExtendedRequest, encodeRequest } from '@atoll/nbd-client'
+import { TestAuthority } from '@atoll/nbd-client/testing'
 import { TestHome } from '../test-home.ts'
+import { generator, type Random } from './random.ts'
+import { brokenHandshake, converseTls, helloOf, type TlsTarget } from './tls-conversation.ts'
 
 const MiB = 1024 * 1024
 const diskBytes = 64 * MiB
@@ -15,6 +18,8 @@ const diskBytes = 64 * MiB
 const hangLimitMs = 20_000
 /** Conversations at a time. */
 const workerCount = 4
+/** Files that a daemon opens when it first needs them: layers, journals, a database's. */
+const openFilesSlack = 16
 /** What the daemon may grow by while it is fuzzed. */
 export const grownBytesMax = 512 * MiB
 
@@ -24,31 +29,28 @@ export interface NbdFuzzReport {
   readonly conversations: number
   /** Of those, the ones that were answered with more than a negotiation's worth. */
   readonly answered: number
+  /** Those over TCP. */
+  readonly tlsConversations: number
+  /** Of those, the ones whose handshake came to its end. */
+  readonly tlsHandshakes: number
+  /** Of those, the ones that were answered inside. */
+  readonly tlsAnswered: number
   readonly sentBytes: number
   readonly receivedBytes: number
   readonly rssStartBytes: number
   readonly rssMaxBytes: number
   readonly rssEndBytes: number
+  /** Open files of the daemon before and after. */
+  readonly filesStart: number
+  readonly filesEnd: number
 }
-
-/** mulberry32: small, and the same everywhere. */
-function generator(start: number): Random {
-  let state = start >>> 0
-  return (below) => {
-    state = (state + 0x6d2b79f5) >>> 0
-    let mixed = Math.imul(state ^ (state >>> 15), state | 1)
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61)
-    return Math.floor((((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32) * below)
-  }
-}
-
-type Random = (below: number) => number
 
 /** Byte strings that have a meaning, one a line in hex behind its name; `$EXPORT` stands for the name of the export. */
 interface Corpus {
   readonly openings: readonly Buffer[]
   readonly options: readonly Buffer[]
   readonly requests: readonly Buffer[]
+  readonly records: readonly Buffer[]
 }
 
 async function readCorpus(exportName: string): Promise<Corpus> {
@@ -67,7 +69,7 @@ async function readCorpus(exportName: string): Promise<Corpus> {
     found.set(name, lines.map(bytesOf))
   }
   const of = (name: string): Buffer[] => found.get(name) ?? []
-  return { openings: of('openings.hex'), options: of('options.hex'), requests: of('requests.hex') }
+  return { openings: of('openings.hex'), options: of('options.hex'), requests: of('requests.hex'), records: of('tls.hex') }
 }
 
 const lengths = [0, 1, 511, 512, 4095, 4096, 4097, MiB, diskBytes - 1, diskBytes, 2 ** 31, 2 ** 32 - 1, 2 ** 32, 2 ** 52]
@@ -118,9 +120,9 @@ function conversation(random: Random, corpus: Corpus): Buffer {
 }
 
 /** One conversation: all is sent, in pieces, our end is finished, and the daemon must finish its own. Returns what came. */
-function converse(socketPath: string, stream: Buffer, random: Random): Promise<number> {
+function converse(address: NetConnectOpts, stream: Buffer, random: Random): Promise<number> {
   return new Promise((resolve, reject) => {
-    const socket = createConnection(socketPath)
+    const socket = createConnection(address)
     let receivedBytes = 0
     const leavesEarly = random(8) === 0
     const timer = setTimeout(() => {
@@ -153,6 +155,22 @@ async function rssBytes(pid: number): Promise<number> {
   return Number(kibibytes) * 1024
 }
 
+/** Open files of a process. */
+async function fileCount(pid: number): Promise<number> {
+  return (await readdir(`/proc/${pid}/fd`)).length
+}
+
+/** A home with certificates in its folder `tls`, and what a client of its authority needs. */
+async function makeCertificates(home: TestHome): Promise<{ directory: string; client: TlsTarget['client'] }> {
+  const directory = join(home.path, 'tls')
+  const authority = await TestAuthority.create(directory)
+  await authority.issue(directory, { commonName: 'localhost' })
+  await authority.issue(directory, { commonName: 'a fuzzer', usage: 'client' })
+  const read = (name: string): Promise<Buffer> => readFile(join(directory, name))
+  const files = { ca: await read('ca-cert.pem'), cert: await read('client-cert.pem'), key: await read('client-key.pem') }
+  return { directory, client: { ...files, servername: 'localhost' } }
+}
+
 /** Fuzzes for `durationMs`. A conversation's seed is in the error that it causes; `seed` replays the run, but for its timing. */
 export async function fuzzNbd(options: {
   seed: number
@@ -161,26 +179,59 @@ export async function fuzzNbd(options: {
 }): Promise<NbdFuzzReport> {
   const { seed, durationMs, onProgress } = options
   await using home = await TestHome.create()
-  const { pid, nbdSocket } = await home.start()
-  if (nbdSocket === null) throw new Error('the daemon has no NBD socket')
+  const { directory, client } = await makeCertificates(home)
+  const { pid, nbdSocket, nbd } = await home.start('--nbd', '127.0.0.1:0', '--nbd-tls', directory)
+  if (nbdSocket === null || nbd === null) throw new Error('the daemon does not listen')
   home.cli('volume', 'create', 'disk', '--size', String(diskBytes))
   home.cli('volume', 'create', 'steady', '--size', String(MiB))
   const uri = home.cli('volume', 'attach', 'disk', '--format', 'uri')
   home.cli('snapshot', 'create', 'disk@snap')
   const corpus = await readCorpus(new URL(uri).pathname.slice(1))
+  const limitedTo12 = { ...client, maxVersion: 'TLSv1.2' } as const
+  const hellos = [await helloOf(client), await helloOf(limitedTo12), await helloOf({ ...client, ALPNProtocols: ['nbd'] })]
+  const target: TlsTarget = { port: Number(new URL(nbd).port), client, records: corpus.records, hellos }
   await using steady = await connect(home.cli('volume', 'attach', 'steady', '--format', 'uri'))
   await steady.write(0, Buffer.from('steady'))
 
   const rssStartBytes = await rssBytes(pid)
+  const filesStart = await fileCount(pid)
   const startedAt = performance.now()
-  const report = { conversations: 0, answered: 0, sentBytes: 0, receivedBytes: 0, rssMaxBytes: rssStartBytes }
+  const report = {
+    conversations: 0,
+    answered: 0,
+    tlsConversations: 0,
+    tlsHandshakes: 0,
+    tlsAnswered: 0,
+    sentBytes: 0,
+    receivedBytes: 0,
+    rssMaxBytes: rssStartBytes,
+  }
+  const overTls = async (random: Random): Promise<{ stream: Buffer; receivedBytes: number }> => {
+    report.tlsConversations += 1
+    const kind = random(10)
+    if (kind < 4) {
+      // In the clear where TLS is wanted, or what is no handshake.
+      const stream = kind === 0 ? conversation(random, corpus) : brokenHandshake(random, target)
+      return { stream, receivedBytes: await converse({ port: target.port, host: '127.0.0.1' }, stream, random) }
+    }
+    // The client flags came before STARTTLS.
+    const stream = conversation(random, corpus).subarray(random(10) === 0 ? 0 : 4)
+    const { receivedBytes, isSecure, isSound } = await converseTls(target, stream, random, hangLimitMs)
+    if (isSound && !isSecure) throw new Error('a handshake without a fault was refused')
+    if (isSecure) report.tlsHandshakes += 1
+    if (receivedBytes > 200) report.tlsAnswered += 1
+    return { stream, receivedBytes }
+  }
+  const inTheClear = async (random: Random): Promise<{ stream: Buffer; receivedBytes: number }> => {
+    const stream = conversation(random, corpus)
+    return { stream, receivedBytes: await converse({ path: nbdSocket }, stream, random) }
+  }
   let nextReportAt = startedAt + 30_000
   const worker = async (workerIndex: number): Promise<void> => {
     for (let round = 0; performance.now() - startedAt < durationMs; round += 1) {
       const conversationSeed = (seed + workerIndex * 0x1000003 + round * 0x9e3779b1) >>> 0
       const random = generator(conversationSeed)
-      const stream = conversation(random, corpus)
-      const receivedBytes = await converse(nbdSocket, stream, random).catch((cause: unknown) => {
+      const { stream, receivedBytes } = await (random(3) === 0 ? overTls(random) : inTheClear(random)).catch((cause: unknown) => {
         throw new Error(`the conversation of seed ${conversationSeed} failed`, { cause })
       })
       report.conversations += 1
@@ -196,13 +247,14 @@ export async function fuzzNbd(options: {
         nextReportAt += 30_000
         const seconds = Math.round((performance.now() - startedAt) / 1000)
         onProgress?.(
-          `${seconds} s: ${report.conversations} conversations, RSS at most ${Math.round(report.rssMaxBytes / MiB)} MiB`,
+          `${seconds} s: ${report.conversations} conversations, ${report.tlsConversations} of them over TCP, RSS at most ${Math.round(report.rssMaxBytes / MiB)} MiB`,
         )
       }
     }
   }
   await Promise.all(Array.from({ length: workerCount }, (_, index) => worker(index)))
   const rssEndBytes = await rssBytes(pid)
+  const filesEnd = await untilFewFiles(pid, filesStart + openFilesSlack)
   // What was fuzzed is still a disk.
   await using after = await connect(uri, { extendedHeaders: true, metaContexts: ['base:allocation', 'qemu:dirty-bitmap:snap'] })
   await after.write(0, Buffer.alloc(4096, 7), { fua: true })
@@ -210,5 +262,17 @@ export async function fuzzNbd(options: {
   if (report.rssMaxBytes - rssStartBytes > grownBytesMax) {
     throw new Error(`the daemon grew from ${rssStartBytes} to ${report.rssMaxBytes} bytes (seed ${seed})`)
   }
-  return { seed, durationMs: Math.round(performance.now() - startedAt), ...report, rssStartBytes, rssEndBytes }
+  const durationDoneMs = Math.round(performance.now() - startedAt)
+  return { seed, durationMs: durationDoneMs, ...report, rssStartBytes, rssEndBytes, filesStart, filesEnd }
+}
+
+/** Waits until the sockets of ended conversations are closed; returns how many files are open then. */
+async function untilFewFiles(pid: number, countMax: number): Promise<number> {
+  const deadline = performance.now() + hangLimitMs
+  for (;;) {
+    const count = await fileCount(pid)
+    if (count <= countMax) return count
+    if (performance.now() > deadline) throw new Error(`the daemon has ${count} files open, at most ${countMax} are expected`)
+    await new Promise((resolve) => setTimeout(resolve, 50))
+  }
 }
