@@ -151,6 +151,19 @@ describe.skipIf(!hasPrograms('qemu-io'))('qemu-io (package qemu-utils)', () => {
     await expect.poll(() => stand.usedBytes('thin'), usagePoll).toBe(8 * MiB)
     await qemuIo(['-f', 'raw', uri], 'read -P 1 0 4M', 'read -P 0 4M 24M', 'read -P 1 28M 4M')
   })
+
+  test(
+    'zeroes a disk far larger than what is stored, 32 MiB with each request, and stores nothing for it',
+    async () => {
+      const uri = stand.empty('large', 256 * 1024 * MiB)
+      await qemuIo(['-f', 'raw', uri], 'write -P 1 0 8M', 'write -P 2 255G 8M', 'flush')
+      stand.home.cli('snapshot', 'create', 'large@before')
+      await qemuIo(['-f', 'raw', '-t', 'writeback', uri], 'write -z -u -n 0 256G', 'flush')
+      await qemuIo(['-f', 'raw', uri], 'read -P 0 0 8M', 'read -P 0 255G 8M')
+      await expect.poll(() => stand.usedBytes('large'), usagePoll).toBe(0)
+    },
+    limitMs,
+  )
 })
 
 describe.skipIf(!hasPrograms('qemu-storage-daemon', 'nbdcopy', 'qemu-io'))(
