@@ -2,6 +2,7 @@
 // They are the composer's views with times as ISO 8601 text.
 import type {
   AttachmentView,
+  CheckResult,
   ContainerView,
   FileView,
   ImageView,
@@ -40,6 +41,7 @@ export interface FileListingDocument {
 }
 export type PoolDocument = Document<PoolView>
 export type JobDocument = Document<JobView>
+export type CheckDocument = CheckResult
 
 export interface StatusDocument {
   readonly ready: true

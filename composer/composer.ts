@@ -8,6 +8,7 @@ import { newId as randomId, systemClock, type Catalog, type Clock, type Logger, 
 import type { Mapper } from '@atoll/mapper'
 import type { Engine } from '@atoll/native'
 import { Attachments } from './attachments.ts'
+import { CheckService, checkKind } from './check-job.ts'
 import { Exports } from './exports.ts'
 import { imageExportKind } from './image-export.ts'
 import { qcow2ExportKind } from './image-export-qcow2.ts'
@@ -73,6 +74,7 @@ export interface Composer {
   readonly images: ImageService
   readonly files: FileService
   readonly pools: PoolService
+  readonly checks: CheckService
   readonly jobs: Jobs
   readonly exports: Exports
   readonly resolver: Resolver
@@ -132,6 +134,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
       }),
       qcow2ExportKind({ devices, findResource, serveTemporaryNbd, newId, setTimer }),
       reclaimKind(mapper),
+      checkKind(mapper),
     ],
   })
   const reclaim = new ReclaimScheduler({ jobs, log, setTimer })
@@ -160,6 +163,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
     images: new ImageService(context, { targets, streams, urls }),
     files,
     pools: new PoolService(context),
+    checks: new CheckService(jobs),
     jobs,
     exports,
     resolver,

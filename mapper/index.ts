@@ -1,5 +1,7 @@
 /** The mapper's face: what the composer calls. */
 export { openMapper, Mapper, type MapperOptions, type OpenResource } from './mapper.ts'
+export { checkFindingsMax, checkSubjects, type CheckSubject, type CheckOptions, type CheckReport } from './check.ts'
+export type { CheckFinding } from './check-finding.ts'
 export type { MapperLog } from './context.ts'
 export type { NewImage, NewVolume } from './create.ts'
 export type { DeleteOptions } from './delete.ts'

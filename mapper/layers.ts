@@ -105,6 +105,16 @@ export class Layers {
     this.#spares.get(spare.poolId)?.push(spare)
   }
 
+  /** Takes one spare out of the list for good; false if nobody may (it was given away). Another one is made. */
+  withdraw(poolId: string, alias: number): boolean {
+    const spares = this.#spares.get(poolId)
+    const index = spares?.findIndex((spare) => spare.alias === alias) ?? -1
+    if (spares === undefined || index < 0) return false
+    spares.splice(index, 1)
+    this.#refill(poolId)
+    return true
+  }
+
   /** Makes a taken spare the layer of a volume: its active one, or (state `spare`) its next one. Inside a write. */
   async assign(
     tx: CatalogTransaction,

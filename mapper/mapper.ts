@@ -18,6 +18,7 @@ import {
 } from '@atoll/core'
 import type { Device, Engine, FrozenMap, OpenReport } from '@atoll/native'
 import type { Driver } from '@atoll/southbound'
+import { Checker, type CheckOptions, type CheckReport } from './check.ts'
 import { CheckpointScheduler } from './checkpoint-scheduler.ts'
 import { checkpointLocked, deletePagesLater } from './checkpoint.ts'
 import { closeLocked } from './close.ts'
@@ -111,6 +112,7 @@ export class Mapper {
   readonly #scheduler: CheckpointScheduler
   readonly #reclaimer: Reclaimer
   readonly #usage: Usage
+  readonly #checker: Checker
 
   /** Use `openMapper`. */
   constructor(options: MapperOptions, nextPageId: number) {
@@ -140,6 +142,7 @@ export class Mapper {
     this.#scheduler = new CheckpointScheduler(context)
     this.#reclaimer = new Reclaimer(context)
     this.#usage = new Usage(context)
+    this.#checker = new Checker(context, this.#reclaimer)
     this.pools = new PoolService(context, this.#usage)
     this.#scheduler.start()
   }
@@ -297,6 +300,11 @@ export class Mapper {
   /** See `Reclaimer.run` in reclaim.ts. */
   async reclaim(poolId: string | null, options: ReclaimOptions = {}): Promise<ReclaimResult> {
     return await this.#reclaimer.run(poolId, options)
+  }
+
+  /** See `Checker.run` in check.ts. */
+  async check(options: CheckOptions = {}): Promise<CheckReport> {
+    return await this.#checker.run(options)
   }
 
   /** See `Usage.of` in usage.ts, also for what it costs. */

@@ -45,6 +45,12 @@ export class PageIds {
     return boundary
   }
 
+  /** Whether a checkpoint in flight has the numbers from this one on. */
+  isInFlight(firstPageId: number): boolean {
+    for (const reservation of this.#inFlight) if (reservation.firstPageId === firstPageId) return true
+    return false
+  }
+
   /** Reserves numbers for one checkpoint. Ends with `release`. */
   reserve(pageCountMax: number = reservedPagesMax): PageReservation {
     const reservation = { firstPageId: this.#next, endPageId: this.#next + pageCountMax }

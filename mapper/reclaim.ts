@@ -90,6 +90,11 @@ export class Reclaimer {
     return await this.#oneAtATime.run(async () => await this.#run(poolId, options))
   }
 
+  /** Runs `fn` while no reclaim does. */
+  async alone<T>(fn: () => Promise<T>): Promise<T> {
+    return await this.#oneAtATime.run(fn)
+  }
+
   async #run(poolId: string | null, options: ReclaimOptions): Promise<ReclaimResult> {
     const context = this.#context
     const poolIds = poolId === null ? context.pools.openIds() : [context.pools.handle(poolId).poolId]

@@ -22,8 +22,8 @@ const removeBatch = 64
 const namedUnknownMax = 20
 
 /** No journal goes further, and no lease. */
-const lsnMax = Number.MAX_SAFE_INTEGER - 1
-const epochMax = Number.MAX_SAFE_INTEGER
+export const lsnMax = Number.MAX_SAFE_INTEGER - 1
+export const epochMax = Number.MAX_SAFE_INTEGER
 
 type CatalogOnly = Pick<MapperContext, 'catalog'>
 
@@ -196,7 +196,8 @@ async function sealClosingOf(context: MapperContext, poolId: string, volumeId: s
   }
 }
 
-async function sealFile(context: MapperContext, pool: PoolHandle, volumeId: string, layerId: string): Promise<void> {
+/** Ends the journal of a layer that is not written any more; one that is sealed already stays as it is. */
+export async function sealFile(context: MapperContext, pool: PoolHandle, volumeId: string, layerId: string): Promise<void> {
   const volume = await context.catalog.db
     .selectFrom('volumes')
     .select(['map_lsn', 'epoch'])

@@ -21,6 +21,16 @@ export function uniformRoot(alias: number): RootRef {
   return { word: (uniformTag << tagShift) | BigInt(alias), crc: 0 }
 }
 
+/** The page of a root that has one. */
+export function pageOfRoot(root: RootRef): number | undefined {
+  return root.word >> tagShift === pageTag ? Number(root.word & payloadMask) : undefined
+}
+
+/** The layer of a root that gives every slot to one. */
+export function uniformOwner(root: RootRef): number | undefined {
+  return root.word >> tagShift === uniformTag ? Number(root.word & payloadMask) : undefined
+}
+
 /** The root of a row. */
 export function rootOf(row: { root_word: bigint; root_crc: number }): RootRef {
   return { word: row.root_word, crc: row.root_crc }

@@ -41,6 +41,7 @@ export function failingCatalog(inner: Catalog): FailingCatalog {
       return await inner.write(fn, options)
     },
     onCommit: (listener) => inner.onCommit(listener),
+    verify: async () => await inner.verify(),
     serialize: async () => await inner.serialize(),
     releaseReserve: async () => await inner.releaseReserve(),
     restoreReserve: async () => await inner.restoreReserve(),

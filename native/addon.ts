@@ -66,6 +66,28 @@ export interface RawReach {
   hasPages(ids: Float64Array): Uint8Array
 }
 
+/** A map page that cannot be used. */
+export interface PageFault {
+  pageId: number
+  /** PAGE_CORRUPT, PAGE_MISSING or FORMAT_VERSION. */
+  code: string
+  message: string
+}
+
+export interface RawMapCheck {
+  addRoot(root: RootRef): void
+  pending(limit: number): Float64Array
+  supply(ids: Float64Array, bodies: (Uint8Array | undefined)[]): void
+  faults(): PageFault[]
+  faultCount(): number
+  pageReferrers(): Float64Array
+  layerReferrers(): Float64Array
+  slotEnd(layer: number): number
+  layers(): Uint32Array
+  runs(layer: number): Float64Array
+  hasPages(ids: Float64Array): Uint8Array
+}
+
 export interface StoreCapabilities {
   /** What a first write copies up. */
   copyUnitBytes: number
@@ -96,6 +118,26 @@ export interface LayerExtent {
   lengthBytes: number
   /** False: a hole. A hint, never the meaning of the range. */
   data: boolean
+}
+
+/** What a journal holds. */
+export interface JournalSummary {
+  /** Segments with a good header. */
+  segmentCount: number
+  /** Bytes of the good part of them. */
+  lengthBytes: number
+  /** Bytes that the next open cuts off; 0: none. */
+  tornTailBytes: number
+  /** Frames after the lsn that was asked for. */
+  frameCount: number
+  /** lsn of the last frame; 0 where there never was one. */
+  lastLsn: number
+  /** Newest epoch in it. */
+  epoch: number
+  /** Aliases that its frames give slots to (0: hole). */
+  owners: number[]
+  /** Set if the layer was sealed. */
+  seal?: { finalLsn: number; successor?: string }
 }
 
 /** One way to fail; the first rule that matches a call counts. */
@@ -153,7 +195,9 @@ export interface RawStore {
   restoreReserve(): Promise<number>
   setReserve(bytes: number): Promise<number>
   sealLayer(id: string, volumeId: string, epoch: number, finalLsn: number, successor: string | null): Promise<void>
+  inspectJournal(id: string, volumeId: string | null, epoch: number, afterLsn: number): Promise<JournalSummary>
   punchExcept(id: string, keepRuns: Float64Array): Promise<number>
+  isPunchable(id: string, keepRuns: Float64Array): Promise<boolean>
   extents(id: string, offsetBytes: number, lengthBytes: number): Promise<LayerExtent[]>
   setFaults(plan: FaultPlan): void
   injectedCount(): number
@@ -372,6 +416,7 @@ export interface RawOpenedDevice {
 interface Addon {
   Engine: new (pageFile: string | null, cacheBoundBytes: number | null, batchLogDirectory: string | null) => RawEngine
   Reach: new () => RawReach
+  MapCheck: new (watchedPages: Float64Array, watchedLayers: Float64Array) => RawMapCheck
   constants(): { slotBytes: number; leafBytes: number; mapBytesMax: number }
 }
 

@@ -15,11 +15,13 @@ export type {
   EngineStats,
   FaultPlan,
   FaultRule,
+  JournalSummary,
   LayerEntry,
   LayerExtent,
   ListenerAddress,
   OpenReport,
   PageBatch,
+  PageFault,
   RootRef,
   ServeEnd,
   StoreCapabilities,
@@ -30,7 +32,7 @@ export type {
 export { Connection, Listener, TlsConfig, type NbdMetaContext, type NbdReplyForm, type ServeNbdOptions } from './connection.ts'
 export { Checkpoint, Device, type LayerRef } from './device.ts'
 export { Engine, type DeviceEvent, type DeviceSpec, type EngineOptions, type SwapReport } from './engine.ts'
-export { FrozenMap, MapLoader, PageSet, Reach } from './maps.ts'
+export { FrozenMap, MapCheck, MapLoader, PageSet, Reach } from './maps.ts'
 export { Store, StoreLock } from './store.ts'
 
 /** Bytes of a slot: the unit of the map. */

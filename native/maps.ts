@@ -2,7 +2,9 @@
 import {
   addon,
   type PageBatch,
+  type PageFault,
   type RawFrozenMap,
+  type RawMapCheck,
   type RawMapLoader,
   type RawPageSet,
   type RawReach,
@@ -166,6 +168,75 @@ export class Reach {
   }
 
   /** For each id 1 if the page is reachable, else 0. */
+  hasPages(ids: Float64Array): Uint8Array {
+    return call(() => this.#raw.hasPages(ids))
+  }
+}
+
+/**
+ * Walks over the pages of many roots and goes on after what is wrong: until `pending` is empty, fetch those pages and `supply`
+ * them, undefined for one that is not there.
+ */
+export class MapCheck {
+  readonly #raw: RawMapCheck
+
+  /** @param watched pages and layers for which the walk notes who names them */
+  constructor(watched: { pages?: Float64Array; layers?: Float64Array } = {}) {
+    const { MapCheck: RawClass } = addon()
+    this.#raw = call(() => new RawClass(watched.pages ?? new Float64Array(0), watched.layers ?? new Float64Array(0)))
+  }
+
+  /** Adds a root, over the whole address space. @throws PAGE_CORRUPT if the word is no root's */
+  addRoot(root: RootRef): void {
+    call(() => this.#raw.addRoot(root))
+  }
+
+  /** Ids of pages to fetch next, at most `limit`; empty when done. */
+  pending(limit: number): Float64Array {
+    return call(() => this.#raw.pending(limit))
+  }
+
+  /** Gives pages that were pending. What is wrong with them is told by `faults`. */
+  supply(ids: Float64Array, bodies: (Uint8Array | undefined)[]): void {
+    call(() => this.#raw.supply(ids, bodies))
+  }
+
+  /** The first ten thousand pages that cannot be used. */
+  faults(): PageFault[] {
+    return call(() => this.#raw.faults())
+  }
+
+  /** How many pages cannot be used. */
+  faultCount(): number {
+    return call(() => this.#raw.faultCount())
+  }
+
+  /** Pairs: a page, and the watched page that it names. */
+  pageReferrers(): Float64Array {
+    return call(() => this.#raw.pageReferrers())
+  }
+
+  /** Pairs: a page, and the watched layer that it names. */
+  layerReferrers(): Float64Array {
+    return call(() => this.#raw.layerReferrers())
+  }
+
+  /** Aliases of layers that anything refers to, ascending. */
+  layers(): Uint32Array {
+    return call(() => this.#raw.layers())
+  }
+
+  /** The slot after the last one of a layer that is referred to; 0 if none is. */
+  slotEnd(layer: number): number {
+    return call(() => this.#raw.slotEnd(layer))
+  }
+
+  /** Slots of one layer that are referred to: triples as of `Reach.runs`. */
+  runs(layer: number): Float64Array {
+    return call(() => this.#raw.runs(layer))
+  }
+
+  /** For each id 1 if the page is reached, else 0. What lies below damaged pages is not. */
   hasPages(ids: Float64Array): Uint8Array {
     return call(() => this.#raw.hasPages(ids))
   }

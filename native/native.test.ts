@@ -16,6 +16,7 @@ import {
   Engine,
   type FrozenMap,
   type LayerRef,
+  MapCheck,
   Reach,
   type ServeNbdOptions,
   slotBytes,
@@ -151,6 +152,7 @@ describe('a store', () => {
     const device = await openVolume(await makeLayers(store, 2))
     await device.write(0, filled(64 * slotBytes, 9))
     await device.close()
+    expect(await store.isPunchable(layerId(1), Float64Array.of(2, 3, 1, 10, 1, 1))).toBe(true)
     const freed = await store.punchExcept(layerId(1), Float64Array.of(2, 3, 1, 10, 1, 1))
     expect(freed).toBe(60 * slotBytes)
     expect(await store.extents(layerId(1), 0, 16 * slotBytes)).toEqual([
@@ -281,6 +283,30 @@ describe('a device', () => {
     } finally {
       await third.close()
     }
+
+    const check = new MapCheck({ pages: Float64Array.of(...bodies.keys()), layers: Float64Array.of(1) })
+    check.addRoot(root)
+    for (let pending = check.pending(10); pending.length > 0; pending = check.pending(10)) {
+      check.supply(
+        pending,
+        [...pending].map((id) => (id === Math.min(...bodies.keys()) ? undefined : bodies.get(id))),
+      )
+    }
+    expect(check.faults()).toEqual([
+      {
+        pageId: Math.min(...bodies.keys()),
+        code: 'PAGE_MISSING',
+        message: expect.stringContaining('not in the catalog') as string,
+      },
+    ])
+    expect(check.faultCount()).toBe(1)
+    expect(check.pageReferrers().length).toBeGreaterThan(0)
+    expect(check.layerReferrers().length).toBeGreaterThan(0)
+    expect([...check.layers()]).toEqual([1])
+    expect(check.slotEnd(1)).toBeGreaterThan(0)
+    expect(check.runs(1).length).toBeGreaterThan(0)
+    expect([...check.hasPages(Float64Array.of(100, 99))]).toEqual([1, 0])
+    expect(await layers[0]!.store.inspectJournal(layers[0]!.id, null, 9, 1)).toMatchObject({ segmentCount: 1, tornTailBytes: 0 })
 
     const reach = new Reach()
     reach.addRoot(root, 64 * mebibyte)

@@ -2,6 +2,7 @@
 import type {
   CrashOptions,
   FaultPlan,
+  JournalSummary,
   LayerEntry,
   LayerExtent,
   RawStore,
@@ -121,9 +122,24 @@ export class Store {
     return settle(() => this.raw.sealLayer(id, volumeId, epoch, finalLsn, successor))
   }
 
+  /**
+   * Reads the journal of a layer and changes nothing; may run beside its writer. `volumeId` null: of any volume. Frames after
+   * `afterLsn` are counted.
+   *
+   * @throws JOURNAL_CORRUPT, CATALOG_BEHIND, FORMAT_VERSION as an open of the volume would
+   */
+  inspectJournal(id: string, volumeId: string | null, epoch: number, afterLsn: number): Promise<JournalSummary> {
+    return settle(() => this.raw.inspectJournal(id, volumeId, epoch, afterLsn))
+  }
+
   /** Frees everything of a sealed layer but the given runs (triples as `Reach.runs` gives them, ascending); returns the bytes freed. */
   punchExcept(id: string, keepRuns: Float64Array): Promise<number> {
     return settle(() => this.raw.punchExcept(id, keepRuns))
+  }
+
+  /** Whether `punchExcept` with these runs would free anything. */
+  isPunchable(id: string, keepRuns: Float64Array): Promise<boolean> {
+    return settle(() => this.raw.isPunchable(id, keepRuns))
   }
 
   /** What of a range is allocated; a hint. */

@@ -108,7 +108,7 @@ async function writeBundle(folder: string): Promise<Set<string>> {
 
 /** Files that are started by their URL: each becomes a file of the bundle, and the URL names that. */
 function threadFiles(): { entries: Record<string, string>; plugin: Plugin } {
-  const files = ['core/catalog/wal-checkpoint-worker.ts']
+  const files = ['core/catalog/wal-checkpoint-worker.ts', 'core/catalog/catalog-task-worker.ts']
   const nameOf = (path: string): string => (path.split('/').pop() ?? path).replace(/\.ts$/, '')
   const entries = Object.fromEntries(files.map((path) => [nameOf(path), path]))
   const plugin: Plugin = {

@@ -50,6 +50,24 @@ export interface CatalogPages {
   usage(): Promise<{ pageCount: number; bodyBytes: number }>
 }
 
+/** A row that refers to one that is not there. */
+export interface DanglingReference {
+  readonly table: string
+  readonly rowId: number
+  /** The table in which the other row is missing. */
+  readonly parent: string
+}
+
+/** What is wrong with the catalog as a database. */
+export interface CatalogFaults {
+  /** What the database says of its own structure; empty: nothing. At most `catalogFaultsMax`. */
+  readonly damages: readonly string[]
+  /** At most `catalogFaultsMax`. */
+  readonly dangling: readonly DanglingReference[]
+}
+
+export const catalogFaultsMax = 100
+
 export interface Catalog {
   /** UUID of this catalog; pools record it as their owner. */
   readonly id: string
@@ -72,6 +90,9 @@ export interface Catalog {
 
   /** Calls `listener` after every commit, before `write` returns. Returns how to stop. For crash tests. */
   onCommit(listener: (event: CommitEvent) => void): () => void
+
+  /** Reads the whole database and looks whether it is sound; beside everything else, in a thread of its own. Changes nothing. */
+  verify(): Promise<CatalogFaults>
 
   /** The whole committed catalog as bytes; `openCatalog(bytes)` opens a copy in memory. */
   serialize(): Promise<Uint8Array>

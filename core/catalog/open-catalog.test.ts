@@ -429,6 +429,39 @@ describe('a full disk', () => {
     await setMeta(catalog, 'k', 'v')
   })
 
+  test('a sound catalog is found sound, whether it is a file or in memory', async () => {
+    for (const catalog of [await open(), await open(':memory:')]) {
+      await catalog.write(async (tx) => await insertPool(tx))
+      expect(await catalog.verify()).toEqual({ damages: [], dangling: [] })
+    }
+  })
+
+  test('a catalog is looked at while it is written, and rows that refer to nothing are told', async () => {
+    const catalog = await open()
+    const other = new Database(path)
+    other.pragma('foreign_keys = off')
+    other.prepare("insert into attachments values ('a', ?, 'gone', 'nbd', 0, 0, '{}', 0)").run(adminProject.id)
+    other.close()
+    const [faults] = await Promise.all([catalog.verify(), setMeta(catalog, 'k', 'v')])
+    expect(faults).toEqual({ damages: [], dangling: [{ table: 'attachments', rowId: 1, parent: 'resources' }] })
+  })
+
+  test('a catalog whose file is damaged says so', async () => {
+    const catalog = await open()
+    await catalog.write(async (tx) => await insertPool(tx))
+    const rootPage = await sql
+      .raw<{ rootpage: number }>("select rootpage from sqlite_schema where name = 'pools'")
+      .execute(catalog.db)
+    await catalog.close()
+    const again = await open()
+    const file = await readFile(path)
+    // The header of the b-tree page.
+    file.fill(0xff, ((rootPage.rows[0]?.rootpage ?? 0) - 1) * 4096, ((rootPage.rows[0]?.rootpage ?? 0) - 1) * 4096 + 8)
+    await writeFile(path, file)
+    const { damages } = await again.verify()
+    expect(damages.length).toBeGreaterThan(0)
+  })
+
   test('an emergency write gives up as much of the reserve as it needs', async () => {
     const reserveBytes = 4 * 2 ** 20
     const catalog = await open(path, { reserveBytes })

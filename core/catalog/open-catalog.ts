@@ -22,13 +22,15 @@ import { AtollError, isAtollError } from '../errors.ts'
 import { newId, type NewId } from '../ids.ts'
 import { Mutex } from '../mutex.ts'
 import { type ProcessLock, takeProcessLock } from '../process-lock.ts'
-import type { Catalog, CatalogPages, CatalogTransaction, CommitEvent, WriteOptions } from './catalog.ts'
+import type { Catalog, CatalogFaults, CatalogPages, CatalogTransaction, CommitEvent, WriteOptions } from './catalog.ts'
 import { CatalogReserve } from './catalog-reserve.ts'
+import { runCatalogTask } from './catalog-task.ts'
 import { catalogFormatVersion, checkFormatVersion, migrate } from './migrate.ts'
 import type { Schema } from './schema.ts'
 import { kyselyOver, SqliteConnection } from './sqlite-connection.ts'
 import { isDiskError, isIndexFull, translateSqliteError } from './sqlite-errors.ts'
 import { SqlitePages } from './sqlite-pages.ts'
+import { verifyDatabase } from './verify-database.ts'
 import { logFileBytesMax, WalCheckpointer } from './wal-checkpointer.ts'
 
 export interface OpenCatalogOptions {
@@ -235,6 +237,25 @@ class SqliteCatalog implements Catalog {
       this.#requireOpen()
       return this.#database.serialize()
     })
+  }
+
+  async verify(): Promise<CatalogFaults> {
+    this.#refuseNested('verify')
+    try {
+      if (this.path !== ':memory:') {
+        this.#requireOpen()
+        return await runCatalogTask<CatalogFaults>({ path: this.path })
+      }
+      return await this.#mutex.run(() => {
+        this.#requireOpen()
+        return verifyDatabase(this.#database)
+      })
+    } catch (error) {
+      const known = translateSqliteError(error, this.path)
+      // Too damaged to be asked: that is an answer, too.
+      if (isAtollError(known, 'CATALOG_CORRUPT')) return { damages: [known.message], dangling: [] }
+      throw known
+    }
   }
 
   async releaseReserve(): Promise<void> {

@@ -1,4 +1,4 @@
-import { mkdir, readFile, truncate, writeFile } from 'node:fs/promises'
+import { mkdir, readFile, rm, truncate, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { connect } from '@atoll/nbd-client'
@@ -45,8 +45,29 @@ afterAll(async () => {
   await home[Symbol.asyncDispose]()
 })
 
+describe('a check', () => {
+  test('says that nothing is wrong, and of a damage where it is and what to do, with 1', async () => {
+    const checked = home.json<{ errors: number; warnings: number; findings: object[]; more: number }>('check')
+    expect(checked).toMatchObject({ errors: 0, warnings: 0, repaired: 0, more: 0 })
+    expect(home.cli('check', '--repair', '--deep')).toContain('0 errors, 0 warnings')
+    const [pool] = home.json<{ options: { path: string } }[]>('pool', 'list')
+    const owner = join(pool?.options.path ?? '', 'records', 'owner')
+    const record = await readFile(owner)
+    try {
+      await rm(owner)
+      const result = home.run('check')
+      expect(result.exitCode).toBe(1)
+      expect(result.stdout).toMatch(/^error: owner-record-missing: the pool at .*: restart the daemon/im)
+      expect(result.stdout).toMatch(/^1 errors, 0 warnings, /m)
+    } finally {
+      await writeFile(owner, record)
+    }
+    expect(home.run('check').exitCode).toBe(0)
+  })
+})
+
 describe('the command line itself', () => {
-  const groups = ['serve', 'status', 'pool', 'volume', 'snapshot', 'image', 'file', 'job']
+  const groups = ['serve', 'status', 'pool', 'volume', 'snapshot', 'image', 'file', 'check', 'job']
 
   test('help is printed with 0, and every command has an example', () => {
     const top = home.cli('--help')

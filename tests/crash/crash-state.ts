@@ -45,6 +45,12 @@ export async function checkCrashState(state: CrashState, model: Model, depth: Ch
         setTimer: () => () => {},
       })
       try {
+        const { findings } = await mapper.check()
+        assert.deepEqual(
+          findings.filter(({ severity }) => severity !== 'note'),
+          [],
+          state.context,
+        )
         const rows = await catalog.db.selectFrom('resources').selectAll().where('status', '=', 'available').execute()
         checkExistence(state, model, rows)
         const found = await readAll(mapper, rows)

@@ -8,6 +8,7 @@ import type { Logger } from '@atoll/core'
 import { addFileRoutes } from './file-routes.ts'
 import { addImageRoutes } from './image-routes.ts'
 import { addJobRoutes } from './job-routes.ts'
+import { addCheckRoutes } from './check-routes.ts'
 import { addPoolRoutes } from './pool-routes.ts'
 import { addSnapshotRoutes } from './snapshot-routes.ts'
 import { addStatusRoute } from './status-route.ts'
@@ -53,6 +54,7 @@ export function createAdminServer(context: AdminContext, log: Logger): FastifyIn
   })
   addStatusRoute(server, context)
   addPoolRoutes(server, context)
+  addCheckRoutes(server, context)
   addVolumeRoutes(server, context)
   addSnapshotRoutes(server, context)
   addImageRoutes(server, context)

@@ -2,7 +2,7 @@
 use crate::convert::{JsRootRef, from_ids, from_root, from_runs, guard, invalid, to_ids, to_root, to_slot_limit, to_u32, to_u64, to_usize};
 use crate::promise::run_on;
 use atoll_engine::{Engine, EngineError, Result};
-use atoll_map::{FrozenMap, MapLoader, NewPage, PageSet, Reach};
+use atoll_map::{FrozenMap, MapCheck, MapLoader, NewPage, PageSet, Reach, Referrer};
 use napi::bindgen_prelude::{Env, Float64Array, Object, Uint8Array, Uint32Array};
 use napi_derive::napi;
 use parking_lot::Mutex;
@@ -258,6 +258,118 @@ impl JsReach {
         guard(|| {
             let reach = self.reach.lock();
             let found = to_ids("page id", ids)?.into_iter().map(|id| u8::from(reach.has_page(id)));
+            Ok(Uint8Array::new(found.collect()))
+        })
+    }
+}
+
+#[napi(object)]
+pub struct JsPageFault {
+    pub page_id: f64,
+    pub code: String,
+    pub message: String,
+}
+
+#[napi(js_name = "MapCheck")]
+pub struct JsMapCheck {
+    check: Mutex<MapCheck>,
+}
+
+#[napi]
+impl JsMapCheck {
+    #[napi(constructor)]
+    pub fn new(watched_pages: &[f64], watched_layers: &[f64]) -> napi::Result<JsMapCheck> {
+        guard(|| {
+            let layers = watched_layers.iter().map(|layer| to_u32("layer", *layer)).collect::<Result<Vec<_>>>()?;
+            Ok(JsMapCheck { check: Mutex::new(MapCheck::watching(to_ids("page id", watched_pages)?, layers)) })
+        })
+    }
+
+    #[napi]
+    pub fn add_root(&self, root: JsRootRef) -> napi::Result<()> {
+        guard(|| Ok(self.check.lock().add_root(to_root(&root)?)?))
+    }
+
+    #[napi]
+    pub fn pending(&self, limit: f64) -> napi::Result<Float64Array> {
+        guard(|| Ok(from_ids(self.check.lock().pending(to_usize("limit", limit)?))))
+    }
+
+    #[napi]
+    pub fn supply(&self, ids: &[f64], bodies: Vec<Option<Uint8Array>>) -> napi::Result<()> {
+        guard(|| {
+            if ids.len() != bodies.len() {
+                return Err(invalid("bodies", bodies.len(), "as many as ids"));
+            }
+            let mut check = self.check.lock();
+            for (id, body) in to_ids("page id", ids)?.into_iter().zip(&bodies) {
+                check.supply(id, body.as_deref());
+            }
+            Ok(())
+        })
+    }
+
+    #[napi]
+    pub fn faults(&self) -> napi::Result<Vec<JsPageFault>> {
+        guard(|| {
+            let check = self.check.lock();
+            let faults = check.faults().iter().map(|fault| {
+                let EngineError { code, message, .. } = fault.clone().into();
+                JsPageFault { page_id: fault.page_id as f64, code: code.to_owned(), message }
+            });
+            Ok(faults.collect())
+        })
+    }
+
+    #[napi]
+    pub fn fault_count(&self) -> napi::Result<f64> {
+        guard(|| Ok(self.check.lock().fault_count() as f64))
+    }
+
+    #[napi]
+    pub fn page_referrers(&self) -> napi::Result<Float64Array> {
+        guard(|| {
+            let check = self.check.lock();
+            let pairs = check.referrers().filter_map(|referrer| match referrer {
+                Referrer::OfPage(from, to) => Some([from as f64, to as f64]),
+                Referrer::OfLayer(..) => None,
+            });
+            Ok(Float64Array::new(pairs.flatten().collect()))
+        })
+    }
+
+    #[napi]
+    pub fn slot_end(&self, layer: f64) -> napi::Result<f64> {
+        guard(|| Ok(self.check.lock().slot_end(to_u32("layer", layer)?) as f64))
+    }
+
+    #[napi]
+    pub fn layer_referrers(&self) -> napi::Result<Float64Array> {
+        guard(|| {
+            let check = self.check.lock();
+            let pairs = check.referrers().filter_map(|referrer| match referrer {
+                Referrer::OfPage(..) => None,
+                Referrer::OfLayer(from, to) => Some([from as f64, f64::from(to)]),
+            });
+            Ok(Float64Array::new(pairs.flatten().collect()))
+        })
+    }
+
+    #[napi]
+    pub fn layers(&self) -> napi::Result<Uint32Array> {
+        guard(|| Ok(Uint32Array::new(self.check.lock().reach().layers())))
+    }
+
+    #[napi]
+    pub fn runs(&self, layer: f64) -> napi::Result<Float64Array> {
+        guard(|| Ok(from_runs(&self.check.lock().reach().runs(to_u32("layer", layer)?))))
+    }
+
+    #[napi]
+    pub fn has_pages(&self, ids: &[f64]) -> napi::Result<Uint8Array> {
+        guard(|| {
+            let check = self.check.lock();
+            let found = to_ids("page id", ids)?.into_iter().map(|id| u8::from(check.reach().has_page(id)));
             Ok(Uint8Array::new(found.collect()))
         })
     }

@@ -3,13 +3,14 @@ use crate::convert::{from_ids, guard, invalid, to_layer_id, to_runs, to_u64, to_
 use crate::promise::run_on;
 use atoll_engine::{Engine, EngineError, Result};
 use atoll_io::{
-    CrashOptions, FaultPlan, FaultRule, FaultStore, FileStore, IoErrorCode, Journal, JournalIdentity, LayerId, MemoryStore, OpenMode,
-    SealMark, Store, StoreLock,
+    CrashOptions, FaultPlan, FaultRule, FaultStore, FileStore, IoErrorCode, Journal, JournalIdentity, LayerId, LayerIo, MemoryStore,
+    OpenMode, SealMark, Store, StoreLock,
 };
 use atoll_map::{Run, SLOT_BYTES};
 use napi::bindgen_prelude::{Env, Float64Array, Object, Uint8Array};
 use napi_derive::napi;
 use parking_lot::Mutex;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -68,6 +69,25 @@ pub struct JsCrashOptions {
     pub keep_of_256: u32,
     pub tear: bool,
     pub reorder: bool,
+}
+
+#[napi(object)]
+pub struct JsSeal {
+    pub final_lsn: f64,
+    /// Nothing: none.
+    pub successor: Option<String>,
+}
+
+#[napi(object)]
+pub struct JsJournalSummary {
+    pub segment_count: f64,
+    pub length_bytes: f64,
+    pub torn_tail_bytes: f64,
+    pub frame_count: f64,
+    pub last_lsn: f64,
+    pub epoch: f64,
+    pub owners: Vec<u32>,
+    pub seal: Option<JsSeal>,
 }
 
 /// What only some kinds can do.
@@ -254,12 +274,60 @@ impl JsStore {
         })
     }
 
+    /// Reads a journal and changes nothing.
+    #[napi]
+    pub fn inspect_journal<'env>(
+        &self,
+        env: &'env Env,
+        id: String,
+        volume_id: Option<String>,
+        epoch: f64,
+        after_lsn: f64,
+    ) -> napi::Result<Object<'env>> {
+        let store = self.store.clone();
+        run_on(env, self.engine.bulk(), move || {
+            let volume = volume_id.map(|id| to_uuid("volumeId", &id)).transpose()?;
+            let (epoch, after_lsn) = (to_u64("epoch", epoch)?, to_u64("afterLsn", after_lsn)?);
+            let found = Journal::inspect(&*store, to_layer_id(&id)?, volume, epoch, after_lsn)?;
+            let owners: BTreeSet<u32> = found.frames.iter().flat_map(|frame| &frame.deltas).map(|delta| delta.owner).collect();
+            Ok(JsJournalSummary {
+                segment_count: found.segment_count as f64,
+                length_bytes: found.length_bytes as f64,
+                torn_tail_bytes: found.torn_tail_bytes as f64,
+                frame_count: found.frames.len() as f64,
+                last_lsn: found.last_lsn as f64,
+                epoch: found.epoch as f64,
+                owners: owners.into_iter().collect(),
+                seal: found.seal.map(|mark| JsSeal {
+                    final_lsn: mark.final_lsn as f64,
+                    successor: (mark.successor.0 != [0; 16]).then(|| mark.successor.to_string()),
+                }),
+            })
+        })
+    }
+
     /// Long: it may punch very many holes.
     #[napi]
     pub fn punch_except<'env>(&self, env: &'env Env, id: String, keep_runs: &[f64]) -> napi::Result<Object<'env>> {
         let keep = guard(|| to_runs(keep_runs))?;
         let (store, engine) = (self.store.clone(), self.engine.clone());
         run_on(env, self.engine.bulk(), move || Ok(punch_except(&*store, to_layer_id(&id)?, &keep, &|| engine.is_closing())? as f64))
+    }
+
+    /// Whether `punch_except` would free anything.
+    #[napi]
+    pub fn is_punchable<'env>(&self, env: &'env Env, id: String, keep_runs: &[f64]) -> napi::Result<Object<'env>> {
+        let keep = guard(|| to_runs(keep_runs))?;
+        let (store, engine) = (self.store.clone(), self.engine.clone());
+        run_on(env, self.engine.bulk(), move || {
+            let layer = store.open_layer(to_layer_id(&id)?, OpenMode::ReadOnly)?;
+            let mut found = false;
+            visit_gaps(&*layer, &keep, &|| engine.is_closing(), &mut |_, _| {
+                found = true;
+                Ok(Go::Stop)
+            })?;
+            Ok(found)
+        })
     }
 
     #[napi]
@@ -376,10 +444,31 @@ fn seal_layer(store: Arc<dyn Store>, identity: JournalIdentity, mark: SealMark) 
     Ok(replay.journal.seal(mark)?)
 }
 
+/// Whether a visit goes on.
+enum Go {
+    On,
+    Stop,
+}
+
 /// Punches the gaps between the runs that are kept, as far as the layer reaches. Returns the bytes that became free.
 fn punch_except(store: &dyn Store, id: LayerId, keep: &[Run], cancelled: &dyn Fn() -> bool) -> Result<u64> {
     let layer = store.open_layer(id, OpenMode::ReadWrite)?;
     let before_bytes = layer.allocated_bytes()?;
+    visit_gaps(&*layer, keep, cancelled, &mut |offset_bytes, length_bytes| {
+        layer.punch(offset_bytes, length_bytes)?;
+        Ok(Go::On)
+    })?;
+    layer.sync()?;
+    Ok(before_bytes.saturating_sub(layer.allocated_bytes()?))
+}
+
+/// Calls `visit` with every range that is allocated and lies in none of the runs.
+fn visit_gaps(
+    layer: &dyn LayerIo,
+    keep: &[Run],
+    cancelled: &dyn Fn() -> bool,
+    visit: &mut dyn FnMut(u64, u64) -> Result<Go>,
+) -> Result<()> {
     let length_bytes = layer.length_bytes()?.next_multiple_of(SLOT_BYTES);
     let end = Run { start_slot: length_bytes / SLOT_BYTES, slot_count: 0, owner: 0 };
     let mut at_slot = 0;
@@ -396,11 +485,12 @@ fn punch_except(store: &dyn Store, id: LayerId, keep: &[Run], cancelled: &dyn Fn
             for extent in extents.iter().filter(|extent| extent.data) {
                 // Whole slots: the extent of a file ends with the file, and a hole in a part of a block frees nothing.
                 let until = (extent.offset_bytes + extent.length_bytes).next_multiple_of(SLOT_BYTES).min(gap_end * SLOT_BYTES);
-                layer.punch(extent.offset_bytes, until - extent.offset_bytes)?;
+                if let Go::Stop = visit(extent.offset_bytes, until - extent.offset_bytes)? {
+                    return Ok(());
+                }
             }
         }
         at_slot = at_slot.max(run.start_slot + run.slot_count);
     }
-    layer.sync()?;
-    Ok(before_bytes.saturating_sub(layer.allocated_bytes()?))
+    Ok(())
 }

@@ -14,6 +14,6 @@ mod store;
 pub use error::{IoError, IoErrorCode, Result};
 pub use fault::{FaultPlan, FaultRule, FaultStore};
 pub use file::{FileStore, RawFileStore};
-pub use journal::{Delta, Frame, Journal, JournalIdentity, JournalReplay, SealMark};
+pub use journal::{Delta, Frame, Journal, JournalIdentity, JournalReplay, JournalSummary, SealMark};
 pub use memory::{CrashOptions, MemoryStore};
 pub use store::{Extent, LayerEntry, LayerId, LayerIo, OpenMode, SegmentIo, Store, StoreCapabilities, StoreLock, StoreUsage};

@@ -31,8 +31,28 @@ fn journal_with(store: &Arc<dyn Store>, bases: &[u64], last_lsn: u64) -> Journal
     journal
 }
 
+/// Replays, and sees that an inspection has found the same and changed nothing.
 fn replay(store: &Arc<dyn Store>, after_lsn: u64) -> Result<JournalReplay> {
-    Journal::replay(Arc::clone(store), identity(2), after_lsn)
+    let lengths = |store: &Arc<dyn Store>| -> Vec<_> {
+        let length = |base_lsn| store.open_segment(LAYER, base_lsn).unwrap().length_bytes().unwrap();
+        store.list_segments(LAYER).unwrap().into_iter().map(|base_lsn| (base_lsn, length(base_lsn))).collect()
+    };
+    let before = lengths(store);
+    let inspected = Journal::inspect(&**store, LAYER, Some(VOLUME), 2, after_lsn);
+    assert_eq!(lengths(store), before);
+    let replayed = Journal::replay(Arc::clone(store), identity(2), after_lsn);
+    match (&inspected, &replayed) {
+        (Ok(found), Ok(replay)) => {
+            let journal_bytes = replay.journal.length_bytes();
+            assert_eq!((&found.frames, found.torn_tail_bytes, found.seal), (&replay.frames, replay.torn_tail_bytes, replay.seal));
+            assert_eq!(found.length_bytes, journal_bytes);
+        }
+        (Err(found), Err(error)) => {
+            assert_eq!((found.code, &found.object, found.offset_bytes), (error.code, &error.object, error.offset_bytes));
+        }
+        _ => panic!("inspected {:?}, replayed {:?}", inspected.err(), replayed.err()),
+    }
+    replayed
 }
 
 fn code(answer: Result<JournalReplay>) -> IoErrorCode {

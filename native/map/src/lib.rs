@@ -4,6 +4,7 @@
 //! leaves of 8192 slots (32 MiB), 512 TiB in all. A child is a word: HOLE, UNIFORM(layer), or a node. Sharing a root is
 //! sharing everything below it.
 mod cache;
+mod check;
 mod checkpoint;
 mod codec;
 mod cover;
@@ -21,6 +22,7 @@ mod walk;
 mod writer;
 
 pub use cache::MapCache;
+pub use check::{MapCheck, Referrer};
 pub use checkpoint::{NewPage, PageSet};
 pub use error::{MapError, MapErrorCode, Result};
 pub use loader::MapLoader;

@@ -65,6 +65,16 @@ impl Reach {
         Ok(())
     }
 
+    /// Gives a page up that cannot be read: what lies below it counts as not reached, so nothing may be reclaimed by this.
+    pub(crate) fn skip(&mut self, page_id: u64) {
+        self.pending.remove(&page_id);
+    }
+
+    /// At which level a pending page is wanted.
+    pub(crate) fn pending_level(&self, page_id: u64) -> Option<u8> {
+        self.pending.get(&page_id).and_then(|visits| visits.first()).map(|visit| visit.level)
+    }
+
     /// Layers that anything refers to, ascending.
     pub fn layers(&self) -> Vec<u32> {
         self.layers.keys().copied().collect()

@@ -70,3 +70,21 @@ pub struct JournalReplay {
     /// The journal, ready for the next frame (in a new segment, under the new identity).
     pub journal: Journal,
 }
+
+/// What a journal holds, as `Journal::inspect` finds it without touching it.
+pub struct JournalSummary {
+    /// Segments with a good header.
+    pub segment_count: u64,
+    /// Bytes of the good part of them.
+    pub length_bytes: u64,
+    /// Bytes that a replay would cut (0: none).
+    pub torn_tail_bytes: u64,
+    /// lsn of the last frame, or the one before the first that is to come; 0 if there is no segment.
+    pub last_lsn: u64,
+    /// Newest epoch in it.
+    pub epoch: u64,
+    /// Set if the layer was sealed.
+    pub seal: Option<SealMark>,
+    /// Frames with lsn > `after_lsn`, contiguous, ascending.
+    pub frames: Vec<Frame>,
+}

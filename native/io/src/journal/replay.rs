@@ -3,9 +3,9 @@ use super::format::{
     FRAME_ALIGNMENT, FrameSeed, HeaderFault, Record, SEGMENT_HEADER_BYTES, SEGMENT_READ_BYTES_MAX, VERSION, decode_segment_header, frame_at,
 };
 use super::writer::{Segment, State};
-use super::{Frame, Journal, JournalIdentity, JournalReplay, SealMark};
+use super::{Frame, Journal, JournalIdentity, JournalReplay, JournalSummary, SealMark};
 use crate::error::segment_object;
-use crate::{IoError, IoErrorCode, Result, Store};
+use crate::{IoError, IoErrorCode, LayerId, Result, Store};
 use std::sync::Arc;
 
 /// What one segment holds.
@@ -58,18 +58,7 @@ impl Journal {
     /// The frames handed out are durable: the segment that may hold an unsynced one is synced first. On an error nothing was
     /// changed, or only a torn tail cut.
     pub fn replay(store: Arc<dyn Store>, identity: JournalIdentity, after_lsn: u64) -> Result<JournalReplay> {
-        let mut scans = Vec::new();
-        for base_lsn in store.list_segments(identity.layer)? {
-            let segment = store.open_segment(identity.layer, base_lsn)?;
-            let length_bytes = segment.length_bytes()?;
-            if length_bytes > SEGMENT_READ_BYTES_MAX {
-                let message = format!("{length_bytes} bytes, no segment is longer than {SEGMENT_READ_BYTES_MAX}");
-                return Err(corrupt(&identity, base_lsn, SEGMENT_READ_BYTES_MAX, message));
-            }
-            let bytes = segment.read_all()?;
-            scans.push(scan_segment(&bytes, &identity, base_lsn, after_lsn)?);
-        }
-        check_connected(&mut scans, &identity, after_lsn)?;
+        let scans = scan_journal(&*store, &identity, after_lsn)?;
         let torn_tail_bytes = cut_tails(&*store, &identity, &scans)?;
 
         let mut journal = Journal::new(Arc::clone(&store), identity);
@@ -98,6 +87,62 @@ impl Journal {
         let seal = if let State::Sealed(mark) = journal.state { Some(mark) } else { None };
         Ok(JournalReplay { frames, torn_tail_bytes, seal, journal })
     }
+}
+
+impl Journal {
+    /// Reads the journal of a layer as `replay` does, with the same errors, and changes nothing: neither a torn tail nor a leftover
+    /// goes, and nothing is synced. Beside a writer the last frame may be on its way: it then counts as a torn tail. `volume` `None`:
+    /// any, as long as all segments are of one.
+    pub fn inspect(store: &dyn Store, layer: LayerId, volume: Option<[u8; 16]>, epoch: u64, after_lsn: u64) -> Result<JournalSummary> {
+        let volume = match volume {
+            Some(volume) => volume,
+            None => first_volume(store, layer)?.unwrap_or_default(),
+        };
+        let scans = scan_journal(store, &JournalIdentity { volume, layer, epoch }, after_lsn)?;
+        let torn = scans.iter().filter(|scan| scan.is_torn());
+        let torn_tail_bytes = torn.map(|scan| scan.length_bytes - if scan.is_removed() { 0 } else { scan.good_bytes }).sum();
+        let kept = || scans.iter().filter(|scan| !scan.is_removed());
+        Ok(JournalSummary {
+            segment_count: kept().count() as u64,
+            length_bytes: kept().map(|scan| scan.good_bytes).sum(),
+            torn_tail_bytes,
+            last_lsn: kept().map(|scan| scan.next_lsn.saturating_sub(1)).max().unwrap_or(0),
+            epoch: kept().map(|scan| scan.epoch).max().unwrap_or(0),
+            seal: kept().find_map(|scan| scan.seal),
+            frames: scans.into_iter().filter(|scan| !scan.is_removed()).flat_map(|scan| scan.frames).collect(),
+        })
+    }
+}
+
+/// The volume that the first segment with a good header names.
+fn first_volume(store: &dyn Store, layer: LayerId) -> Result<Option<[u8; 16]>> {
+    for base_lsn in store.list_segments(layer)? {
+        if let Ok(header) = decode_segment_header(&read_segment(store, layer, base_lsn)?) {
+            return Ok(Some(header.volume));
+        }
+    }
+    Ok(None)
+}
+
+fn read_segment(store: &dyn Store, layer: LayerId, base_lsn: u64) -> Result<Vec<u8>> {
+    let segment = store.open_segment(layer, base_lsn)?;
+    let length_bytes = segment.length_bytes()?;
+    if length_bytes > SEGMENT_READ_BYTES_MAX {
+        let message = format!("{length_bytes} bytes, no segment is longer than {SEGMENT_READ_BYTES_MAX}");
+        return Err(IoError::new(IoErrorCode::Corrupt, "replay", segment_object(layer, base_lsn), SEGMENT_READ_BYTES_MAX, message));
+    }
+    segment.read_all()
+}
+
+/// Every segment of a journal, found to belong together.
+fn scan_journal(store: &dyn Store, identity: &JournalIdentity, after_lsn: u64) -> Result<Vec<Scan>> {
+    let mut scans = Vec::new();
+    for base_lsn in store.list_segments(identity.layer)? {
+        let bytes = read_segment(store, identity.layer, base_lsn)?;
+        scans.push(scan_segment(&bytes, identity, base_lsn, after_lsn)?);
+    }
+    check_connected(&mut scans, identity, after_lsn)?;
+    Ok(scans)
 }
 
 fn corrupt(identity: &JournalIdentity, base_lsn: u64, offset_bytes: u64, message: impl Into<String>) -> IoError {
@@ -140,9 +185,9 @@ fn scan_segment(bytes: &[u8], identity: &JournalIdentity, base_lsn: u64, after_l
         let message = format!(
             "the segment is of layer {}, volume {}, base lsn {}; expected volume {}",
             header.layer,
-            crate::LayerId(header.volume),
+            LayerId(header.volume),
             header.base_lsn,
-            crate::LayerId(identity.volume)
+            LayerId(identity.volume)
         );
         return Err(corrupt(identity, base_lsn, 8, message));
     }

@@ -1,0 +1,24 @@
+/**
+ * The thread for work that reads the whole catalog, so that the event loop goes on meanwhile. It has a read-only connection
+ * of its own and sees one state: what was committed when it began.
+ */
+import { parentPort, workerData } from 'node:worker_threads'
+import Database from 'better-sqlite3'
+import { verifyDatabase } from './verify-database.ts'
+
+const port = parentPort
+if (port === null) throw new Error('this file runs as a worker thread only')
+
+try {
+  const { path } = workerData as { path: string }
+  const database = new Database(path, { readonly: true, fileMustExist: true, timeout: 1000 })
+  try {
+    port.postMessage({ result: verifyDatabase(database) })
+  } finally {
+    database.close()
+  }
+} catch (error) {
+  // Errors lose their class on the way to another thread.
+  const { name, message, code } = error as Error & { code?: unknown }
+  port.postMessage({ failure: { name, message, code } })
+}

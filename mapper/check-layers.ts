@@ -1,0 +1,265 @@
+/**
+ * Layers: what the catalog says of them against the files of the pools.
+ *
+ * The files were listed before the rows were read, and what a row misses is looked for again, so that nothing which is made
+ * or removed meanwhile is told. How long a file is says little: a layer is as long as what was written (I4). Only where a map
+ * got every slot of a layer by a write, its file must reach to the last of them.
+ */
+import { toAtollError, type LayerRow } from '@atoll/core'
+import type { PoolHandle } from '@atoll/southbound'
+import { nameResources, type CheckContext, type Found } from './check-finding.ts'
+import type { WalkedMaps } from './check-maps.ts'
+import { epochMax, lsnMax, sealFile } from './recover.ts'
+import { slotBytes } from './size.ts'
+
+/** Layers looked at at the same time. */
+const concurrency = 16
+
+const bytesOf = (slots: number): number => slots * slotBytes
+
+export async function checkLayers(check: CheckContext, maps: WalkedMaps): Promise<void> {
+  const { mapper, state } = check
+  await checkFiles(check, maps)
+  checkReplicas(check, maps)
+  checkStray(check, maps)
+  for (const pool of state.pools) {
+    const handle = mapper.pools.find(pool.id)
+    if (handle === undefined) continue
+    checkUnknown(check, pool.id)
+    const layers = state.layers.filter((layer) => state.homes.get(layer.alias)?.includes(pool.id) === true)
+    await checkLengths(check, maps, handle, layers)
+    await checkSpares(check, maps, handle, layers)
+    await checkSeals(check, handle, layers)
+    if (check.deep && maps.isComplete) await checkAllocation(check, maps, handle, layers)
+  }
+}
+
+/** Every layer that is needed has its file. */
+async function checkFiles(check: CheckContext, maps: WalkedMaps): Promise<void> {
+  const { mapper, state, add } = check
+  const missing: LayerRow[] = []
+  for (const layer of state.layers) {
+    const isNeeded =
+      ['active', 'closing', 'sealed'].includes(layer.state) || (layer.state === 'spare' && layer.volume_id !== null)
+    if (!isNeeded) continue
+    for (const poolId of state.homes.get(layer.alias) ?? []) {
+      const listing = state.listings.get(poolId)
+      if (listing === undefined || listing.has(layer.id)) continue
+      if (await isStillMissing(mapper, poolId, layer)) missing.push(layer)
+    }
+  }
+  if (missing.length === 0) return
+  const rows = await maps.referring(missing.map((layer) => layer.alias))
+  for (const layer of missing) {
+    const names = nameResources(rows.get(layer.alias) ?? [])
+    const part = names === '' ? '' : `, which is part of ${names},`
+    const message = `the file of the ${layer.state} layer ${layer.id}${part} is missing: bring it back from a backup of the pool`
+    add({ severity: 'error', kind: 'layer-missing', object: layer.id, message })
+  }
+}
+
+/** The file was made, or the row went, after the files were listed? */
+async function isStillMissing(mapper: CheckContext['mapper'], poolId: string, layer: LayerRow): Promise<boolean> {
+  const pool = mapper.pools.find(poolId)
+  if (pool === undefined || (await pool.layerExists(layer.id))) return false
+  const row = await mapper.catalog.db.selectFrom('layers').select('state').where('alias', '=', layer.alias).executeTakeFirst()
+  return row !== undefined && row.state !== 'condemned'
+}
+
+/** A row that a map may need to find its data is left alone: what names it is wrong then, or what it says. */
+function mendUnlessNamed(
+  { walk, isComplete }: WalkedMaps,
+  alias: number,
+  mend: () => Promise<string | null>,
+): Pick<Found, 'mend'> {
+  return isComplete && walk.slotEnd(alias) === 0 ? { mend } : {}
+}
+
+function checkReplicas({ mapper, state, add }: CheckContext, maps: WalkedMaps): void {
+  for (const replica of state.replicas) {
+    if (state.layersByAlias.has(replica.layer_alias)) continue
+    const object = `layer ${replica.layer_alias}`
+    add({
+      severity: 'warning',
+      kind: 'replica-of-nothing',
+      object,
+      message: `pool ${replica.pool_id} is said to hold ${object}, which the catalog does not have`,
+      ...mendUnlessNamed(maps, replica.layer_alias, async () => {
+        await mapper.catalog.write(
+          async (tx) => await tx.deleteFrom('replicas').where('layer_alias', '=', replica.layer_alias).execute(),
+        )
+        return 'the row was deleted'
+      }),
+    })
+  }
+}
+
+/** What a volume was to write next and does not name may have been written: it can be no spare of anybody. */
+function checkStray({ mapper, state, add }: CheckContext, maps: WalkedMaps): void {
+  const next = new Set(state.volumes.map((volume) => volume.next_alias))
+  for (const layer of state.layers) {
+    if (layer.state !== 'spare' || layer.volume_id === null || next.has(layer.alias)) continue
+    add({
+      severity: 'warning',
+      kind: 'layer-stray',
+      object: layer.id,
+      message: `layer ${layer.id} was to be the next one of ${layer.volume_id}, which does not name it: it is removed by a repair, and by the next start`,
+      ...mendUnlessNamed(
+        maps,
+        layer.alias,
+        async () =>
+          await mapper.catalog.write(async (tx) => {
+            const named = await tx.selectFrom('volumes').select('id').where('next_alias', '=', layer.alias).executeTakeFirst()
+            if (named !== undefined) return null
+            await mapper.layers.move(tx, layer.alias, ['spare'], 'condemned')
+            return 'condemned; the next reclaim removes it'
+          }),
+      ),
+    })
+  }
+}
+
+/** Files that no row knows: reported, never removed (I11). */
+function checkUnknown({ state, add }: CheckContext, poolId: string): void {
+  const known = new Set(state.layers.map((layer) => layer.id))
+  for (const id of state.listings.get(poolId)?.keys() ?? []) {
+    if (known.has(id)) continue
+    const message = `the catalog does not know layer ${id} of pool ${poolId}; it is left alone: after a restore of an older catalog it may hold the newest data`
+    add({ severity: 'warning', kind: 'layer-unknown', object: id, message })
+  }
+}
+
+async function checkLengths(
+  check: CheckContext,
+  { walk, referring }: WalkedMaps,
+  pool: PoolHandle,
+  layers: readonly LayerRow[],
+): Promise<void> {
+  // The first layer of a fresh volume is the whole map, written or not; it is the only one that is given under epoch 0.
+  const written = layers.filter((layer) => layer.epoch > 0 && ['active', 'closing', 'sealed'].includes(layer.state))
+  // Listed after the roots were read: files only grow.
+  const lengths = new Map((await pool.listLayers()).map((listed) => [listed.id, listed.lengthBytes]))
+  const short = written.filter((layer) => (lengths.get(layer.id) ?? Infinity) < bytesOf(walk.slotEnd(layer.alias)))
+  if (short.length === 0) return
+  const rows = await referring(short.map((layer) => layer.alias))
+  for (const layer of short) {
+    const names = nameResources(rows.get(layer.alias) ?? [])
+    const message = `the file of layer ${layer.id} ends at ${lengths.get(layer.id)} bytes, but ${names} have data in it up to ${bytesOf(walk.slotEnd(layer.alias))}: bring it back from a backup of the pool`
+    check.add({ severity: 'error', kind: 'layer-short', object: layer.id, message })
+  }
+}
+
+async function checkSpares(check: CheckContext, maps: WalkedMaps, pool: PoolHandle, layers: readonly LayerRow[]): Promise<void> {
+  const { mapper, state, add } = check
+  const listing = state.listings.get(pool.poolId)
+  for (const layer of layers.filter((row) => row.state === 'spare' && row.volume_id === null)) {
+    const listed = listing?.get(layer.id)
+    if (listed === undefined && (await isStillMissing(mapper, pool.poolId, layer))) {
+      add({
+        severity: 'warning',
+        kind: 'spare-missing',
+        object: layer.id,
+        message: `the file of the spare layer ${layer.id} is missing: a repair, or the next start, makes another one`,
+        ...mendUnlessNamed(maps, layer.alias, async () => {
+          if (!mapper.layers.withdraw(pool.poolId, layer.alias)) return null
+          await mapper.layers.forget([layer.alias])
+          return 'it is no spare any more; another one is made'
+        }),
+      })
+    }
+    if (listed === undefined || (listed.lengthBytes === 0 && listed.allocatedBytes === 0)) continue
+    add({
+      severity: 'error',
+      kind: 'spare-written',
+      object: layer.id,
+      message: `layer ${layer.id} was never given to anybody and has been written all the same: the catalog is older than the pool; a repair, or the next start, leaves the file to whoever has the newer catalog`,
+      ...mendUnlessNamed(maps, layer.alias, async () => {
+        if (!mapper.layers.withdraw(pool.poolId, layer.alias)) return null
+        await mapper.layers.forget([layer.alias])
+        return 'its row was deleted; the file is kept'
+      }),
+    })
+  }
+}
+
+/** The mark that ends the journal of a sealed layer tells an older catalog, which calls the layer active, that it is older. */
+async function checkSeals(check: CheckContext, pool: PoolHandle, layers: readonly LayerRow[]): Promise<void> {
+  const { mapper, add } = check
+  // Of a layer whose volume is gone nobody can say it is active.
+  const sealed = layers.filter((layer) => layer.state === 'sealed' && layer.volume_id !== null)
+  for (let start = 0; start < sealed.length; start += concurrency) {
+    check.step()
+    await Promise.all(
+      sealed.slice(start, start + concurrency).map(async (layer) => {
+        const volumeId = layer.volume_id
+        if (volumeId === null || check.state.listings.get(pool.poolId)?.has(layer.id) !== true) return
+        try {
+          const journal = await pool.store.inspectJournal(layer.id, volumeId, epochMax, lsnMax)
+          if (journal.seal !== undefined) return
+          add({
+            severity: 'warning',
+            kind: 'seal-missing',
+            object: layer.id,
+            message: `the journal of the sealed layer ${layer.id} does not say that it is sealed: an older catalog would write to it; repair it`,
+            mend: async () =>
+              await mapper.locks.run([volumeId], async () => {
+                await sealFile(mapper, pool, volumeId, layer.id)
+                return 'it was sealed again'
+              }),
+          })
+        } catch (error) {
+          const { code, message } = toAtollError(error)
+          if (code === 'LAYER_MISSING') return
+          const text = `the journal of the sealed layer ${layer.id} cannot be read (${message}): its data is not touched by that; an older catalog would write to it`
+          add({ severity: 'warning', kind: 'seal-damaged', object: layer.id, message: text })
+        }
+      }),
+    )
+  }
+}
+
+/** What sealed layers hold for nobody. */
+async function checkAllocation(
+  check: CheckContext,
+  { walk }: WalkedMaps,
+  pool: PoolHandle,
+  layers: readonly LayerRow[],
+): Promise<void> {
+  let bytes = 0
+  let count = 0
+  for (const layer of layers.filter((row) => row.state === 'sealed')) {
+    check.step()
+    const length = check.state.listings.get(pool.poolId)?.get(layer.id)?.lengthBytes ?? 0
+    if (length === 0) continue
+    const unreferenced = uncovered(await pool.store.extents(layer.id, 0, length), walk.runs(layer.alias))
+    bytes += unreferenced
+    if (unreferenced > 0) count += 1
+  }
+  if (count === 0) return
+  const message = `${bytes} bytes in ${count} sealed layers of pool ${pool.poolId} are part of nothing any more: the next reclaim frees them`
+  check.add({
+    severity: 'note',
+    kind: 'layer-unreferenced-data',
+    object: pool.poolId,
+    message,
+    mend: async () => `a reclaim freed ${(await check.reclaimer.run(null)).freedBytes} bytes`,
+  })
+}
+
+/** Bytes of the data extents that lie in none of the runs (triples, ascending). */
+function uncovered(extents: readonly { offsetBytes: number; lengthBytes: number; data: boolean }[], runs: Float64Array): number {
+  let bytes = 0
+  let index = 0
+  for (const extent of extents) {
+    if (!extent.data) continue
+    let at = extent.offsetBytes
+    const end = at + extent.lengthBytes
+    while (at < end) {
+      while (index < runs.length && bytesOf((runs[index] ?? 0) + (runs[index + 1] ?? 0)) <= at) index += 3
+      const start = index < runs.length ? bytesOf(runs[index] ?? 0) : Infinity
+      if (start > at) bytes += Math.min(start, end) - at
+      at = index < runs.length ? Math.max(at, Math.min(end, bytesOf((runs[index] ?? 0) + (runs[index + 1] ?? 0)))) : end
+    }
+  }
+  return bytes
+}
