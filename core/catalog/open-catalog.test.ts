@@ -453,12 +453,11 @@ describe('a full disk', () => {
       .raw<{ rootpage: number }>("select rootpage from sqlite_schema where name = 'pools'")
       .execute(catalog.db)
     await catalog.close()
-    const again = await open()
     const file = await readFile(path)
     // The header of the b-tree page.
     file.fill(0xff, ((rootPage.rows[0]?.rootpage ?? 0) - 1) * 4096, ((rootPage.rows[0]?.rootpage ?? 0) - 1) * 4096 + 8)
     await writeFile(path, file)
-    const { damages } = await again.verify()
+    const { damages } = await (await open()).verify()
     expect(damages.length).toBeGreaterThan(0)
   })
 
