@@ -13,7 +13,7 @@ import { Exports } from './exports.ts'
 import { imageExportKind } from './image-export.ts'
 import { qcow2ExportKind } from './image-export-qcow2.ts'
 import { FileService } from './file-service.ts'
-import { ImageService } from './image-service.ts'
+import { ImageService, inspectLimitMsDefault } from './image-service.ts'
 import { lookupAll } from './import-address.ts'
 import { convertImportKind } from './import-convert.ts'
 import { defaultHeaderTimeoutMs, defaultIdleTimeoutMs, type FetchPolicy } from './import-http-fetch.ts'
@@ -23,6 +23,7 @@ import { rawImportKind } from './import-raw.ts'
 import { Spool } from './import-spool.ts'
 import { ImportStreams, streamImportKind } from './import-stream.ts'
 import { ImportTargets } from './import-targets.ts'
+import { inspectedImportKind } from './import-unplanned.ts'
 import { Jobs } from './jobs.ts'
 import { KeyedLock } from './keyed-lock.ts'
 import { OpenDevices } from './open-devices.ts'
@@ -52,6 +53,8 @@ export interface ComposerOptions {
   setTimer?: SetTimer
   newId?: NewId
   jobsParallelMax?: number
+  /** How long a file is inspected within the request for its import; then its job goes on with it. Default 5 s. */
+  inspectLimitMs?: number
   /** What imports and exports copy between two looks at whether to go on; default 64 MiB. */
   copyStepBytes?: number
   /** How images are fetched over HTTP; default: from public addresses only, with the system's resolver. */
@@ -124,6 +127,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
     kinds: [
       rawImportKind(targets, options.copyStepBytes),
       convertImportKind(convert),
+      inspectedImportKind(convert),
       streamImportKind({ ...convert, streams, spool }),
       httpImportKind({ ...convert, ...options.imageFetch, spool, urls, policy }),
       nbdImportKind(targets, options.copyStepBytes),
@@ -160,7 +164,13 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   return {
     volumes: new VolumeService(context),
     snapshots: new SnapshotService(context),
-    images: new ImageService(context, { targets, streams, urls }),
+    images: new ImageService(context, {
+      targets,
+      streams,
+      urls,
+      setTimer,
+      inspectLimitMs: options.inspectLimitMs ?? inspectLimitMsDefault,
+    }),
     files,
     pools: new PoolService(context),
     checks: new CheckService(jobs),

@@ -1,9 +1,17 @@
 /** Images: imports and exports (as jobs), and everything else about them. Names and ids are taken alike. */
-import { AtollError, checkName, type JsonObject, type PoolRow, type ProjectRow, type ResourceRow } from '@atoll/core'
+import {
+  AtollError,
+  checkName,
+  isAtollError,
+  type JsonObject,
+  type PoolRow,
+  type ProjectRow,
+  type ResourceRow,
+} from '@atoll/core'
 import { requireQemuImg } from './convert-sandbox.ts'
 import { checkDestination } from './image-destination.ts'
 import type { ImageFormat } from './image-format.ts'
-import { planImage } from './image-inspect.ts'
+import { planImage, type ImagePlan } from './image-inspect.ts'
 import { checkImageSize } from './image-size.ts'
 import { ImageSource } from './image-source.ts'
 import { parseHttpUrl } from './import-http-fetch.ts'
@@ -25,7 +33,14 @@ import {
   type ServiceContext,
 } from './service-context.ts'
 import { imageStatus, resourceView, type ImageView, type ResourceUsage } from './views.ts'
+import type { SetTimer } from './timers.ts'
 import { defaultPoolName } from './volume-service.ts'
+
+/**
+ * How long a request waits for the inspection of a file. That of an honest image takes less; a file can be made so that it takes
+ * a hundred times as long, and nobody must wait for that.
+ */
+export const inspectLimitMsDefault = 5000
 
 export interface ImportOptions extends ProjectScope, NamePolicy {
   name: string
@@ -70,21 +85,34 @@ interface PlannedImport {
   sizeBytes: number | null
 }
 
+export interface ImageServiceParts {
+  targets: ImportTargets
+  streams: ImportStreams
+  urls: SecretUrls
+  setTimer: SetTimer
+  inspectLimitMs: number
+}
+
 export class ImageService {
   private readonly context: ServiceContext
   private readonly targets: ImportTargets
   private readonly streams: ImportStreams
   private readonly urls: SecretUrls
+  private readonly setTimer: SetTimer
+  private readonly inspectLimitMs: number
 
-  constructor(context: ServiceContext, parts: { targets: ImportTargets; streams: ImportStreams; urls: SecretUrls }) {
+  constructor(context: ServiceContext, parts: ImageServiceParts) {
     this.context = context
     this.targets = parts.targets
     this.streams = parts.streams
     this.urls = parts.urls
+    this.setTimer = parts.setTimer
+    this.inspectLimitMs = parts.inspectLimitMs
   }
 
   /**
-   * Starts the import of a file. What can be refused by looking at it is refused here, and nothing is made then.
+   * Starts the import of a file. What can be refused by looking at it is refused here, and nothing is made then; where looking
+   * takes longer than `inspectLimitMs` the job goes on with it, and fails with the same codes.
    * The image is there at once with status `queued`; the job's `subject` is its id.
    * @throws AtollError NAME_INVALID, NAME_TAKEN, IMAGE_SOURCE_INVALID, IMAGE_FORMAT_UNSUPPORTED, IMAGE_CORRUPT, IMAGE_ENCRYPTED,
    *   IMAGE_HAS_BACKING_FILE, IMAGE_HAS_DATA_FILE, IMAGE_FEATURE_UNSUPPORTED, SIZE_INVALID, QEMU_IMG_MISSING, POOL_NOT_FOUND, JOB_QUEUE_FULL
@@ -94,7 +122,7 @@ export class ImageService {
     const source = await ImageSource.open(options.path)
     let planned: PlannedImport
     try {
-      planned = await planFile(source, options.format)
+      planned = await this.planFile(source, options.format)
     } finally {
       await source.close()
     }
@@ -258,6 +286,27 @@ export class ImageService {
     return await this.view(await reread(catalog, id))
   }
 
+  private async planFile(source: ImageSource, format: ImageFormat | undefined): Promise<PlannedImport> {
+    const { identity } = source
+    const late = new AbortController()
+    const cancel = this.setTimer(() => late.abort(), this.inspectLimitMs)
+    let plan: ImagePlan
+    try {
+      plan = await planImage(source, format, identity.path, late.signal)
+    } catch (error) {
+      if (!late.signal.aborted || isAtollError(error)) throw error
+      await requireQemuImg()
+      return { kind: 'image-import-inspect', params: { source: identity, format: format ?? null }, sizeBytes: null }
+    } finally {
+      cancel()
+    }
+    const { virtualSizeBytes: sizeBytes } = plan
+    if (plan.how === 'copy') return { kind: 'image-import-raw', params: { source: identity, sizeBytes }, sizeBytes }
+    await requireQemuImg()
+    const { how: _how, ...convert } = plan
+    return { kind: 'image-import-convert', params: { source: identity, ...convert }, sizeBytes }
+  }
+
   private async placeOf(options: ImportOptions): Promise<{ project: ProjectRow; pool: PoolRow }> {
     const { catalog, resolver } = this.context
     checkName('image', options.name)
@@ -304,21 +353,6 @@ export class ImageService {
   private async view(row: ResourceRow): Promise<ImageView> {
     return imageView(row, await viewOfOne(this.context, row), this.context.jobs.subjects())
   }
-}
-
-async function planFile(source: ImageSource, format: ImageFormat | undefined): Promise<PlannedImport> {
-  const plan = await planImage(source, format, source.identity.path)
-  const { virtualSizeBytes } = plan
-  if (plan.how === 'copy') {
-    return {
-      kind: 'image-import-raw',
-      params: { source: source.identity, sizeBytes: virtualSizeBytes },
-      sizeBytes: virtualSizeBytes,
-    }
-  }
-  await requireQemuImg()
-  const { how: _how, ...convert } = plan
-  return { kind: 'image-import-convert', params: { source: source.identity, ...convert }, sizeBytes: virtualSizeBytes }
 }
 
 function requireAvailable(row: ResourceRow, what: string): void {

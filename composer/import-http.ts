@@ -14,7 +14,7 @@ import { detectFormat, magicHeadBytes, requireSupported, type ImageFormat } from
 import { checkImageSize } from './image-size.ts'
 import { openHttp, shownUrl, TransientFetchFailure, type FetchedBody, type FetchPolicy } from './import-http-fetch.ts'
 import { DeviceSink, type ImportSink } from './import-sink.ts'
-import { storeSpooled, type SpooledOptions } from './import-spooled.ts'
+import { storeSpooled, type SpooledOptions } from './import-unplanned.ts'
 import { rawImageSize } from './import-stream.ts'
 import { JobInterrupted, type JobContext, type JobKind } from './job-kind.ts'
 import { delay, type SetTimer } from './timers.ts'

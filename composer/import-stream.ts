@@ -9,7 +9,7 @@ import { fixedVhdSize, isVhdFooter, vhdFooterBytes } from './image-inspect-vhd.t
 import { checkImageSize } from './image-size.ts'
 import { DeviceSink, type ImportSink } from './import-sink.ts'
 import type { Spool } from './import-spool.ts'
-import { storeSpooled, type SpooledOptions } from './import-spooled.ts'
+import { storeSpooled, type SpooledOptions } from './import-unplanned.ts'
 import type { ImportTargets } from './import-targets.ts'
 import { JobInterrupted, type JobContext, type JobKind } from './job-kind.ts'
 
