@@ -1,5 +1,6 @@
 // The documents that the admin socket carries and `--json` prints. Only types: both sides import them without cost.
 // They are the composer's views with times as ISO 8601 text.
+import type { BackupInfo, RestoredCatalog } from '@atoll/core'
 import type {
   AttachmentView,
   CheckResult,
@@ -42,6 +43,8 @@ export interface FileListingDocument {
 export type PoolDocument = Document<PoolView>
 export type JobDocument = Document<JobView>
 export type CheckDocument = CheckResult
+export type BackupDocument = BackupInfo & { readonly path: string }
+export type RestoreDocument = RestoredCatalog
 
 export interface StatusDocument {
   readonly ready: true

@@ -8,6 +8,7 @@ import { newId as randomId, systemClock, type Catalog, type Clock, type Logger, 
 import type { Mapper } from '@atoll/mapper'
 import type { Engine } from '@atoll/native'
 import { Attachments } from './attachments.ts'
+import { CatalogService } from './catalog-service.ts'
 import { CheckService, checkKind } from './check-job.ts'
 import { Exports } from './exports.ts'
 import { imageExportKind } from './image-export.ts'
@@ -78,6 +79,7 @@ export interface Composer {
   readonly files: FileService
   readonly pools: PoolService
   readonly checks: CheckService
+  readonly catalog: CatalogService
   readonly jobs: Jobs
   readonly exports: Exports
   readonly resolver: Resolver
@@ -174,6 +176,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
     files,
     pools: new PoolService(context),
     checks: new CheckService(jobs),
+    catalog: new CatalogService(catalog),
     jobs,
     exports,
     resolver,

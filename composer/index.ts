@@ -20,6 +20,7 @@ export type {
 export { listingLimitMax, type ListingOptions } from './file-listing.ts'
 export { imageFormats, type ImageFormat } from './image-format.ts'
 export type { PoolService, PoolView } from './pool-service.ts'
+export type { CatalogService } from './catalog-service.ts'
 export type { CheckParams, CheckResult, CheckService } from './check-job.ts'
 export type { Jobs } from './jobs.ts'
 export { JobInterrupted, type JobView } from './job-kind.ts'

@@ -340,6 +340,7 @@ export const errorCatalogue = {
 
   // The catalog and the home.
   CATALOG_CORRUPT: entry(500, 'The catalog is damaged or not a catalog.', 'Restore the named file from a backup.'),
+  CATALOG_BACKUP_INVALID: entry(400, 'A file is no backup of a catalog, or it is damaged.', 'Use another backup.'),
   CATALOG_LOCKED: entry(503, 'Another process has the catalog locked.', 'Stop the other process.', true),
   CATALOG_CONSTRAINT: entry(
     409,

@@ -42,6 +42,7 @@ export function failingCatalog(inner: Catalog): FailingCatalog {
     },
     onCommit: (listener) => inner.onCommit(listener),
     verify: async () => await inner.verify(),
+    backup: async (path) => await inner.backup(path),
     serialize: async () => await inner.serialize(),
     releaseReserve: async () => await inner.releaseReserve(),
     restoreReserve: async () => await inner.restoreReserve(),

@@ -10,6 +10,7 @@
  *   lost by a power cut, but only together with every later one (commits are never reordered).
  */
 import type { Kysely } from 'kysely'
+import type { BackupInfo } from './catalog-backup.ts'
 import type { Schema } from './schema.ts'
 
 /** What a function inside `write` and `read` gets: the same queries, in one transaction. */
@@ -93,6 +94,12 @@ export interface Catalog {
 
   /** Reads the whole database and looks whether it is sound; beside everything else, in a thread of its own. Changes nothing. */
   verify(): Promise<CatalogFaults>
+
+  /**
+   * Writes a backup to a new file, beside everything else that goes on: one state of the catalog, not older than this call.
+   * @throws AtollError DESTINATION_INVALID, DESTINATION_EXISTS, NO_SPACE, CATALOG_CORRUPT
+   */
+  backup(path: string): Promise<BackupInfo>
 
   /** The whole committed catalog as bytes; `openCatalog(bytes)` opens a copy in memory. */
   serialize(): Promise<Uint8Array>

@@ -23,6 +23,7 @@ import { newId, type NewId } from '../ids.ts'
 import { Mutex } from '../mutex.ts'
 import { type ProcessLock, takeProcessLock } from '../process-lock.ts'
 import type { Catalog, CatalogFaults, CatalogPages, CatalogTransaction, CommitEvent, WriteOptions } from './catalog.ts'
+import { type BackupInfo, writeBackup } from './catalog-backup.ts'
 import { CatalogReserve } from './catalog-reserve.ts'
 import { runCatalogTask } from './catalog-task.ts'
 import { catalogFormatVersion, checkFormatVersion, migrate } from './migrate.ts'
@@ -256,6 +257,36 @@ class SqliteCatalog implements Catalog {
       if (isAtollError(known, 'CATALOG_CORRUPT')) return { damages: [known.message], dangling: [] }
       throw known
     }
+  }
+
+  async backup(path: string): Promise<BackupInfo> {
+    const generation = await this.#raiseGeneration()
+    const createdAt = new Date(this.#clock.nowMs()).toISOString()
+    const label = { catalogId: this.id, formatVersion: this.formatVersion, generation, createdAt }
+    try {
+      return await writeBackup(path, label, async (imagePath) => {
+        if (this.path === ':memory:') await this.#mutex.run(() => this.#database.prepare('vacuum into ?').run(imagePath))
+        else await runCatalogTask<null>({ path: this.path, imagePath })
+      })
+    } catch (error) {
+      throw translateSqliteError(error, this.path)
+    }
+  }
+
+  /** Backups are numbered, and each is in itself: of a catalog that was restored, the next ones have larger numbers. */
+  async #raiseGeneration(): Promise<number> {
+    return await this.write(
+      async (tx) => {
+        const row = await tx.selectFrom('meta').select('value').where('key', '=', 'generation').executeTakeFirst()
+        const generation = Number(row?.value ?? 0) + 1
+        await tx
+          .replaceInto('meta')
+          .values({ key: 'generation', value: String(generation) })
+          .execute()
+        return generation
+      },
+      { emergency: true },
+    )
   }
 
   async releaseReserve(): Promise<void> {

@@ -8,6 +8,7 @@ import type { Logger } from '@atoll/core'
 import { addFileRoutes } from './file-routes.ts'
 import { addImageRoutes } from './image-routes.ts'
 import { addJobRoutes } from './job-routes.ts'
+import { addCatalogRoutes } from './catalog-routes.ts'
 import { addCheckRoutes } from './check-routes.ts'
 import { addPoolRoutes } from './pool-routes.ts'
 import { addSnapshotRoutes } from './snapshot-routes.ts'
@@ -54,6 +55,7 @@ export function createAdminServer(context: AdminContext, log: Logger): FastifyIn
   })
   addStatusRoute(server, context)
   addPoolRoutes(server, context)
+  addCatalogRoutes(server, context)
   addCheckRoutes(server, context)
   addVolumeRoutes(server, context)
   addSnapshotRoutes(server, context)
