@@ -12,6 +12,7 @@
  *   never becomes a spare without a volume again.
  * - A spare that was taken stays out of the list until it is given back; the transaction that assigns it checks the row.
  */
+import { setImmediate as nextTurn } from 'node:timers/promises'
 import { adminProject, assert, AtollError, type CatalogTransaction, type LayerState } from '@atoll/core'
 import type { LayerRef } from '@atoll/native'
 import type { MapperContext } from './context.ts'
@@ -163,7 +164,28 @@ export class Layers {
    */
   async homes(aliases: Iterable<number>): Promise<Spare[]> {
     const wanted = [...aliases]
-    const unknown = wanted.filter((alias) => !this.#homes.has(alias))
+    await this.#findHomes(wanted)
+    return wanted.map((alias) => {
+      const home = this.#homes.get(alias)
+      if (home !== undefined) return { alias, id: home.id, poolId: home.poolId }
+      throw new AtollError('LAYER_MISSING', `the map refers to layer ${alias}, which the catalog does not have`, {
+        values: { alias },
+      })
+    })
+  }
+
+  /** As `homes`, without those that have no row. */
+  async homesIfKnown(aliases: Iterable<number>): Promise<Spare[]> {
+    const wanted = [...aliases]
+    await this.#findHomes(wanted)
+    return wanted.flatMap((alias) => {
+      const home = this.#homes.get(alias)
+      return home === undefined ? [] : [{ alias, id: home.id, poolId: home.poolId }]
+    })
+  }
+
+  async #findHomes(aliases: readonly number[]): Promise<void> {
+    const unknown = aliases.filter((alias) => !this.#homes.has(alias))
     for (let start = 0; start < unknown.length; start += aliasBatch) {
       const rows = await this.#context.catalog.db
         .selectFrom('layers')
@@ -173,14 +195,8 @@ export class Layers {
         .where('replicas.state', '=', 'complete')
         .execute()
       for (const row of rows) this.#homes.set(row.alias, { id: row.id, poolId: row.pool_id })
+      if (unknown.length > aliasBatch) await nextTurn()
     }
-    return wanted.map((alias) => {
-      const home = this.#homes.get(alias)
-      if (home !== undefined) return { alias, id: home.id, poolId: home.poolId }
-      throw new AtollError('LAYER_MISSING', `the map refers to layer ${alias}, which the catalog does not have`, {
-        values: { alias },
-      })
-    })
   }
 
   /** One layer, as `refs`. */

@@ -194,7 +194,8 @@ export class PoolService {
   async status(id: string): Promise<PoolStatus> {
     const handle = await this.handle(id)
     const usage = await handle.usage()
-    const logicalBytes = await this.#usage.logicalBytes(id)
+    // Not known where the maps differ in too much: then no sharing is claimed.
+    const logicalBytes = (await this.#usage.logicalBytes(id)) ?? usage.storedBytes
     const { count } = await this.#context.catalog.db
       .selectFrom('replicas')
       .select((query) => query.fn.countAll<number>().as('count'))

@@ -261,16 +261,63 @@ export class Bench {
       : `${garbage.length} pages are referred to by nothing (${garbage.subarray(0, 5).join(', ')})`
   }
 
-  async #reach(sizeOf: (row: ResourceRow) => number): Promise<Reach> {
-    const reach = this.engine.reach()
-    for (const row of await this.inner.db.selectFrom('resources').selectAll().execute()) {
-      reach.addRoot({ word: row.root_word, crc: row.root_crc }, sizeOf(row))
+  /**
+   * What each resource takes, counted slot by slot: of the allocated slots of sealed layers those that only it refers to, and
+   * those that others do as well; and all of its active layer.
+   */
+  async countUsage(): Promise<Map<string, { usedBytes: number; sharedBytes: number }>> {
+    const rows = await this.inner.db.selectFrom('resources').selectAll().execute()
+    const volumes = await this.inner.db.selectFrom('volumes').selectAll().execute()
+    const layers = await this.inner.db.selectFrom('layers').selectAll().execute()
+    const reaches = new Map<string, Reach>()
+    for (const row of rows) reaches.set(row.id, await this.#reachOf([row], () => mapBytesMax))
+    const found = new Map(rows.map((row) => [row.id, { usedBytes: 0, sharedBytes: 0 }]))
+    const listing = new Map((await this.store.listLayers()).map((entry) => [entry.id, entry]))
+    for (const layer of layers) {
+      const entry = listing.get(layer.id)
+      if (entry === undefined) continue
+      const volume = volumes.find((other) => other.active_alias === layer.alias)
+      const ofVolume = found.get(volume?.id ?? '')
+      if (ofVolume !== undefined) ofVolume.usedBytes += entry.allocatedBytes
+      if (layer.state === 'active') continue
+      const slots = new Map(rows.map((row) => [row.id, slotsOf(reaches.get(row.id)?.runs(layer.alias) ?? new Float64Array())]))
+      for (const extent of await this.store.extents(layer.id, 0, Math.max(slot, entry.lengthBytes))) {
+        if (!extent.data) continue
+        for (let at = extent.offsetBytes / slot; at * slot < extent.offsetBytes + extent.lengthBytes; at += 1) {
+          const referring = rows.filter((row) => slots.get(row.id)?.(at) === true)
+          for (const { id } of referring) {
+            const usage = found.get(id)
+            if (usage !== undefined) usage[referring.length === 1 ? 'usedBytes' : 'sharedBytes'] += slot
+          }
+        }
+      }
     }
+    return found
+  }
+
+  async #reach(sizeOf: (row: ResourceRow) => number): Promise<Reach> {
+    return await this.#reachOf(await this.inner.db.selectFrom('resources').selectAll().execute(), sizeOf)
+  }
+
+  async #reachOf(rows: readonly ResourceRow[], sizeOf: (row: ResourceRow) => number): Promise<Reach> {
+    const reach = this.engine.reach()
+    for (const row of rows) reach.addRoot({ word: row.root_word, crc: row.root_crc }, sizeOf(row))
     for (let ids = reach.pending(1000); ids.length > 0; ids = reach.pending(1000)) {
       const bodies = await this.inner.pages.get(ids)
       reach.supply(ids, bodies as Uint8Array[])
     }
     return reach
+  }
+}
+
+/** Whether a slot is in the runs (triples). */
+function slotsOf(runs: Float64Array): (at: number) => boolean {
+  return (at) => {
+    for (let index = 0; index < runs.length; index += 3) {
+      const start = runs[index] ?? 0
+      if (start <= at && at < start + (runs[index + 1] ?? 0)) return true
+    }
+    return false
   }
 }
 

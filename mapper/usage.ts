@@ -1,27 +1,24 @@
 /**
- * What a resource takes: bytes that only it refers to, and bytes that others refer to as well.
+ * What a resource takes: bytes that only it refers to, and bytes that others refer to as well; slot by slot, as of the durable
+ * roots. A slot counts if its layer has it allocated, because a fresh volume's map gives all of its slots to one layer
+ * whether they were written or not (allocation is a hint for status, never for meaning, I4). The active layer of a volume
+ * is that volume's alone, and counts with all that it has allocated.
  *
- * Counted by layer: a layer that no other durable root refers to is the resource's own; of every other one the slots that its
- * map refers to are shared. Both are bounded by what the layer has allocated, because a fresh volume's map gives all of its
- * slots to one layer whether they were written or not (allocation is a hint for status, never for meaning, I4).
- *
- * Cost: the layers of every root have to be known. They are remembered by root, since the content of a root never changes;
- * the first call after a start reads the pages of all roots once, a later one those of the roots that changed. The
- * allocation of layers comes from a listing of the pool that is at most `listingAgeMaxMs` old.
+ * Cost: a native table knows all roots at once (native/map, usage). The first call after a start reads every page of every
+ * root once; a later one the pages that are new since. Reading pages is cut into pieces; all else is off the event loop. Memory:
+ * as much as the maps differ in, up to `tableBytesMax`; a catalog whose maps differ in more has no usage (null).
  */
-import { isAtollError } from '@atoll/core'
-import type { RootRef } from '@atoll/native'
+import { setImmediate as nextTurn } from 'node:timers/promises'
+import { isAtollError, Mutex } from '@atoll/core'
+import type { UsageTable } from '@atoll/native'
 import type { MapperContext } from './context.ts'
-import { feedReach } from './maps.ts'
-import { rootOf } from './root.ts'
 import { requireResource } from './rows.ts'
-import { roundUpToSlot, slotBytes } from './size.ts'
 
 export interface ResourceUsage {
-  /** Only this resource refers to them. */
-  readonly usedBytes: number
+  /** Only this resource refers to them. null: the maps differ in more than is kept in memory. */
+  readonly usedBytes: number | null
   /** Others refer to them, too. */
-  readonly sharedBytes: number
+  readonly sharedBytes: number | null
 }
 
 /** A page of a map is missing, damaged or of a newer version. */
@@ -29,23 +26,16 @@ export function isMapUnreadable(error: unknown): boolean {
   return isAtollError(error, 'PAGE_MISSING') || isAtollError(error, 'PAGE_CORRUPT') || isAtollError(error, 'FORMAT_VERSION')
 }
 
-const listingAgeMaxMs = 1000
-/** Roots remembered beyond those that are there now. */
-const rememberedSlack = 256
-
-interface RootSummary {
-  /** Slots by layer. */
-  readonly slots: ReadonlyMap<number, number>
-}
-
-interface Listing {
-  readonly takenMs: number
-  readonly allocatedBytes: ReadonlyMap<string, number>
-}
+/** Memory of the table: about 24 bytes for each run of slots in which one map differs from the next. */
+const tableBytesMax = 512 * 1024 * 1024
+/** Pages of up to 48 KiB that are fetched in one turn of the event loop. */
+const pagesAtOnce = 32
+/** Layers that one native call looks at. */
+const layersAtOnce = 256
 
 interface RootRow {
   readonly id: string
-  readonly size_bytes: number
+  readonly volume_id: string | null
   readonly root_word: bigint
   readonly root_crc: number
   readonly home_pool_id: string
@@ -53,114 +43,165 @@ interface RootRow {
 
 export class Usage {
   readonly #context: MapperContext
-  readonly #summaries = new Map<string, RootSummary>()
-  readonly #listings = new Map<string, Listing>()
+  readonly #oneAtATime = new Mutex()
+  #table: UsageTable | null = null
+  /** Numbers that the table knows resources by. */
+  #keys = new Map<string, number>()
+  #nextKey = 1
+  /** Pools that were open when the table was begun: what lies in others counts as empty. */
+  #openPools = ''
+  #isOutgrown = false
 
   constructor(context: MapperContext) {
     this.#context = context
   }
 
   /**
-   * Usage of one resource, as of its durable root.
-   * @throws AtollError RESOURCE_NOT_FOUND, PAGE_MISSING, PAGE_CORRUPT naming the resource whose map cannot be read
+   * Usage of one resource.
+   * @throws AtollError RESOURCE_NOT_FOUND; PAGE_MISSING, PAGE_CORRUPT, FORMAT_VERSION if its own map cannot be read
    */
   async of(resourceId: string): Promise<ResourceUsage> {
-    return await this.#context.pins.run(async () => {
-      const roots = await this.#roots()
-      const own = roots.find((row) => row.id === resourceId)
-      if (own === undefined) {
+    return await this.#asked(async (table) => {
+      if (table === null) {
+        await requireResource(this.#context.catalog.db, resourceId)
+        return { usedBytes: null, sharedBytes: null }
+      }
+      const key = this.#keys.get(resourceId)
+      if (key === undefined) {
         await requireResource(this.#context.catalog.db, resourceId)
         return { usedBytes: 0, sharedBytes: 0 }
       }
-      const mine = await this.#summary(own)
-      const shared = new Set<number>()
-      if (mine.slots.size > 0) {
-        for (const row of roots) {
-          if (row.id === resourceId) continue
-          for (const alias of (await this.#summaryIfReadable(row))?.slots.keys() ?? [])
-            if (mine.slots.has(alias)) shared.add(alias)
-        }
-      }
-      let usedBytes = 0
-      let sharedBytes = 0
-      for (const [alias, bytes] of await this.#bytesByLayer(mine)) {
-        if (shared.has(alias)) sharedBytes += bytes
-        else usedBytes += bytes
-      }
-      return { usedBytes, sharedBytes }
+      const { usedBytes, sharedBytes } = await table.taken(key)
+      return { usedBytes: usedBytes + (await this.#activeBytes({ volumeId: resourceId })), sharedBytes }
     })
   }
 
   /** Bytes that the resources of a pool refer to, each counted for itself: what they would take without sharing. */
-  async logicalBytes(poolId: string): Promise<number> {
-    return await this.#context.pins.run(async () => {
-      let logicalBytes = 0
-      for (const row of await this.#roots()) {
-        if (row.home_pool_id !== poolId) continue
-        const summary = await this.#summaryIfReadable(row)
-        if (summary === null) continue
-        for (const bytes of (await this.#bytesByLayer(summary)).values()) logicalBytes += bytes
-      }
-      return logicalBytes
+  async logicalBytes(poolId: string): Promise<number | null> {
+    return await this.#asked(async (table, rows) => {
+      if (table === null) return null
+      const keys = rows.filter((row) => row.home_pool_id === poolId).map((row) => this.#keys.get(row.id) ?? 0)
+      const totals = await table.totals(Float64Array.from(keys))
+      // Those whose map cannot be read must not hide what the others take.
+      const sealedBytes = totals.reduce((sum, bytes) => sum + Math.max(0, bytes), 0)
+      return sealedBytes + (await this.#activeBytes({ poolId }))
     })
   }
 
-  async #roots(): Promise<RootRow[]> {
-    const rows = await this.#context.catalog.db
-      .selectFrom('resources')
-      .select(['id', 'size_bytes', 'root_word', 'root_crc', 'home_pool_id'])
-      .execute()
-    // Oldest first: a root that is asked for again is put at the end by `#summary`.
-    for (const key of this.#summaries.keys()) {
-      if (this.#summaries.size <= rows.length + rememberedSlack) break
-      this.#summaries.delete(key)
-    }
-    return rows
+  async #asked<T>(fn: (table: UsageTable | null, rows: readonly RootRow[]) => Promise<T>): Promise<T> {
+    return await this.#oneAtATime.run(async () => {
+      return await this.#context.pins.run(async () => {
+        const rows = await this.#context.catalog.db
+          .selectFrom('resources')
+          .select(['id', 'volume_id', 'root_word', 'root_crc', 'home_pool_id'])
+          .execute()
+        if (this.#isOutgrown) return await fn(null, rows)
+        try {
+          const table = await this.#refresh(rows)
+          return await fn(table, rows)
+        } catch (error) {
+          // Whatever went wrong half-way: the next call begins anew.
+          if (!isMapUnreadable(error)) this.#table = null
+          throw error
+        }
+      })
+    })
   }
 
-  async #summary(row: RootRow): Promise<RootSummary> {
-    const root: RootRef = rootOf(row)
-    const sizeBytes = roundUpToSlot(row.size_bytes)
-    // A page id is never used twice while the process lives, so a word names one content.
-    const key = `${root.word}:${root.crc}:${sizeBytes}`
-    let summary = this.#summaries.get(key)
-    if (summary === undefined) {
-      const reach = this.#context.engine.reach()
-      reach.addRoot(root, sizeBytes)
-      await feedReach(this.#context, reach, row.id)
-      summary = { slots: new Map(Array.from(reach.layers(), (alias): [number, number] => [alias, reach.slotCount(alias)])) }
+  /** Brings the table up to the roots given; null if it has become too large. */
+  async #refresh(rows: readonly RootRow[]): Promise<UsageTable | null> {
+    const { catalog, engine, log, pools } = this.#context
+    const openPools = pools.openIds().toSorted().join()
+    if (this.#table === null || openPools !== this.#openPools) {
+      this.#table = engine.usage()
+      this.#openPools = openPools
     }
-    this.#summaries.delete(key)
-    this.#summaries.set(key, summary)
-    return summary
+    const table = this.#table
+    const active = await catalog.db.selectFrom('layers').select('alias').where('state', '=', 'active').execute()
+    await nextTurn()
+    await table.setRoots(
+      this.#rootsOf(rows),
+      Uint32Array.from(active, (layer) => layer.alias),
+    )
+    for (;;) {
+      const ids = await table.pending(pagesAtOnce)
+      const bodies = ids.length === 0 ? [] : await catalog.pages.get(ids)
+      await table.settle(
+        ids,
+        bodies.map((body) => body ?? null),
+      )
+      if (ids.length === 0) break
+      const memoryBytes = await table.memoryBytes()
+      if (memoryBytes <= tableBytesMax) continue
+      log.warn({ memoryBytes, tableBytesMax }, 'the maps differ in too much to say what each resource takes')
+      this.#isOutgrown = true
+      this.#table = null
+      return null
+    }
+    await this.#scanLayers(table)
+    return table
   }
 
-  /** null: the map cannot be read, so what it refers to is not known; that must not hide what others take. */
-  async #summaryIfReadable(row: RootRow): Promise<RootSummary | null> {
-    try {
-      return await this.#summary(row)
-    } catch (error) {
-      if (isMapUnreadable(error)) return null
-      throw error
+  #rootsOf(rows: readonly RootRow[]) {
+    const keys = new Map<string, number>()
+    const keyOf = (id: string): number => {
+      const key = this.#keys.get(id) ?? keys.get(id) ?? this.#nextKey++
+      keys.set(id, key)
+      return key
+    }
+    const roots = {
+      keys: Float64Array.from(rows, (row) => keyOf(row.id)),
+      // A deleted volume has no row; its images are alike all the same.
+      lineages: Float64Array.from(rows, (row) => keyOf(row.volume_id ?? row.id)),
+      words: BigUint64Array.from(rows, (row) => row.root_word),
+      crcs: Uint32Array.from(rows, (row) => row.root_crc),
+    }
+    this.#keys = keys
+    return roots
+  }
+
+  async #scanLayers(table: UsageTable): Promise<void> {
+    const { layers, log, pools } = this.#context
+    const aliases = await table.unknownLayers()
+    const byPool = new Map<string, { aliases: number[]; ids: string[] }>()
+    for (const { alias, id, poolId } of await layers.homesIfKnown(aliases)) {
+      const list = byPool.get(poolId) ?? { aliases: [], ids: [] }
+      list.aliases.push(alias)
+      list.ids.push(id)
+      byPool.set(poolId, list)
+    }
+    // What has no row, or lies in a pool that is not open, is empty as far as anybody can tell.
+    table.setEmpty(aliases)
+    for (const [poolId, list] of byPool) {
+      const store = pools.find(poolId)?.store
+      if (store === undefined) continue
+      for (let start = 0; start < list.aliases.length; start += layersAtOnce) {
+        const part = Uint32Array.from(list.aliases.slice(start, start + layersAtOnce))
+        const failed = await table.scan(store, part, list.ids.slice(start, start + layersAtOnce))
+        if (failed.length > 0) log.warn({ poolId, aliases: [...failed] }, 'what layers have allocated cannot be seen')
+      }
     }
   }
 
-  async #bytesByLayer(summary: RootSummary): Promise<Map<number, number>> {
-    const bytes = new Map<number, number>()
-    for (const { alias, id, poolId } of await this.#context.layers.homes(summary.slots.keys())) {
-      const allocatedBytes = (await this.#listing(poolId)).get(id) ?? 0
-      bytes.set(alias, Math.min(allocatedBytes, (summary.slots.get(alias) ?? 0) * slotBytes))
+  /** What active layers have allocated: of one volume, or of all whose home is a pool. */
+  async #activeBytes(of: { volumeId: string } | { poolId: string }): Promise<number> {
+    const { catalog, layers, pools } = this.#context
+    const query = catalog.db
+      .selectFrom('volumes')
+      .innerJoin('resources', 'resources.id', 'volumes.id')
+      .select('volumes.active_alias')
+    const rows = await (
+      'volumeId' in of ? query.where('volumes.id', '=', of.volumeId) : query.where('resources.home_pool_id', '=', of.poolId)
+    ).execute()
+    const byPool = new Map<string, string[]>()
+    for (const { id, poolId } of await layers.homesIfKnown(rows.map((row) => row.active_alias))) {
+      byPool.set(poolId, [...(byPool.get(poolId) ?? []), id])
     }
-    return bytes
-  }
-
-  async #listing(poolId: string): Promise<ReadonlyMap<string, number>> {
-    const nowMs = this.#context.clock.monotonicMs()
-    const present = this.#listings.get(poolId)
-    if (present !== undefined && nowMs - present.takenMs < listingAgeMaxMs) return present.allocatedBytes
-    const layers = (await this.#context.pools.find(poolId)?.listLayers()) ?? []
-    const allocatedBytes = new Map(layers.map((layer) => [layer.id, layer.allocatedBytes]))
-    this.#listings.set(poolId, { takenMs: nowMs, allocatedBytes })
-    return allocatedBytes
+    let sumBytes = 0
+    for (const [poolId, ids] of byPool) {
+      const allocatedBytes = (await pools.find(poolId)?.store.allocatedBytes(ids)) ?? new Float64Array()
+      sumBytes += allocatedBytes.reduce((sum, bytes) => sum + Math.max(0, bytes), 0)
+    }
+    return sumBytes
   }
 }

@@ -56,6 +56,24 @@ export interface RawMapLoader {
   finish(): RawFrozenMap
 }
 
+export interface RawUsage {
+  setRoots(
+    keys: Float64Array,
+    lineages: Float64Array,
+    words: BigUint64Array,
+    crcs: Uint32Array,
+    active: Uint32Array,
+  ): Promise<void>
+  pending(limit: number): Promise<Float64Array>
+  settle(ids: Float64Array, bodies: (Uint8Array | null)[]): Promise<void>
+  unknownLayers(): Promise<Uint32Array>
+  scan(store: RawStore, aliases: Uint32Array, ids: string[]): Promise<Uint32Array>
+  setEmpty(aliases: Uint32Array): void
+  taken(key: number): Promise<Float64Array>
+  totals(keys: Float64Array): Promise<Float64Array>
+  memoryBytes(): Promise<number>
+}
+
 export interface RawReach {
   addRoot(root: RootRef, sizeBytes: number): void
   pending(limit: number): Float64Array
@@ -199,6 +217,7 @@ export interface RawStore {
   punchExcept(id: string, keepRuns: Float64Array): Promise<number>
   isPunchable(id: string, keepRuns: Float64Array): Promise<boolean>
   extents(id: string, offsetBytes: number, lengthBytes: number): Promise<LayerExtent[]>
+  allocatedBytes(ids: string[]): Promise<Float64Array>
   setFaults(plan: FaultPlan): void
   injectedCount(): number
   sequence(): number
@@ -379,6 +398,7 @@ export interface RawEngine {
   memoryStore(capacityBytes: number, record: boolean): RawStore
   faultStore(inner: RawStore): RawStore
   mapLoader(root: RootRef): RawMapLoader
+  usage(): RawUsage
   uniformMap(owner: number): RawFrozenMap
   openFileDevice(path: string): Promise<RawDevice>
   openDevice(

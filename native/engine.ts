@@ -12,6 +12,7 @@ import {
 import { Listener, TlsConfig } from './connection.ts'
 import { Device, flatten, type LayerRef } from './device.ts'
 import { FrozenMap, MapLoader, Reach } from './maps.ts'
+import { UsageTable } from './usage-table.ts'
 import { call, settle } from './native-error.ts'
 import { Store } from './store.ts'
 
@@ -99,6 +100,11 @@ export class Engine {
 
   reach(): Reach {
     return new Reach()
+  }
+
+  /** What resources take, to be filled with their roots. */
+  usage(): UsageTable {
+    return call(() => new UsageTable(this.#raw.usage()))
   }
 
   /**

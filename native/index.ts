@@ -34,6 +34,7 @@ export { Checkpoint, Device, type LayerRef } from './device.ts'
 export { Engine, type DeviceEvent, type DeviceSpec, type EngineOptions, type SwapReport } from './engine.ts'
 export { FrozenMap, MapCheck, MapLoader, PageSet, Reach } from './maps.ts'
 export { Store, StoreLock } from './store.ts'
+export { UsageTable, type UsageRoots } from './usage-table.ts'
 
 /** Bytes of a slot: the unit of the map. */
 export const slotBytes = 4096

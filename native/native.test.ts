@@ -106,6 +106,7 @@ describe('a store', () => {
     expect(await store.layerExists(layerId(1))).toBe(true)
     expect((await store.listLayers()).map((entry) => entry.id)).toEqual([layerId(1)])
     await store.syncLayer(layerId(1))
+    expect(await store.allocatedBytes([layerId(1), layerId(9)])).toEqual(Float64Array.of(0, -1))
     expect(await store.extents(layerId(1), 0, 8192)).toEqual([{ offsetBytes: 0, lengthBytes: 8192, data: false }])
     await store.removeLayer(layerId(1))
     expect(await store.listLayers()).toEqual([])
@@ -482,6 +483,42 @@ describe('a device', () => {
 function checkpointMap(frozen: FrozenMap): FrozenMap {
   return frozen.withRun(0, 1, 2)
 }
+
+describe('a table of what resources take', () => {
+  it('counts what one root alone refers to, and says which page and which layer it needs', async () => {
+    const engine = new Engine()
+    try {
+      const store = engine.memoryStore({ capacityBytes: mebibyte })
+      await store.createLayer(layerId(1))
+      const table = engine.usage()
+      const uniform = (1n << 60n) | 1n
+      const roots = (count: number, word: bigint) => ({
+        keys: Float64Array.from({ length: count }, (_, index) => index + 1),
+        lineages: new Float64Array(count).fill(1),
+        words: new BigUint64Array(count).fill(word),
+        crcs: new Uint32Array(count),
+      })
+      await table.setRoots(roots(2, uniform), new Uint32Array())
+      expect((await table.pending(10)).length).toBe(0)
+      await table.settle(new Float64Array(), [])
+      expect([...(await table.unknownLayers())]).toEqual([1])
+      expect((await table.scan(store, Uint32Array.of(1), [layerId(1)])).length).toBe(0)
+      table.setEmpty(Uint32Array.of(2))
+      expect((await table.unknownLayers()).length).toBe(0)
+      expect(await table.taken(1)).toEqual({ usedBytes: 0, sharedBytes: 0 })
+      expect(await table.memoryBytes()).toBeGreaterThan(0)
+      // A page that is not there is an error of who needs it.
+      await table.setRoots(roots(1, (2n << 60n) | 77n), new Uint32Array())
+      expect([...(await table.pending(10))]).toEqual([77])
+      await table.settle(Float64Array.of(77), [null])
+      expect(await codeOf(table.taken(1))).toBe('PAGE_MISSING')
+      expect([...(await table.totals(Float64Array.of(1, 9)))]).toEqual([-1, 0])
+      expect(await codeOf(table.setRoots(roots(1, 5n << 60n), new Uint32Array()))).toBe('PAGE_CORRUPT')
+    } finally {
+      await engine.close()
+    }
+  })
+})
 
 describe('a connection', () => {
   async function accepted(): Promise<{ connection: Connection; socket: Socket; next: (length: number) => Promise<Buffer> }> {

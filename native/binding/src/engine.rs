@@ -5,6 +5,7 @@ use crate::device::{JsDevice, JsDeviceLimits, JsThrottleLimits, to_device_limits
 use crate::map::{JsFrozenMap, JsMapLoader};
 use crate::promise::{Settler, rejected, run_on};
 use crate::store::JsStore;
+use crate::usage::JsUsage;
 use atoll_engine::{Device, DeviceEvent, DeviceSpec, Engine, EngineOptions, OpenReport, Result, TlsConfig, spawn_named};
 use atoll_io::MemoryStore;
 use atoll_map::{FrozenMap, MapLoader};
@@ -161,6 +162,11 @@ impl JsEngine {
             let loader = MapLoader::new(self.engine.cache(), to_root(&root)?);
             Ok(JsMapLoader { engine: self.engine.clone(), loader: Mutex::new(Some(loader)) })
         })
+    }
+
+    #[napi]
+    pub fn usage(&self) -> napi::Result<JsUsage> {
+        guard(|| Ok(JsUsage { engine: self.engine.clone(), usage: Default::default() }))
     }
 
     #[napi]

@@ -17,6 +17,7 @@ mod engine;
 mod map;
 mod promise;
 mod store;
+mod usage;
 
 use napi_derive::napi;
 

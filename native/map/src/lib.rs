@@ -18,6 +18,7 @@ mod page_file;
 mod reach;
 mod slot_set;
 mod tree;
+mod usage;
 mod walk;
 mod writer;
 
@@ -28,6 +29,7 @@ pub use error::{MapError, MapErrorCode, Result};
 pub use loader::MapLoader;
 pub use reach::Reach;
 pub use tree::{FrozenMap, Map};
+pub use usage::{Taken, Usage, UsageRoot};
 
 /// Bytes of a slot: the unit of the map. A constant of the format.
 pub const SLOT_BYTES: u64 = 4096;
