@@ -36,6 +36,8 @@ export interface PreparedCheckpoint {
 export interface CommitOptions {
   /** The roots get a second owner in this transaction: their pages are no longer the volume's alone. */
   readonly share: boolean
+  /** Space is short, and this is on the way to more: the catalog's reserve may be used. */
+  readonly emergency?: boolean
   /** More rows of the same transaction. */
   readonly also?: (tx: CatalogTransaction) => Promise<void>
 }
@@ -44,23 +46,33 @@ export interface CommitOptions {
  * Brings an open volume's map into the catalog; returns whether anything changed.
  * @throws AtollError LEASE_LOST, DEVICE_POISONED, NO_SPACE, IO_ERROR; the volume stays usable but after the first two
  */
-export async function checkpointLocked(context: MapperContext, volume: OpenVolume): Promise<boolean> {
+export async function checkpointLocked(
+  context: MapperContext,
+  volume: OpenVolume,
+  options: { emergency?: boolean } = {},
+): Promise<boolean> {
+  const emergency = options.emergency ?? false
   let changed = false
   if (volume.swapUncommitted) {
     const [spare] = await context.layers.take([volume.poolId])
     assert(spare !== undefined, 'no spare')
-    changed = await checkpointOnce(context, volume, spare)
+    changed = await checkpointOnce(context, volume, spare, emergency)
   }
   const shrunk = volume.pendingSizeBytes !== null
-  changed = (await checkpointOnce(context, volume, null)) || changed
+  changed = (await checkpointOnce(context, volume, null, emergency)) || changed
   if (shrunk) await punchBeyond(context, volume)
   return changed
 }
 
-async function checkpointOnce(context: MapperContext, volume: OpenVolume, spare: Spare | null): Promise<boolean> {
-  const prepared = await prepareCheckpoint(context, volume, spare)
+async function checkpointOnce(
+  context: MapperContext,
+  volume: OpenVolume,
+  spare: Spare | null,
+  emergency: boolean,
+): Promise<boolean> {
+  const prepared = await prepareCheckpoint(context, volume, spare, emergency)
   if (prepared === null) return false
-  await commitCheckpoints(context, [prepared], { share: false })
+  await commitCheckpoints(context, [prepared], { share: false, emergency })
   return true
 }
 
@@ -73,12 +85,13 @@ export async function prepareCheckpoint(
   context: MapperContext,
   volume: OpenVolume,
   spare: Spare | null,
+  emergency = false,
 ): Promise<PreparedCheckpoint | null> {
   assert(volume.swapUncommitted === (spare !== null), 'a checkpoint has a spare exactly if it commits a swap')
   assert(!volume.swapUncommitted || volume.pendingSizeBytes === null, 'a shrink is committed before the next swap')
   try {
     if (volume.leaseLost) throw leaseLostError(volume.id, volume.epoch)
-    return await prepareWithPages(context, volume, spare, reservedPagesMax)
+    return await prepareWithPages(context, volume, spare, reservedPagesMax, emergency)
   } catch (error) {
     if (spare !== null) context.layers.giveBack(spare)
     throw error
@@ -90,6 +103,7 @@ async function prepareWithPages(
   volume: OpenVolume,
   spare: Spare | null,
   pageCountMax: number,
+  emergency: boolean,
 ): Promise<PreparedCheckpoint | null> {
   const { pageIds } = context
   // Reserved before the pages are numbered, so that a sweep that starts meanwhile stays below them.
@@ -103,7 +117,7 @@ async function prepareWithPages(
       return null
     }
     if (checkpoint.pageCount <= pageCountMax) {
-      const staged = await stagePages(context, volume.id, reservation, checkpoint)
+      const staged = await stagePages(context, volume.id, reservation, checkpoint, emergency)
       return { volume, checkpoint, staged, spare }
     }
   } catch (error) {
@@ -114,7 +128,7 @@ async function prepareWithPages(
   const wanted = checkpoint.pageCount * 2
   abortOnDevice(volume, checkpoint)
   pageIds.release(reservation)
-  return await prepareWithPages(context, volume, spare, wanted)
+  return await prepareWithPages(context, volume, spare, wanted, emergency)
 }
 
 function abortOnDevice(volume: OpenVolume, checkpoint: Checkpoint): void {
@@ -146,6 +160,7 @@ export async function commitCheckpoints(
   // Every page of these roots has a smaller number: the reservations are trimmed to what was used, or lie below.
   const sharedBelowPage = context.pageIds.next
   const deleted = new Map<PreparedCheckpoint, number>()
+  const writeOptions = { emergency: options.emergency ?? false }
   try {
     await context.catalog.write(async (tx) => {
       for (const part of parts) {
@@ -157,7 +172,7 @@ export async function commitCheckpoints(
         deleted.set(part, now.length)
       }
       await options.also?.(tx)
-    })
+    }, writeOptions)
   } catch (error) {
     await abortCheckpoints(context, parts)
     if (isAtollError(error, 'LEASE_LOST')) {

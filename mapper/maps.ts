@@ -12,6 +12,8 @@ import { aboutResource } from './rows.ts'
 
 /** Pages fetched in one turn of the event loop. */
 export const pageBatch = 256
+/** As many, where they are also read in that turn: a page of a long history has up to 48 KiB. */
+const reachBatch = 64
 
 interface PageSink {
   supply(ids: Float64Array, bodies: Uint8Array[]): void
@@ -61,7 +63,7 @@ export async function feedReach(
 ): Promise<void> {
   try {
     for (;;) {
-      const ids = reach.pending(pageBatch)
+      const ids = reach.pending(reachBatch)
       if (ids.length === 0) return
       await feed(context, reach, ids)
       between(ids.length)

@@ -2,11 +2,11 @@
  * Random operations against plain arrays.
  *
  * A case is a world of its own: volumes of a few leaves, of which only slots around the leaves' borders are written (so that
- * leaves, inner nodes and whole subtrees all take part), their snapshots, clones and images. After each case everything is
- * closed and reclaimed; then nothing may be left that no durable root refers to, and every resource must be, byte for byte,
- * what the arrays say, also after a restart.
+ * leaves, inner nodes and whole subtrees all take part), their snapshots, clones and images. After each reclaim, whatever is open,
+ * nothing may be left that no durable root refers to; what is said to be used and shared is compared with a count; and every
+ * resource must be, byte for byte, what the arrays say, also after a restart.
  *
- * ATOLL_MODEL_CASES: number of cases (default 300). ATOLL_SEED: seed of the first one (default 1); case n has seed + n.
+ * ATOLL_MODEL_CASES: number of cases (default 300; `npm run test:crash` runs 10,000). ATOLL_SEED: seed of the first one (default 1); case n has seed + n.
  */
 import { adminProject } from '@atoll/core'
 import type { Device } from '@atoll/native'
@@ -303,16 +303,28 @@ async function remove(world: World): Promise<void> {
   for (const { id } of [gone, ...snapshots]) world.resources.delete(id)
 }
 
+/** Afterwards what is allocated is what is referred to, whether volumes are open or not. */
 async function reclaim(world: World): Promise<void> {
   world.note('reclaim')
   await world.bench.mapper.reclaim(null)
+  expect(await world.bench.findLeak()).toBe(null)
+}
+
+/** What is said to be used and shared is what a count slot by slot says. */
+async function usage(world: World): Promise<void> {
+  world.note('usage')
+  for (const volume of world.of('volume')) if (volume.device !== null) await world.bench.mapper.checkpoint(volume.id)
+  const counted = await world.bench.countUsage()
+  for (const { id, name } of world.resources.values()) {
+    expect(await world.bench.mapper.usage(id), `usage of ${name}`).toEqual(counted.get(id))
+  }
 }
 
 /** Several things at once: the order among them does not change what the arrays say. */
 async function together(world: World): Promise<void> {
   if (world.of('volume').every((volume) => volume.device === null)) return
   world.note('together:')
-  await Promise.all([reclaim(world), write(world), checkpoint(world)])
+  await Promise.all([world.bench.mapper.reclaim(null), write(world), checkpoint(world)])
 }
 
 async function compareSome(world: World): Promise<void> {
@@ -396,6 +408,7 @@ const operations: readonly (readonly [number, Operation])[] = [
   [4, reclaim],
   [3, together],
   [4, compareSome],
+  [3, usage],
   [2, diff],
   [1, restart],
   [1, kill],
@@ -455,6 +468,9 @@ async function runCase(seed: number): Promise<void> {
   const world = new World(bench, seed)
   try {
     for (let index = 0; index < operationsPerCase; index += 1) await pickOperation(world.random)(world)
+    await compareAll(world)
+    await reclaim(world)
+    await usage(world)
     await compareAll(world)
     for (const volume of world.of('volume')) {
       if (volume.device !== null) await bench.mapper.close(volume.id)

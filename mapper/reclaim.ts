@@ -8,6 +8,8 @@
  *  1. Dirty volumes are replayed into the catalog first: their journals are the truth. One that cannot be opened keeps its
  *     active and next layer (they are not sealed), and its durable root counts like every other: replaying a journal only
  *     ever takes sealed layers out of a map.
+ *     Then open volumes are brought into the catalog, so that what they have overwritten or discarded is freed as well. One that
+ *     cannot be now (its disk is full to the last byte, its device is poisoned) counts with its last checkpoint.
  *  2. A pin (page-pins.ts), then the page boundary, then the list of sealed layers, then the roots, in this order, each
  *     after the one before. Pages below the boundary belong to no checkpoint in flight, so what made them is visible in the roots
  *     that are read afterwards; a layer that was sealed before the roots were read has all of its references in them.
@@ -33,6 +35,7 @@ import { setImmediate as nextTurn } from 'node:timers/promises'
 import { AtollError, isAtollError, Mutex } from '@atoll/core'
 import { mapBytesMax, type Reach } from '@atoll/native'
 import type { PoolHandle } from '@atoll/southbound'
+import { checkpointLocked } from './checkpoint.ts'
 import { punchOrphansLocked } from './close.ts'
 import type { MapperContext } from './context.ts'
 import { dirtyVolumes } from './lease.ts'
@@ -68,6 +71,16 @@ interface SealedLayer {
   readonly poolId: string
 }
 
+interface RootRow {
+  readonly id: string
+  readonly root_word: bigint
+  readonly root_crc: number
+}
+
+/** Roots whose pages are fetched together. */
+const rootsAtOnce = 256
+/** Layers that are punched at the same time. */
+const layersAtOnce = 8
 /** Page ids looked at in one turn of the event loop. */
 const sweepBatch = 2048
 
@@ -100,6 +113,7 @@ export class Reclaimer {
     const poolIds = poolId === null ? context.pools.openIds() : [context.pools.handle(poolId).poolId]
     const checkCancelled = () => throwIfCancelled(options.signal)
     await this.#settleDirty(checkCancelled)
+    await this.#checkpointOpen(checkCancelled)
     for (const id of poolIds) await sealClosing(context, id)
 
     let freedBytes = 0
@@ -112,11 +126,12 @@ export class Reclaimer {
       const reach = await this.#mark(checkCancelled)
       await this.#condemn(sealed.filter((layer) => reach.slotCount(layer.alias) === 0))
       await context.engine.readBarrier()
-      let doneLayers = 0
-      for (const layer of sealed) {
+      for (let doneLayers = 0; doneLayers < sealed.length;) {
         checkCancelled()
-        freedBytes += await this.#punch(layer, reach)
-        doneLayers += 1
+        const part = sealed.slice(doneLayers, doneLayers + layersAtOnce)
+        const freed = await Promise.all(part.map(async (layer) => await this.#punch(layer, reach)))
+        freedBytes += freed.reduce((sum, bytes) => sum + bytes, 0)
+        doneLayers += part.length
         options.onProgress?.({ doneLayers, totalLayers: sealed.length, freedBytes })
       }
       sweptPages = await this.#sweep(pin, reach, boundary, checkCancelled)
@@ -158,6 +173,27 @@ export class Reclaimer {
     }
   }
 
+  async #checkpointOpen(checkCancelled: () => void): Promise<void> {
+    const { locks, log, open, pools } = this.#context
+    for (const { id } of open.volumes()) {
+      checkCancelled()
+      try {
+        await locks.run([id], async () => {
+          const volume = open.volume(id)
+          if (volume === undefined || volume.leaseLost || volume.device.isPoisoned()) return
+          const checkpoint = async () => await checkpointLocked(this.#context, volume, { emergency: true })
+          const pool = pools.find(volume.poolId)
+          await (pool === undefined ? checkpoint() : withReserve(pool, checkpoint))
+        })
+      } catch (error) {
+        log.warn(
+          { err: error, volumeId: id },
+          'a volume had no checkpoint before a reclaim: what it overwrote since its last stays',
+        )
+      }
+    }
+  }
+
   async #sealedLayers(poolIds: readonly string[]): Promise<SealedLayer[]> {
     if (poolIds.length === 0) return []
     const rows = await this.#context.catalog.db
@@ -176,13 +212,31 @@ export class Reclaimer {
     // One statement, so one state of the catalog.
     const rows = await context.catalog.db.selectFrom('resources').select(['id', 'root_word', 'root_crc']).execute()
     const reach = context.engine.reach()
-    for (const row of rows) {
-      checkCancelled()
-      reach.addRoot(rootOf(row), mapBytesMax)
-      // One root after the other, so that an error names the resource.
-      await feedReach(context, reach, row.id, checkCancelled)
+    for (let start = 0; start < rows.length; start += rootsAtOnce) {
+      const part = rows.slice(start, start + rootsAtOnce)
+      try {
+        for (const row of part) reach.addRoot(rootOf(row), mapBytesMax)
+        await feedReach(context, reach, part[0]?.id ?? '', checkCancelled)
+      } catch (error) {
+        if (isAtollError(error, 'JOB_CANCELLED')) throw error
+        throw await this.#nameOfUnreadable(part, error)
+      }
     }
     return reach
+  }
+
+  /** The error again, with the resource whose map it is: found by reading one after the other. */
+  async #nameOfUnreadable(rows: readonly RootRow[], error: unknown): Promise<unknown> {
+    for (const row of rows) {
+      try {
+        const reach = this.#context.engine.reach()
+        reach.addRoot(rootOf(row), mapBytesMax)
+        await feedReach(this.#context, reach, row.id)
+      } catch (own) {
+        return own
+      }
+    }
+    return error
   }
 
   async #condemn(layers: readonly SealedLayer[]): Promise<void> {

@@ -54,6 +54,7 @@ export async function stagePages(
   volumeId: string,
   reservation: PageReservation,
   source: PageSource,
+  emergency = false,
 ): Promise<StagedPages> {
   const { pageCount } = source
   const common = { reservation, root: source.root(), replaced: source.replaced() }
@@ -85,7 +86,7 @@ export async function stagePages(
           await context.catalog.pages.insert(ids, bodies)
           return copiedMs + context.clock.monotonicMs() - startedMs
         },
-        { durable: false },
+        { durable: false, emergency },
       )
       if (tookMs > batchMs) batchBytes = Math.max(batchBytesMin, Math.floor(batchBytes / 2))
       else if (tookMs < batchMs / 3) batchBytes = Math.min(batchBytesMax, batchBytes * 2)

@@ -260,7 +260,7 @@ class History {
       })
     })
     // While the snapshot is taken, flushed writes go on: some land behind the swap and before its commit.
-    const writing = volumes.map((volume, index) => this.#writeMeanwhile(volume, made[index]))
+    const writing = volumes.map((volume, index) => this.#writeMeanwhile(volume, made[index] ?? null))
     const [{ rows }] = await Promise.all([this.#mapper.snapshot(items), ...writing])
     for (const row of rows) this.#ids.set(row.name, row.id)
     await this.#examine(`snapshot ${items.map((item) => item.name).join(' ')}`)
@@ -269,17 +269,17 @@ class History {
     for (const volume of volumes) this.#model.content(volume.name).flushed()
   }
 
-  /** The snapshot may have any of the states that its volume goes through. */
-  async #writeMeanwhile(volume: ModelResource, snapshot: ModelResource | undefined): Promise<void> {
+  /** A snapshot that is being taken may have any of the states that its volume goes through. */
+  async #writeMeanwhile(volume: ModelResource, snapshot: ModelResource | null): Promise<void> {
     const device = this.#devices.get(volume.name)
-    if (device === undefined || snapshot === undefined || this.#random.chance(30)) return
+    if (device === undefined || this.#random.chance(30)) return
     const content = this.#model.content(volume.name)
     const slots = Array.from({ length: 6 }, () => this.#random.below(content.sizeBytes / slotBytes))
     for (const slot of slots) {
       const data = Buffer.alloc(slotBytes)
       this.#fill(data, slot * slotBytes)
       content.write(slot * slotBytes, data)
-      snapshot.contents.push(new PossibleContent(content.current))
+      snapshot?.contents.push(new PossibleContent(content.current))
       await device.write(slot * slotBytes, data)
       await device.flush()
       content.markFlushed(this.#store.sequence())
@@ -398,8 +398,10 @@ class History {
     await this.#examine(`open ${volume.name}`)
   }
 
+  /** Writes go on meanwhile: what was written since its checkpoint is in no durable root. */
   async #reclaim(): Promise<void> {
-    await this.#mapper.reclaim(null)
+    const writing = this.#model.of('volume').map((volume) => this.#writeMeanwhile(volume, null))
+    await Promise.all([this.#mapper.reclaim(null), ...writing])
     await this.#examine('reclaim')
   }
 
