@@ -11,6 +11,8 @@ export interface Stand {
   readonly mapper: Mapper
   readonly engine: Engine
   readonly poolId: string
+  /** Where everything lies. */
+  readonly directory: string
   close(): Promise<void>
   /** Everything closed and opened again on the same directory. */
   reopen(): Promise<Stand>
@@ -42,6 +44,7 @@ export async function openStand(directory?: string): Promise<Stand> {
     mapper,
     engine,
     poolId: pool.id,
+    directory: root,
     async close() {
       await shut()
       await rm(root, { recursive: true, force: true })
