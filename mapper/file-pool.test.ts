@@ -1,5 +1,5 @@
 /** The operations of a volume's life over files, with a process that dies in between. */
-import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, readdir, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { adminProject, openCatalog, type Catalog } from '@atoll/core'
@@ -36,6 +36,24 @@ describe('a file pool', () => {
     await stop()
     await catalog.close()
     await rm(folder, { recursive: true })
+  })
+
+  it('keeps no descriptor for each snapshot of an open volume', async () => {
+    const volume = await mapper.createVolume({ projectId: adminProject.id, sizeBytes: leaf, poolId, name: 'v' })
+    const { device } = await mapper.open(volume.id, { holder: 'test', readOnly: false })
+    const round = async (number: number) => {
+      await device.write(number * slot, bytes(number))
+      await mapper.snapshot([{ volumeId: volume.id, name: `s${number}` }])
+    }
+    await round(1)
+    await mapper.idle()
+    const before = (await readdir('/proc/self/fd')).length
+    for (let number = 2; number <= 41; number += 1) await round(number)
+    await mapper.idle()
+    expect((await readdir('/proc/self/fd')).length).toBeLessThan(before + 10)
+    for (let number = 1; number <= 41; number += 1) {
+      expect(Buffer.from(await device.read(number * slot, slot))).toEqual(bytes(number))
+    }
   })
 
   it('holds volumes, snapshots and clones through restarts, and is empty when they are gone', async () => {

@@ -38,8 +38,8 @@ export interface OpenOptions {
   readonly onEvent?: (event: OpenEvent) => void
 }
 
-/** Layer files looked for at the same time. */
-const existenceBatch = 64
+/** Layer files that one native call looks for. */
+const existenceBatch = 512
 /** Who opens a dirty volume to make it clean. */
 const recoveryHolder = 'recovery'
 
@@ -207,15 +207,16 @@ async function openReader(context: MapperContext, resourceId: string, options: O
 async function layersOf(context: MapperContext, map: FrozenMap, more: readonly number[]) {
   const aliases = [...new Set([...map.layers(mapBytesMax), ...more])]
   const layers = await context.layers.refs(aliases)
-  for (let start = 0; start < layers.length; start += existenceBatch) {
-    await Promise.all(
-      layers.slice(start, start + existenceBatch).map(async (layer) => {
-        if (await layer.store.layerExists(layer.id)) return
-        throw new AtollError('LAYER_MISSING', `the file of layer ${layer.id} (alias ${layer.alias}) is missing`, {
-          values: { layerId: layer.id, alias: layer.alias },
-        })
-      }),
-    )
+  for (const [store, refs] of Map.groupBy(layers, (layer) => layer.store)) {
+    for (let start = 0; start < refs.length; start += existenceBatch) {
+      const part = refs.slice(start, start + existenceBatch)
+      const allocatedBytes = await store.allocatedBytes(part.map((layer) => layer.id))
+      const missing = part.find((_, index) => (allocatedBytes[index] ?? -1) < 0)
+      if (missing === undefined) continue
+      throw new AtollError('LAYER_MISSING', `the file of layer ${missing.id} (alias ${missing.alias}) is missing`, {
+        values: { layerId: missing.id, alias: missing.alias },
+      })
+    }
   }
   const names = new Map(layers.map((layer): [number, LayerName] => [layer.alias, { alias: layer.alias, id: layer.id }]))
   return { layers, names }

@@ -147,6 +147,11 @@ export class Store {
     return settle(() => this.raw.extents(id, offsetBytes, lengthBytes))
   }
 
+  /** Bytes that each layer has allocated, -1 for one that is not there: many at once, off the event loop. */
+  allocatedBytes(ids: readonly string[]): Promise<Float64Array> {
+    return settle(() => this.raw.allocatedBytes([...ids]))
+  }
+
   /** Fault kind only: replaces the rules, counters start again. */
   setFaults(plan: FaultPlan): void {
     call(() => this.raw.setFaults(plan))

@@ -345,6 +345,18 @@ impl JsStore {
         })
     }
 
+    /// Bytes that each layer has allocated; -1 for one that is not there.
+    #[napi]
+    pub fn allocated_bytes<'env>(&self, env: &'env Env, ids: Vec<String>) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| {
+            let mut found = Vec::with_capacity(ids.len());
+            for id in &ids {
+                found.push(store.layer_entry(to_layer_id(id)?)?.map_or(-1.0, |entry| entry.allocated_bytes as f64));
+            }
+            Ok(Float64Array::new(found))
+        })
+    }
+
     #[napi]
     pub fn set_faults(&self, plan: JsFaultPlan) -> napi::Result<()> {
         guard(|| {
@@ -454,11 +466,15 @@ enum Go {
 fn punch_except(store: &dyn Store, id: LayerId, keep: &[Run], cancelled: &dyn Fn() -> bool) -> Result<u64> {
     let layer = store.open_layer(id, OpenMode::ReadWrite)?;
     let before_bytes = layer.allocated_bytes()?;
+    let mut punched_any = false;
     visit_gaps(&*layer, keep, cancelled, &mut |offset_bytes, length_bytes| {
         layer.punch(offset_bytes, length_bytes)?;
+        punched_any = true;
         Ok(Go::On)
     })?;
-    layer.sync()?;
+    if punched_any {
+        layer.sync()?;
+    }
     Ok(before_bytes.saturating_sub(layer.allocated_bytes()?))
 }
 

@@ -120,12 +120,21 @@ pub trait Store: Send + Sync + 'static {
     fn capabilities(&self) -> StoreCapabilities;
     /// Makes an empty layer; it and its directory entry are durable on return (I11). `Exists` if it is there already.
     fn create_layer(&self, id: LayerId) -> Result<()>;
-    /// Opens a layer. `NotFound` names the file that is missing. A handle stays valid until dropped, also after `remove_layer`.
+    /// Opens a layer. `NotFound` names the file that is missing. After `remove_layer` a handle
+    /// reads what was there, or fails with `NotFound`; never zeros.
     fn open_layer(&self, id: LayerId, mode: OpenMode) -> Result<Arc<dyn LayerIo>>;
     /// Removes the layer and every journal segment of it; durable on return. Removing what is not there is no error.
     fn remove_layer(&self, id: LayerId) -> Result<()>;
     /// Every layer of the store, in any order.
     fn list_layers(&self) -> Result<Vec<LayerEntry>>;
+    /// One layer; `None` if it is not there.
+    fn layer_entry(&self, id: LayerId) -> Result<Option<LayerEntry>> {
+        match self.open_layer(id, OpenMode::ReadOnly) {
+            Ok(layer) => Ok(Some(LayerEntry { id, allocated_bytes: layer.allocated_bytes()?, length_bytes: layer.length_bytes()? })),
+            Err(error) if error.code == crate::IoErrorCode::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
     /// Bytes in use and free.
     fn usage(&self) -> Result<StoreUsage>;
     /// Base lsns of the journal segments of a layer, ascending.
@@ -188,10 +197,6 @@ pub trait LayerIo: Send + Sync + 'static {
     /// Asks for the range to be at hand soon; it need not be on return, and nothing depends on it. Nothing by default.
     fn prefetch(&self, _offset_bytes: u64, _length_bytes: u64) -> Result<()> {
         Ok(())
-    }
-    /// The descriptor for copies inside the kernel (copy_file_range, FICLONERANGE); `None` where there is none.
-    fn raw_fd(&self) -> Option<std::os::fd::RawFd> {
-        None
     }
 }
 

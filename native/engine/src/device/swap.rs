@@ -7,7 +7,7 @@
 //!   first is committed: an open never has to look further than the next layer.
 //! - Several devices: gates are closed in the order of their volume ids, so that two group swaps cannot wait for each other.
 use super::checkpoint::{UncommittedSwap, busy_error};
-use super::layers::ActiveLayer;
+use super::layers::{ActiveLayer, LayerTable, ReadLayer};
 use super::write::read_only_error;
 use super::{Device, LayerSpec, SwapReport};
 use crate::{EngineError, Result};
@@ -121,9 +121,26 @@ impl Device {
             checkpoints.swap.take()
         };
         if let Some(swap) = swap {
+            self.read_through_own_handle(&swap.predecessor);
             let mark = SealMark { final_lsn: swap.lsn, successor: swap.successor };
             swap.predecessor.journal.lock().seal(mark)?;
         }
         Ok(())
+    }
+
+    /// The layer that was written is durable and only read from now on: its handle for writing, which keeps a descriptor, ends.
+    fn read_through_own_handle(&self, sealed: &ActiveLayer) {
+        let _checkpoints = self.checkpoints.lock();
+        let batch = self.batch.lock();
+        if batch.closing.iter().any(|closing| closing.alias() == sealed.alias()) {
+            // Not all of it is durable yet: the descriptor has to stay for the sync (I6).
+            return;
+        }
+        let mut table = LayerTable::clone(&self.layers.load());
+        if table.active.is_none() {
+            return;
+        }
+        table.insert(ReadLayer::new(sealed.spec.clone()));
+        self.layers.store(Arc::new(table));
     }
 }

@@ -1,12 +1,13 @@
-//! A layer as a sparse file. The descriptor stays open from the opening to the last clone of the handle (I6): closing it in
-//! between would lose a write-back error that only this descriptor gets to see.
+//! A layer as a sparse file. The descriptor of one that is written stays open from the opening to the last clone of the handle
+//! (I6): closing it in between would lose a write-back error that only this descriptor gets to see.
+use super::read_files::ReadFile;
 use super::system::{self, Seek};
 use crate::store::push_extent;
 use crate::{Extent, IoError, IoErrorCode, LayerIo, Result};
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Zeros are written from here, 64 KiB at a time.
@@ -18,9 +19,17 @@ const ZERO_BUFFERS: usize = 16;
 /// What a punch frees at least, and the step by which `extents` goes on where the file system contradicts itself.
 const BLOCK_BYTES: u64 = 4096;
 
+/// What a layer is read and written through.
+pub(super) enum LayerFile {
+    /// Open as long as the layer is.
+    Held(File),
+    /// Open when it is used.
+    Read(Arc<ReadFile>),
+}
+
 /// An open layer.
 pub(super) struct FileLayer {
-    file: File,
+    file: LayerFile,
     path: String,
     writable: bool,
     can_punch: bool,
@@ -29,8 +38,16 @@ pub(super) struct FileLayer {
 }
 
 impl FileLayer {
-    pub(super) fn new(file: File, path: String, writable: bool, can_punch: bool) -> FileLayer {
+    pub(super) fn new(file: LayerFile, path: String, writable: bool, can_punch: bool) -> FileLayer {
         FileLayer { file, path, writable, can_punch, can_read_now: AtomicBool::new(true) }
+    }
+
+    #[inline]
+    fn with<T>(&self, operation: impl FnOnce(&File) -> std::io::Result<T>) -> std::io::Result<T> {
+        match &self.file {
+            LayerFile::Held(file) => operation(file),
+            LayerFile::Read(file) => file.with(operation),
+        }
     }
 
     fn error(&self, operation: &'static str, offset_bytes: u64, error: &std::io::Error) -> IoError {
@@ -60,7 +77,7 @@ impl FileLayer {
                 *buffer = IoSlice::new(&ZEROS[..length as usize]);
                 offset += length;
             }
-            system::write_all_at(&self.file, first, &buffers).map_err(|error| self.error(operation, first, &error))?;
+            self.with(|file| system::write_all_at(file, first, &buffers)).map_err(|error| self.error(operation, first, &error))?;
         }
         Ok(())
     }
@@ -82,12 +99,12 @@ impl FileLayer {
 
 impl LayerIo for FileLayer {
     fn read(&self, offset_bytes: u64, buffers: &mut [IoSliceMut<'_>]) -> Result<()> {
-        system::read_all_at(&self.file, offset_bytes, buffers).map_err(|error| self.error("read", offset_bytes, &error))
+        self.with(|file| system::read_all_at(file, offset_bytes, buffers)).map_err(|error| self.error("read", offset_bytes, &error))
     }
 
     fn read_now(&self, offset_bytes: u64, buffer: &mut [u8]) -> Result<bool> {
         if self.can_read_now.load(Ordering::Relaxed) {
-            match system::read_cached_at(&self.file, offset_bytes, buffer) {
+            match self.with(|file| system::read_cached_at(file, offset_bytes, buffer)) {
                 Ok(is_read) => return Ok(is_read),
                 Err(error) if system::is_unsupported(&error) => self.can_read_now.store(false, Ordering::Relaxed),
                 Err(error) => return Err(self.error("read", offset_bytes, &error)),
@@ -98,7 +115,7 @@ impl LayerIo for FileLayer {
 
     fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()> {
         self.check_writable("write", offset_bytes)?;
-        system::write_all_at(&self.file, offset_bytes, buffers).map_err(|error| self.error("write", offset_bytes, &error))
+        self.with(|file| system::write_all_at(file, offset_bytes, buffers)).map_err(|error| self.error("write", offset_bytes, &error))
     }
 
     /// The kernel frees the whole blocks of the range and zeros the partial ones at its ends; nothing past the file's end
@@ -113,7 +130,7 @@ impl LayerIo for FileLayer {
         }
         if self.can_punch {
             let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-            return match system::allocate(&self.file, mode, offset_bytes, end - offset_bytes) {
+            return match self.with(|file| system::allocate(file, mode, offset_bytes, end - offset_bytes)) {
                 Ok(()) => Ok(()),
                 Err(error) if system::is_unsupported(&error) => self.zero_data(offset_bytes, end),
                 Err(error) => Err(self.error("punch", offset_bytes, &error)),
@@ -131,7 +148,7 @@ impl LayerIo for FileLayer {
         if length_bytes == 0 {
             return Ok(());
         }
-        match system::allocate(&self.file, libc::FALLOC_FL_ZERO_RANGE, offset_bytes, length_bytes) {
+        match self.with(|file| system::allocate(file, libc::FALLOC_FL_ZERO_RANGE, offset_bytes, length_bytes)) {
             Ok(()) => Ok(()),
             Err(error) if system::is_unsupported(&error) => self.write_zeros("zero", offset_bytes, end),
             Err(error) => Err(self.error("zero", offset_bytes, &error)),
@@ -139,7 +156,7 @@ impl LayerIo for FileLayer {
     }
 
     fn sync(&self) -> Result<()> {
-        self.file.sync_data().map_err(|error| self.error("sync", 0, &error))
+        self.with(File::sync_data).map_err(|error| self.error("sync", 0, &error))
     }
 
     fn extents(&self, offset_bytes: u64, length_bytes: u64, out: &mut Vec<Extent>) -> Result<()> {
@@ -147,7 +164,7 @@ impl LayerIo for FileLayer {
         let first = out.len();
         let mut offset = offset_bytes;
         while offset < end {
-            let data = match system::seek(&self.file, offset, Seek::Data) {
+            let data = match self.with(|file| system::seek(file, offset, Seek::Data)) {
                 Ok(found) => found.unwrap_or(end).min(end),
                 // A file system that knows no holes has only data; what lies past the end is a hole all the same.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) || system::is_unsupported(&error) => {
@@ -162,7 +179,7 @@ impl LayerIo for FileLayer {
             if data == end {
                 break;
             }
-            let hole = system::seek(&self.file, data, Seek::Hole).map_err(|error| self.error("extents", data, &error))?;
+            let hole = self.with(|file| system::seek(file, data, Seek::Hole)).map_err(|error| self.error("extents", data, &error))?;
             // A punch between the two calls may make `data` itself a hole; call one step data, so that the loop moves on.
             let hole = hole.filter(|hole| *hole > data).unwrap_or_else(|| data.saturating_add(BLOCK_BYTES)).min(end);
             push_extent(out, first, data, hole - data, true);
@@ -172,26 +189,22 @@ impl LayerIo for FileLayer {
     }
 
     fn length_bytes(&self) -> Result<u64> {
-        let metadata = self.file.metadata().map_err(|error| self.error("stat", 0, &error))?;
+        let metadata = self.with(File::metadata).map_err(|error| self.error("stat", 0, &error))?;
         Ok(metadata.len())
     }
 
     fn allocated_bytes(&self) -> Result<u64> {
-        let metadata = self.file.metadata().map_err(|error| self.error("stat", 0, &error))?;
+        let metadata = self.with(File::metadata).map_err(|error| self.error("stat", 0, &error))?;
         Ok(metadata.blocks() * 512)
     }
 
     fn drop_cache(&self) -> Result<()> {
-        system::drop_cache(&self.file).map_err(|error| self.error("drop-cache", 0, &error))
+        self.with(system::drop_cache).map_err(|error| self.error("drop-cache", 0, &error))
     }
 
     fn prefetch(&self, offset_bytes: u64, length_bytes: u64) -> Result<()> {
         let end = self.end("prefetch", offset_bytes, length_bytes)?.min(self.length_bytes()?);
-        system::prefetch(&self.file, offset_bytes, end.saturating_sub(offset_bytes))
+        self.with(|file| system::prefetch(file, offset_bytes, end.saturating_sub(offset_bytes)))
             .map_err(|error| self.error("prefetch", offset_bytes, &error))
-    }
-
-    fn raw_fd(&self) -> Option<RawFd> {
-        Some(self.file.as_raw_fd())
     }
 }

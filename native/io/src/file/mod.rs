@@ -18,6 +18,7 @@
 mod layer;
 mod lock;
 mod raw;
+mod read_files;
 mod segment;
 mod system;
 
@@ -25,9 +26,10 @@ use crate::store::is_record_name;
 use crate::{
     IoError, IoErrorCode, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreLock, StoreUsage,
 };
-use layer::FileLayer;
+use layer::{FileLayer, LayerFile};
 use parking_lot::Mutex;
 pub use raw::RawFileStore;
+use read_files::ReadFile;
 use segment::FileSegment;
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -133,10 +135,14 @@ impl Store for FileStore {
 
     fn open_layer(&self, id: LayerId, mode: OpenMode) -> Result<Arc<dyn LayerIo>> {
         let path = self.layer_path(id);
-        let writable = mode == OpenMode::ReadWrite;
-        let file = OpenOptions::new().read(true).write(writable).custom_flags(libc::O_NOFOLLOW).open(&path);
-        let file = file.map_err(|error| path_error("open", &path, &error))?;
-        Ok(Arc::new(FileLayer::new(file, path.display().to_string(), writable, self.can_punch)))
+        let opened = match mode {
+            OpenMode::ReadOnly => ReadFile::open(&path).map(LayerFile::Read),
+            OpenMode::ReadWrite => {
+                OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(&path).map(LayerFile::Held)
+            }
+        };
+        let file = opened.map_err(|error| path_error("open", &path, &error))?;
+        Ok(Arc::new(FileLayer::new(file, path.display().to_string(), mode == OpenMode::ReadWrite, self.can_punch)))
     }
 
     fn remove_layer(&self, id: LayerId) -> Result<()> {
@@ -169,6 +175,19 @@ impl Store for FileStore {
             }
         }
         Ok(entries)
+    }
+
+    /// Without opening it: many are asked for at once.
+    fn layer_entry(&self, id: LayerId) -> Result<Option<LayerEntry>> {
+        let path = self.layer_path(id);
+        match fs::symlink_metadata(&path) {
+            Ok(metadata) if metadata.is_file() => {
+                Ok(Some(LayerEntry { id, allocated_bytes: metadata.blocks() * 512, length_bytes: metadata.len() }))
+            }
+            Ok(_) => Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(path_error("stat", &path, &error)),
+        }
     }
 
     /// Total and free are the file system's; stored is the sum of the blocks of the layers (journal and reserve not counted),

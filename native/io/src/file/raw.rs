@@ -1,6 +1,6 @@
 //! One regular file as a store with one sealed layer: how a file that nobody of ours wrote (the source of a conversion)
 //! becomes a device. It is only ever read.
-use super::layer::FileLayer;
+use super::layer::{FileLayer, LayerFile};
 use super::{path_error, system};
 use crate::{
     IoError, IoErrorCode, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreLock, StoreUsage,
@@ -62,7 +62,7 @@ impl Store for RawFileStore {
             return Err(IoError::from_errno("open", &self.path, 0, libc::ENOENT));
         }
         let file = self.file.try_clone().map_err(|error| IoError::from_system("open", &self.path, 0, &error))?;
-        Ok(Arc::new(FileLayer::new(file, self.path.clone(), false, false)))
+        Ok(Arc::new(FileLayer::new(LayerFile::Held(file), self.path.clone(), false, false)))
     }
 
     fn remove_layer(&self, _id: LayerId) -> Result<()> {

@@ -1,10 +1,16 @@
 //! The system calls of the file kind that the standard library does not have, as safe functions over [`File`].
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind, IoSlice, IoSliceMut, Result};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+
+/// Opens a file for reading; a symbolic link is none of ours.
+pub(super) fn open_for_reading(path: &Path) -> Result<File> {
+    OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path)
+}
 
 /// Buffers handed to the kernel in one call; below every system's IOV_MAX, and small enough to lie on the stack.
 const VECTORS_MAX: usize = 64;
