@@ -11,6 +11,8 @@ import { selectFiles, type FoundFile } from './file-rows.ts'
 export const listingLimitMax = 10_000
 /** Rows read in one turn of the event loop. */
 const rowsPerTurn = 500
+/** Rows read where the next one may lead to a jump over all that share a prefix; more and more while none does. */
+const rowsAfterJump = 2
 /** Common prefixes looked for in one turn: each costs a query. */
 const prefixesPerTurn = 100
 const delimiterBytesMax = 1024
@@ -72,9 +74,10 @@ export async function listFiles(catalog: Catalog, containerId: string, options: 
   const entries: ListingEntry[] = []
   let position = await startOf(catalog.db, containerId, options)
   let queries = 0
+  let rowCountMax = delimiter === '' ? rowsPerTurn : rowsAfterJump
   for (;;) {
-    const wanted = limit + 1 - entries.length
-    const rows = await rowsFrom(catalog.db, containerId, { position, endName, versions, count: Math.min(wanted, rowsPerTurn) })
+    const count = Math.min(limit + 1 - entries.length, rowCountMax)
+    const rows = await rowsFrom(catalog.db, containerId, { position, endName, versions, count })
     let jumped = false
     for (const file of rows) {
       const commonPrefix = commonPrefixOf(file.name, prefix, delimiter)
@@ -92,9 +95,10 @@ export async function listFiles(catalog: Catalog, containerId: string, options: 
       if (entries.length > limit) return finish(entries, limit)
       if (jumped) break
     }
-    if (!jumped && rows.length < Math.min(wanted, rowsPerTurn)) return finish(entries, limit)
+    if (!jumped && rows.length < count) return finish(entries, limit)
+    rowCountMax = jumped ? rowsAfterJump : Math.min(rowCountMax * 2, rowsPerTurn)
     queries += 1
-    if (!jumped || queries % prefixesPerTurn === 0) await nextTurn()
+    if (rows.length === rowsPerTurn || queries % prefixesPerTurn === 0) await nextTurn()
   }
 }
 
