@@ -79,6 +79,9 @@ function checkExistence(state: CrashState, model: Model, rows: readonly Resource
   for (const row of rows) {
     assert.ok(model.resources.has(row.name), `${state.context}: ${row.kind} ${row.name} came back from the dead`)
   }
+  if (model.exactlyOneOf.length === 0) return
+  const there = model.exactlyOneOf.filter((name) => names.has(name))
+  assert.equal(there.length, 1, `${state.context}: of ${model.exactlyOneOf.join(', ')} these are there: ${there.join(', ')}`)
 }
 
 /** Content of every resource, by name. */
@@ -115,6 +118,14 @@ async function checkReclaim(
   rows: readonly ResourceRow[],
   found: Map<string, Buffer>,
 ): Promise<void> {
+  // As the composer does at its start.
+  const unfinished = await catalog.db
+    .selectFrom('resources')
+    .select('id')
+    .where('kind', '=', 'file')
+    .where('status', '!=', 'available')
+    .execute()
+  for (const { id } of unfinished) await mapper.deleteResource(id)
   await mapper.reclaim(null)
   // Spares that are being made have a row before they have a file.
   await mapper.idle()

@@ -7,7 +7,7 @@
  * taken back by the state, newest first.
  */
 import { adminProject, openCatalog, silentLog } from '@atoll/core'
-import { openMapper, type Mapper } from '@atoll/mapper'
+import { openMapper, type FileTarget, type Mapper } from '@atoll/mapper'
 import { type Device, Engine, type Store } from '@atoll/native'
 import { checkCrashState } from './crash-state.ts'
 import { givenStoreDriver } from './given-store-driver.ts'
@@ -26,6 +26,8 @@ export interface HistoryOptions {
   readonly parts: number
   /** Check nothing before this operation: to come back to a failure quickly. */
   readonly fromOperation: number
+  /** Default false. True: files are put, replaced and given up, too. */
+  readonly files?: boolean
   readonly onProgress?: (progress: HistoryReport) => void
 }
 
@@ -41,6 +43,10 @@ const slotBytes = 4096
 const volumeSlotsMax = 24
 const volumesMax = 3
 const snapshotsMax = 4
+const filesMax = 4
+/** Percent of the operations, where there are files. */
+const fileOperations = 15
+const fileBytesMax = 6 * slotBytes
 /** One in so many states is also reclaimed, and one in so many lives on. */
 const reclaimEvery = 13
 const liveEvery = 11
@@ -115,6 +121,7 @@ class History {
     const volumes = this.#model.of('volume')
     const snapshots = this.#model.of('snapshot')
     if (volumes.length === 0) return 'create'
+    if (this.#options.files === true && this.#random.chance(fileOperations)) return this.#pickFileOperation()
     const roll = this.#random.below(1000)
     if (roll < 690) return 'write'
     if (roll < 730) return 'discard'
@@ -130,6 +137,21 @@ class History {
     if (roll < 974) return volumes.length > 1 ? 'delete-volume' : 'flush'
     if (roll < 988) return 'reopen'
     return 'reclaim'
+  }
+
+  #pickFileOperation(): string {
+    const files = this.#model.of('file')
+    if (files.length === 0) return 'put-file'
+    if (files.length >= filesMax) return this.#random.pick(['replace-file', 'delete-file'])
+    return this.#random.pick([
+      'put-file',
+      'put-file',
+      'replace-file',
+      'abort-file',
+      'file-of-volume',
+      'clone-file',
+      'delete-file',
+    ])
   }
 
   async #perform(operation: string): Promise<void> {
@@ -156,6 +178,18 @@ class History {
         return this.#delete(this.#random.pick(this.#model.of('snapshot')))
       case 'delete-volume':
         return this.#deleteVolume()
+      case 'put-file':
+        return this.#putFile(null)
+      case 'replace-file':
+        return this.#putFile(this.#random.pick(this.#model.of('file')))
+      case 'abort-file':
+        return this.#abortFile()
+      case 'file-of-volume':
+        return this.#shareAsFile(this.#pickVolume())
+      case 'clone-file':
+        return this.#shareAsFile(this.#random.pick(this.#model.of('file')))
+      case 'delete-file':
+        return this.#delete(this.#random.pick(this.#model.of('file')))
       case 'reopen':
         return this.#reopen()
       case 'reclaim':
@@ -403,6 +437,78 @@ class History {
     const writing = this.#model.of('volume').map((volume) => this.#writeMeanwhile(volume, null))
     await Promise.all([this.#mapper.reclaim(null), ...writing])
     await this.#examine('reclaim')
+  }
+
+  /** A file is there with all of its bytes, or not at all; what it replaces goes exactly then. */
+  async #putFile(old: ModelResource | null): Promise<void> {
+    const { file, target, sizeBytes } = await this.#writeFile()
+    if (old !== null) {
+      old.uncertain = true
+      this.#model.exactlyOneOf = [old.name, file.name]
+    }
+    const row = await this.#mapper.finishFile(target, sizeBytes, {
+      mayDrop: old === null ? [] : [this.#id(old.name)],
+      write: async (_tx, _file, drop) => {
+        if (old !== null) await drop(this.#id(old.name))
+      },
+    })
+    this.#ids.set(file.name, row.id)
+    await this.#examine(`put ${file.name}${old === null ? '' : ` in the place of ${old.name}`}`)
+    file.uncertain = false
+    this.#model.exactlyOneOf = []
+    if (old !== null) this.#model.resources.delete(old.name)
+    await this.#examine(`have put ${file.name}`, true)
+  }
+
+  async #abortFile(): Promise<void> {
+    const { file, target } = await this.#writeFile()
+    // From the beginning on it must not be there.
+    this.#model.resources.delete(file.name)
+    await this.#mapper.abortFile(target)
+    await this.#examine(`abort ${file.name}`)
+  }
+
+  async #writeFile(): Promise<{ file: ModelResource; target: FileTarget; sizeBytes: number }> {
+    const name = this.#newName('file')
+    const sizeBytes = this.#random.between(1, fileBytesMax)
+    const data = Buffer.alloc(sizeBytes)
+    this.#fill(data, 0)
+    const file = this.#model.add({
+      name,
+      kind: 'file',
+      contents: [new PossibleContent(data)],
+      uncertain: true,
+      open: false,
+      volumeName: null,
+    })
+    const target = await this.#mapper.beginFile({ projectId: adminProject.id, name, poolId: this.#poolId })
+    for (let at = 0; at < sizeBytes;) {
+      const length = Math.min(this.#random.between(1, 2 * slotBytes), sizeBytes - at)
+      await target.device.write(at, data.subarray(at, at + length))
+      at += length
+      if (this.#random.chance(20)) await target.device.flush()
+    }
+    return { file, target, sizeBytes }
+  }
+
+  async #shareAsFile(source: ModelResource): Promise<void> {
+    if (source.kind === 'volume' && this.#random.chance(70)) await this.#device(source.name)
+    const content = this.#model.content(source.name)
+    const name = this.#newName('file')
+    const file = this.#model.add({
+      name,
+      kind: 'file',
+      contents: [new PossibleContent(content.current)],
+      uncertain: true,
+      open: false,
+      volumeName: null,
+    })
+    const wanted = { projectId: adminProject.id, name, poolId: this.#poolId }
+    const row = await this.#mapper.createFile(wanted, this.#id(source.name), { mayDrop: [], write: async () => undefined })
+    this.#ids.set(name, row.id)
+    await this.#examine(`share ${source.name} as ${name}`)
+    file.uncertain = false
+    if (source.kind === 'volume') content.flushed()
   }
 
   #shuffled<T>(items: readonly T[]): T[] {

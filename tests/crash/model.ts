@@ -17,6 +17,8 @@ export interface ModelResource {
 
 export class Model {
   readonly resources = new Map<string, ModelResource>()
+  /** Of these exactly one is there: one takes the place of another. */
+  exactlyOneOf: readonly string[] = []
 
   get(name: string): ModelResource {
     const resource = this.resources.get(name)

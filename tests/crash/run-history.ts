@@ -1,4 +1,4 @@
-/** `node run-history.ts --seed N --operations N --draws N [--part I --parts N] [--from N]`: one history, its report as JSON. */
+/** `node run-history.ts --seed N --operations N --draws N [--part I --parts N] [--from N] [--files]`: one history, its report as JSON. */
 import { parseArgs } from 'node:util'
 import { runHistory } from './history.ts'
 
@@ -10,6 +10,7 @@ const { values } = parseArgs({
     part: { type: 'string', default: '0' },
     parts: { type: 'string', default: '1' },
     from: { type: 'string', default: '0' },
+    files: { type: 'boolean', default: false },
   },
 })
 const report = await runHistory({
@@ -19,6 +20,7 @@ const report = await runHistory({
   part: Number(values.part),
   parts: Number(values.parts),
   fromOperation: Number(values.from),
+  files: values.files,
   onProgress: ({ operations, boundaries, states }) =>
     process.stderr.write(`${operations} operations, ${boundaries} boundaries, ${states} states\n`),
 })
