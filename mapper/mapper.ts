@@ -79,6 +79,8 @@ export interface MapperOptions {
 export interface OpenResource {
   readonly device: Device
   readonly sizeBytes: number
+  /** Its home. */
+  readonly poolId: string
   /** Epoch of the lease; 0 for a read-only open, which has none. */
   readonly epoch: number
   readonly report: OpenReport
@@ -350,6 +352,7 @@ function asOpenResource(entry: OpenEntry): OpenResource {
   return {
     device: entry.device,
     sizeBytes: entry.sizeBytes,
+    poolId: entry.poolId,
     epoch: entry.kind === 'writable' ? entry.epoch : 0,
     report: entry.report,
   }

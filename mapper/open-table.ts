@@ -8,6 +8,7 @@
  */
 import { AtollError } from '@atoll/core'
 import type { Device, OpenReport } from '@atoll/native'
+import { PoolTotals, type DeviceTotals } from './device-totals.ts'
 
 /** A layer by its two names. */
 export interface LayerName {
@@ -56,6 +57,7 @@ export interface OpenVolume {
 export interface OpenReader {
   readonly kind: 'read-only'
   readonly id: string
+  readonly poolId: string
   readonly device: Device
   readonly report: OpenReport
   readonly sizeBytes: number
@@ -65,6 +67,7 @@ export type OpenEntry = OpenVolume | OpenReader
 
 export class OpenTable {
   readonly #entries = new Map<string, OpenEntry>()
+  readonly #totals = new PoolTotals()
   readonly #failures = new Map<string, AtollError>()
   /** Volumes of which this process has seen that their journal and the catalog belong together. */
   readonly #compared = new Set<string>()
@@ -113,11 +116,22 @@ export class OpenTable {
   }
 
   remove(id: string): void {
+    const entry = this.#entries.get(id)
+    if (entry !== undefined) this.#totals.addClosed(entry.poolId, entry.device)
     this.#entries.delete(id)
   }
 
   ids(): string[] {
     return [...this.#entries.keys()]
+  }
+
+  /** What has been done in each pool since this process started. */
+  poolTotals(): Map<string, DeviceTotals> {
+    return this.#totals.with(this.#entries.values())
+  }
+
+  forgetPool(poolId: string): void {
+    this.#totals.forget(poolId)
   }
 
   /** Every volume that is open for writing. */

@@ -195,7 +195,14 @@ async function openReader(context: MapperContext, resourceId: string, options: O
       if (event.kind !== 'checkpoint-wanted') options.onEvent?.({ kind: event.kind, resourceId, message: event.message })
     },
   })
-  const reader: OpenReader = { kind: 'read-only', id: resourceId, device, report, sizeBytes: row.size_bytes }
+  const reader: OpenReader = {
+    kind: 'read-only',
+    id: resourceId,
+    poolId: row.home_pool_id,
+    device,
+    report,
+    sizeBytes: row.size_bytes,
+  }
   context.open.add(reader)
   return reader
 }

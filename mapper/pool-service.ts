@@ -9,6 +9,7 @@
 import { AtollError, toAtollError, type PoolRow } from '@atoll/core'
 import type { Finding, PoolHandle } from '@atoll/southbound'
 import type { MapperContext } from './context.ts'
+import type { DeviceTotals } from './device-totals.ts'
 import { provisionedBytes } from './overcommit.ts'
 import { changeSettings, lowSpaceBytes, parsePoolSettings } from './pool-settings.ts'
 import { recoverPool, removeCondemned } from './recover.ts'
@@ -182,6 +183,7 @@ export class PoolService {
         await handle.destroy()
         await catalog.write(async (tx) => await tx.deleteFrom('pools').where('id', '=', id).execute(), { emergency: true })
         pools.forget(id)
+        this.#context.open.forgetPool(id)
       } catch (error) {
         pools.stay(id)
         await layers.load(id)
@@ -215,6 +217,11 @@ export class PoolService {
       provisionedBytes: (await provisionedBytes(this.#context.catalog.db)).get(id) ?? 0,
       provisionedMaxBytes: settings.overcommit === null ? null : Math.floor(usage.totalBytes * settings.overcommit),
     }
+  }
+
+  /** What has been done in each pool since this process started, by its id. */
+  totals(): Map<string, DeviceTotals> {
+    return this.#context.open.poolTotals()
   }
 
   /**

@@ -295,6 +295,34 @@ export interface DeviceStats {
   /** lsn of the last durable batch. */
   lsn: number
   poisoned: boolean
+  /** Requests of clients that workers have; one that is done at once is never among them. */
+  requestsWaiting: number
+  /** Reads and syncs that wait for the backend now. */
+  backendReadsRunning: number
+  backendSyncsRunning: number
+}
+
+/** How long things took since the device was opened. */
+export interface LatencyHistogram {
+  /** By bucket (`latencyBucketEndsSeconds`), without the empty ones at the end. */
+  counts: number[]
+  sumSeconds: number
+}
+
+/**
+ * The first four: from when a client's request was received until its answer was ready, waiting for others, for workers and
+ * for the throttle included.
+ */
+export interface DeviceLatencies {
+  read: LatencyHistogram
+  write: LatencyHistogram
+  /** Discards and zeroes. */
+  discard: LatencyHistogram
+  flush: LatencyHistogram
+  /** Reads that may have waited for the backend: those that were not answered from what was at hand. */
+  backendRead: LatencyHistogram
+  /** Syncs of the data of a layer. */
+  backendSync: LatencyHistogram
 }
 
 export interface RawDevice {
@@ -302,6 +330,7 @@ export interface RawDevice {
   readOnly(): boolean
   isPoisoned(): boolean
   stats(): DeviceStats
+  latencies(): DeviceLatencies
   read(offsetBytes: number, lengthBytes: number): Promise<Uint8Array>
   write(offsetBytes: number, data: Uint8Array): Promise<void>
   discard(offsetBytes: number, lengthBytes: number): Promise<void>
@@ -437,7 +466,7 @@ interface Addon {
   Engine: new (pageFile: string | null, cacheBoundBytes: number | null, batchLogDirectory: string | null) => RawEngine
   Reach: new () => RawReach
   MapCheck: new (watchedPages: Float64Array, watchedLayers: Float64Array) => RawMapCheck
-  constants(): { slotBytes: number; leafBytes: number; mapBytesMax: number }
+  constants(): { slotBytes: number; leafBytes: number; mapBytesMax: number; latencyBucketEnds: number[] }
 }
 
 let loaded: Addon | undefined

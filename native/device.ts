@@ -2,6 +2,7 @@
 import type {
   BlockStatus,
   CopyReport,
+  DeviceLatencies,
   DeviceStats,
   PageBatch,
   RawCheckpoint,
@@ -94,6 +95,11 @@ export class Device {
 
   stats(): DeviceStats {
     return call(() => this.raw.stats())
+  }
+
+  /** How long things took since it was opened; also after it was closed. */
+  latencies(): DeviceLatencies {
+    return call(() => this.raw.latencies())
   }
 
   /** At most 64 MiB. The bytes belong to the caller. */

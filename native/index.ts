@@ -10,6 +10,7 @@ export type {
   CopyReport,
   CrashOptions,
   DeviceEventKind,
+  DeviceLatencies,
   DeviceLimits,
   DeviceStats,
   EngineStats,
@@ -17,6 +18,7 @@ export type {
   FaultRule,
   JournalSummary,
   LayerEntry,
+  LatencyHistogram,
   LayerExtent,
   ListenerAddress,
   OpenReport,
@@ -42,6 +44,13 @@ export const slotBytes = 4096
 export const leafBytes = 8192 * slotBytes
 /** Bytes of the whole address space of a map. */
 export const mapBytesMax = leafBytes * 256 ** 3
+
+/** What is counted in a bucket of a `LatencyHistogram` took less than this; what took longer than the last is in the last. */
+export function latencyBucketEndsSeconds(): number[] {
+  return addon()
+    .constants()
+    .latencyBucketEnds.map((nanoseconds) => nanoseconds / 1e9)
+}
 
 /** Whether the addon was built for the same formats; call it once at start-up, so that a stale addon is refused at once. */
 export function checkNative(): void {

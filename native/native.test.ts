@@ -15,6 +15,7 @@ import {
   type DeviceSpec,
   Engine,
   type FrozenMap,
+  latencyBucketEndsSeconds,
   type LayerRef,
   MapCheck,
   Reach,
@@ -123,6 +124,8 @@ describe('a store', () => {
 
     await store.releaseReserve()
     expect(await store.restoreReserve()).toBe(0)
+    expect(await store.setReserve(8192)).toBe(kind === 'file' ? 8192 : 0)
+    expect((await store.usage()).reserveBytes).toBe(kind === 'file' ? 8192 : 0)
     expect((await store.usage()).totalBytes).toBeGreaterThan(0)
   })
 
@@ -205,7 +208,13 @@ describe('a device', () => {
     await device.writeZeroes(10_000, 5, true)
     const after = await device.read(0, 20_480)
     expect([after[4095], after[4096], after[8191], after[8192], after[10_000], after[10_005]]).toEqual([7, 0, 0, 7, 0, 7])
-    expect(device.stats()).toMatchObject({ writeOperations: expect.any(Number), poisoned: false })
+    expect(device.stats()).toMatchObject({ writeOperations: expect.any(Number), poisoned: false, backendReadsRunning: 0 })
+    const { backendRead, backendSync, flush } = device.latencies()
+    expect(backendRead.counts.reduce((sum, count) => sum + count, 0)).toBe(device.stats().readOperations)
+    expect(backendRead.sumSeconds).toBeGreaterThan(0)
+    expect(backendRead.counts.length).toBeLessThanOrEqual(latencyBucketEndsSeconds().length)
+    // No client asked for anything, and nothing was flushed.
+    expect([backendSync.counts, flush.counts]).toEqual([[], []])
   })
 
   it('says what is allocated', async () => {

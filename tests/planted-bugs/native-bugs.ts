@@ -38,8 +38,8 @@ export const nativeBugs: PlantedBug[] = [
       },
       {
         file: 'native/engine/src/device/flush.rs',
-        find: 'if let Err(error) = layer.io.sync() {',
-        replace: 'if let Err(error) = atoll_io::Result::Ok(()) {',
+        find: '|| layer.io.sync());',
+        replace: '|| atoll_io::Result::Ok(()));',
       },
     ],
     tests: deviceTests,
@@ -49,8 +49,8 @@ export const nativeBugs: PlantedBug[] = [
     edits: [
       {
         file: 'native/engine/src/device/flush.rs',
-        find: 'if let Err(error) = layer.io.sync() {',
-        replace: 'if let Err(error) = atoll_io::Result::Ok(()) {',
+        find: '|| layer.io.sync());',
+        replace: '|| atoll_io::Result::Ok(()));',
       },
     ],
     tests: deviceTests,

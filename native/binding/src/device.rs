@@ -3,7 +3,9 @@ use crate::convert::{JsRootRef, from_ids, from_root, from_runs, guard, invalid, 
 use crate::map::{JsFrozenMap, JsPageBatch, ended, page_batch};
 use crate::promise::{rejected, run_on};
 use crate::store::JsStore;
-use atoll_engine::{Checkpoint, ControlPool, Device, DeviceLimits, Engine, LayerSpec, Result, ThrottleLimits, copy_in, copy_out};
+use atoll_engine::{
+    Checkpoint, ControlPool, Device, DeviceLimits, Engine, Latency, LatencyCounts, LayerSpec, Result, ThrottleLimits, copy_in, copy_out,
+};
 use napi::bindgen_prelude::{ClassInstance, Env, Float64Array, Object, ToNapiValue, Uint8Array};
 use napi_derive::napi;
 use parking_lot::Mutex;
@@ -57,6 +59,31 @@ pub struct JsDeviceStats {
     pub journal_bytes: f64,
     pub lsn: f64,
     pub poisoned: bool,
+    pub requests_waiting: f64,
+    pub backend_reads_running: f64,
+    pub backend_syncs_running: f64,
+}
+
+#[napi(object)]
+pub struct JsLatency {
+    /// By bucket, without the empty ones at the end.
+    pub counts: Vec<f64>,
+    pub sum_seconds: f64,
+}
+
+#[napi(object)]
+pub struct JsDeviceLatencies {
+    pub read: JsLatency,
+    pub write: JsLatency,
+    pub discard: JsLatency,
+    pub flush: JsLatency,
+    pub backend_read: JsLatency,
+    pub backend_sync: JsLatency,
+}
+
+fn from_latency(latency: &Latency) -> JsLatency {
+    let LatencyCounts { counts, sum_nanoseconds } = latency.counts();
+    JsLatency { counts: counts.into_iter().map(|count| count as f64).collect(), sum_seconds: sum_nanoseconds as f64 / 1e9 }
 }
 
 pub fn to_throttle_limits(limits: Option<JsThrottleLimits>) -> Result<ThrottleLimits> {
@@ -219,6 +246,24 @@ impl JsDevice {
                 journal_bytes: stats.journal_bytes as f64,
                 lsn: stats.lsn as f64,
                 poisoned: stats.poisoned,
+                requests_waiting: stats.requests_waiting as f64,
+                backend_reads_running: stats.backend_reads_running as f64,
+                backend_syncs_running: stats.backend_syncs_running as f64,
+            })
+        })
+    }
+
+    #[napi]
+    pub fn latencies(&self) -> napi::Result<JsDeviceLatencies> {
+        guard(|| {
+            let latencies = self.device.latencies();
+            Ok(JsDeviceLatencies {
+                read: from_latency(&latencies.read),
+                write: from_latency(&latencies.write),
+                discard: from_latency(&latencies.discard),
+                flush: from_latency(&latencies.flush),
+                backend_read: from_latency(&latencies.backend_read),
+                backend_sync: from_latency(&latencies.backend_sync),
             })
         })
     }

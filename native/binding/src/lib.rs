@@ -27,15 +27,19 @@ pub struct Constants {
     pub slot_bytes: f64,
     pub leaf_bytes: f64,
     pub map_bytes_max: f64,
+    /// In nanoseconds; see `atoll_engine::latency_bucket_end`.
+    pub latency_bucket_ends: Vec<f64>,
 }
 
 /// The constants this addon was built with.
 #[napi]
 pub fn constants() -> Constants {
+    use atoll_engine::{LATENCY_BUCKET_COUNT, latency_bucket_end};
     use atoll_map::{LEAF_SLOTS, MAP_SLOTS, SLOT_BYTES};
     Constants {
         slot_bytes: SLOT_BYTES as f64,
         leaf_bytes: (LEAF_SLOTS * SLOT_BYTES) as f64,
         map_bytes_max: (MAP_SLOTS * SLOT_BYTES) as f64,
+        latency_bucket_ends: (0..LATENCY_BUCKET_COUNT).map(|index| latency_bucket_end(index) as f64).collect(),
     }
 }

@@ -6,6 +6,7 @@ mod copy;
 mod device;
 mod engine;
 mod error;
+mod latency;
 mod nbd;
 mod net;
 mod thread;
@@ -14,11 +15,12 @@ mod throttle;
 pub use control::{CONTROL_QUEUE_MAX, ControlPool};
 pub use copy::{CopyReport, copy_in, copy_out};
 pub use device::{
-    BatchLogPlace, BlockStatus, Checkpoint, Device, DeviceEvent, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec, OpenReport,
-    StatusExtent, SwapReport,
+    BatchLogPlace, BlockStatus, Checkpoint, Device, DeviceEvent, DeviceLatencies, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec,
+    OpenReport, Served, StatusExtent, SwapReport,
 };
 pub use engine::{Engine, EngineOptions, EngineStats};
 pub use error::{EngineError, Result};
+pub use latency::{LATENCY_BUCKET_COUNT, Latency, LatencyCounts, latency_bucket_end};
 pub use nbd::{
     META_CONTEXT_COUNT_MAX, MetaContext, MetaContextKind, NBD_REQUEST_BYTES_MAX, NbdOptions, ReplyForm, ServeEnd, ServeEndReason,
 };

@@ -10,7 +10,7 @@
 //! - After a failed sync the device is poisoned (I6). A frame that found no space was taken back and stays in the queue.
 use super::batch_log::{LogPositions, LogSlot};
 use super::layers::ActiveLayer;
-use super::{Device, DeviceEvent};
+use super::{Device, DeviceEvent, timed};
 use crate::{EngineError, Result};
 use atoll_io::{Delta, IoError, IoErrorCode};
 use atoll_map::FrozenMap;
@@ -184,7 +184,8 @@ impl Device {
         };
         for (index, layer) in layers.iter().enumerate() {
             // (2) Data.
-            if let Err(error) = layer.io.sync() {
+            let synced = timed(&self.counters.backend_syncs_running, &self.latencies.backend_sync, || layer.io.sync());
+            if let Err(error) = synced {
                 return Err(self.poison(&format!("sync of layer {} failed: {error}", layer.spec.id)));
             }
             // (3) Frames.

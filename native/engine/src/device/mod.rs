@@ -25,10 +25,11 @@ mod write;
 pub use batch_log::BatchLogPlace;
 pub(crate) use read::PREFETCH_BYTES_MAX;
 pub use types::{
-    BlockStatus, Checkpoint, DeviceEvent, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec, OpenReport, StatusExtent, SwapReport,
+    BlockStatus, Checkpoint, DeviceEvent, DeviceLatencies, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec, OpenReport, Served,
+    StatusExtent, SwapReport,
 };
 
-use crate::{Admission, EngineError, Result, Throttle, ThrottleLimits};
+use crate::{Admission, EngineError, Latency, Result, Throttle, ThrottleLimits};
 use arc_swap::ArcSwap;
 use atoll_map::{Map, SLOT_BYTES};
 use batch_log::BatchLog;
@@ -42,6 +43,7 @@ use resize::Shrink;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 /// An open device. Every method may be called from any thread; data calls block the calling thread.
 pub struct Device {
@@ -77,6 +79,7 @@ pub struct Device {
     throttle: Throttle,
     on_event: Option<Box<dyn Fn(DeviceEvent) + Send + Sync>>,
     counters: Counters,
+    latencies: DeviceLatencies,
 }
 
 #[derive(Default)]
@@ -89,6 +92,9 @@ struct Counters {
     flush_operations: AtomicU64,
     first_write_slots: AtomicU64,
     throttled_operations: AtomicU64,
+    requests_waiting: AtomicU64,
+    backend_reads_running: AtomicU64,
+    backend_syncs_running: AtomicU64,
 }
 
 impl Device {
@@ -171,7 +177,36 @@ impl Device {
             journal_bytes: get(&self.journal_bytes),
             lsn: self.batch.lock().last_lsn,
             poisoned: self.is_poisoned(),
+            requests_waiting: get(&counters.requests_waiting),
+            backend_reads_running: get(&counters.backend_reads_running),
+            backend_syncs_running: get(&counters.backend_syncs_running),
         }
+    }
+
+    /// How long things took.
+    pub fn latencies(&self) -> &DeviceLatencies {
+        &self.latencies
+    }
+
+    /// A client's request was answered. Called by whoever serves it, who knows when it came.
+    #[inline]
+    pub fn note_served(&self, what: Served, took: Duration) {
+        let latencies = &self.latencies;
+        let latency = match what {
+            Served::Read => &latencies.read,
+            Served::Write => &latencies.write,
+            Served::Discard => &latencies.discard,
+            Served::Flush => &latencies.flush,
+        };
+        latency.record(took);
+    }
+
+    /// A client's request waits for a worker from now on, or was answered by one.
+    pub fn note_waiting(&self, is_waiting: bool) {
+        match is_waiting {
+            true => self.counters.requests_waiting.fetch_add(1, Ordering::Relaxed),
+            false => self.counters.requests_waiting.fetch_sub(1, Ordering::Relaxed),
+        };
     }
 
     /// Whether a sync failed (I6).
@@ -291,6 +326,16 @@ impl Drop for Device {
         // Without `close` nothing is flushed here: what was acknowledged as flushed is durable, the rest may be lost, as in a crash.
         self.gate.kill();
     }
+}
+
+/// Runs `body`, which waits for the backend: counted in `running` meanwhile, and in `latency` when it is done, however it ended.
+fn timed<T>(running: &AtomicU64, latency: &Latency, body: impl FnOnce() -> T) -> T {
+    running.fetch_add(1, Ordering::Relaxed);
+    let started_at = Instant::now();
+    let result = body();
+    latency.record(started_at.elapsed());
+    running.fetch_sub(1, Ordering::Relaxed);
+    result
 }
 
 /// The slots that a byte range touches: first and one past the last.

@@ -9,7 +9,7 @@
 use super::batch_log::{BatchLog, RecalledBatch};
 use super::checkpoint::{Checkpoints, UncommittedSwap};
 use super::layers::{ActiveLayer, LayerTable, clear_journal};
-use super::{Counters, Device, DeviceSpec, LayerSpec, OpenReport};
+use super::{Counters, Device, DeviceLatencies, DeviceSpec, LayerSpec, OpenReport};
 use crate::{EngineError, Result, Throttle};
 use arc_swap::ArcSwap;
 use atoll_io::{Frame, Journal, JournalIdentity, JournalReplay, LayerIo, OpenMode};
@@ -88,6 +88,7 @@ impl Device {
             throttle: Throttle::new(spec.throttle),
             on_event: spec.on_event,
             counters: Counters::default(),
+            latencies: DeviceLatencies::default(),
         });
         Ok((device, report))
     }

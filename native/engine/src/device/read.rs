@@ -1,5 +1,5 @@
 //! Reads. No lock is taken: the gate pass keeps what was looked up from being punched (I5).
-use super::{Device, slots_touched};
+use super::{Device, slots_touched, timed};
 use crate::Result;
 use atoll_map::{HOLE, Run, SLOT_BYTES};
 use std::cell::RefCell;
@@ -33,7 +33,7 @@ impl Device {
             self.check_range(offset_bytes, buffer.len() as u64, libc::EINVAL)?;
             self.counters.read_operations.fetch_add(1, Ordering::Relaxed);
             self.counters.read_bytes.fetch_add(buffer.len() as u64, Ordering::Relaxed);
-            self.read_inside(offset_bytes, buffer)
+            timed(&self.counters.backend_reads_running, &self.latencies.backend_read, || self.read_inside(offset_bytes, buffer))
         })
     }
 

@@ -1,6 +1,6 @@
 //! What crosses the device's border: specifications, reports, counters.
 use super::BatchLogPlace;
-use crate::ThrottleLimits;
+use crate::{Latency, ThrottleLimits};
 use atoll_io::{LayerId, Store};
 use atoll_map::{FrozenMap, PageSet, RootRef};
 use std::sync::Arc;
@@ -149,6 +149,35 @@ pub struct StatusExtent {
     pub flags: u32,
 }
 
+/// What a client asked for, as latencies are counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Served {
+    Read,
+    Write,
+    /// Discards and zeroes.
+    Discard,
+    Flush,
+}
+
+/// How long things took since the device was opened.
+#[derive(Default)]
+pub struct DeviceLatencies {
+    /// From when a client's request was received until its answer was ready, waiting for others, workers and the throttle
+    /// included. A write that is received piece by piece: the time it spent in the device.
+    pub read: Latency,
+    /// As `read`. With FUA, the flush is a part of it.
+    pub write: Latency,
+    /// As `read`, of discards and zeroes.
+    pub discard: Latency,
+    /// As `read`.
+    pub flush: Latency,
+    /// Reads that may have waited for the backend: those that were not answered from what was at hand.
+    pub backend_read: Latency,
+    /// Syncs of the data of a layer.
+    pub backend_sync: Latency,
+}
+
 /// Counters since the device was opened, and present gauges.
 #[derive(Debug, Clone, Copy, Default)]
 #[allow(missing_docs)]
@@ -165,4 +194,9 @@ pub struct DeviceStats {
     pub journal_bytes: u64,
     pub lsn: u64,
     pub poisoned: bool,
+    /// Requests of clients that workers have.
+    pub requests_waiting: u64,
+    /// Reads and syncs that wait for the backend now.
+    pub backend_reads_running: u64,
+    pub backend_syncs_running: u64,
 }

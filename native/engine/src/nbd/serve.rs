@@ -9,7 +9,7 @@ use super::workers::{CloseOnDrop, Job, WorkQueue};
 use super::{MetaContextKind, NbdOptions, ReplyForm, ServeEnd, ServeEndReason};
 use crate::device::PREFETCH_BYTES_MAX;
 use crate::net::Socket;
-use crate::{Admission, Device, EngineError, Result, StatusExtent};
+use crate::{Admission, Device, EngineError, Result, Served, StatusExtent};
 use atoll_map::SLOT_BYTES;
 use parking_lot::Mutex;
 use std::io;
@@ -189,7 +189,7 @@ impl<'a> Session<'a> {
     fn run<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) -> ServeEnd {
         let is_extended = self.options.replies == ReplyForm::Extended;
         let mut received = ReceiveBuffer::new(if is_extended { EXTENDED_HEADER_BYTES } else { COMPACT_HEADER_BYTES });
-        let mut batch = Batch::default();
+        let mut batch = Batch::new();
         loop {
             match self.run_received(scope, &mut received, &mut batch) {
                 Ok(Next::Continue) => {}
@@ -214,6 +214,7 @@ impl<'a> Session<'a> {
             self.control.receiving.store(true, Ordering::Release);
             let filled = received.fill(self.socket);
             self.control.receiving.store(false, Ordering::Release);
+            batch.arrived_at = Instant::now();
             match filled {
                 Ok(0) => return self.end_of_file(received.available_bytes()),
                 Ok(_) => {}
@@ -252,6 +253,7 @@ impl<'a> Session<'a> {
                     Ok(None) => return Err(self.end_of_file(payload_bytes)),
                     Err(error) => return Err(self.broken(&error)),
                 };
+                batch.arrived_at = Instant::now();
                 let next = self.dispatch(scope, &request, Payload::Owned(payload), batch)?;
                 received.trim();
                 next
@@ -312,7 +314,8 @@ impl<'a> Session<'a> {
                 true
             };
             if is_done {
-                batch.note();
+                let took = batch.note();
+                self.note_served(request, took);
                 return Ok(Next::Continue);
             }
         }
@@ -321,7 +324,8 @@ impl<'a> Session<'a> {
             self.send_batch(batch)?;
         }
         self.control.in_flight.fetch_add(1, Ordering::AcqRel);
-        let job = Job { request: *request, payload: payload.into_vec(), held_bytes, is_throttled };
+        self.device.note_waiting(true);
+        let job = Job { request: *request, payload: payload.into_vec(), held_bytes, is_throttled, arrived_at: batch.arrived_at };
         if self.queue.submit(job) {
             let started = std::thread::Builder::new().name("atoll-nbd-work".to_owned()).spawn_scoped(scope, || self.work());
             // Without any thread to be had the request is done here: slower, but done.
@@ -338,6 +342,7 @@ impl<'a> Session<'a> {
 
     fn finished(&self, job: &Job) {
         self.queue.finished(job.held_bytes);
+        self.device.note_waiting(false);
         self.control.in_flight.fetch_sub(1, Ordering::AcqRel);
     }
 
@@ -427,6 +432,18 @@ impl<'a> Session<'a> {
         }
     }
 
+    #[inline]
+    fn note_served(&self, request: &Request, took: Duration) {
+        let what = match request.command {
+            Command::Read => Served::Read,
+            Command::Write => Served::Write,
+            Command::Trim | Command::WriteZeroes => Served::Discard,
+            Command::Flush => Served::Flush,
+            _ => return,
+        };
+        self.device.note_served(what, took);
+    }
+
     /// Answers a read from what is at hand. False: somebody has to wait for a backend, and nothing was answered.
     fn read_now(&self, request: &Request, replies: &mut ReplyBuffer) -> bool {
         let Request { offset_bytes, length_bytes, .. } = *request;
@@ -472,10 +489,14 @@ impl<'a> Session<'a> {
     fn write_in_pieces(&self, request: &Request, received: &mut ReceiveBuffer, batch: &mut Batch) -> std::result::Result<(), ServeEnd> {
         let Request { offset_bytes, length_bytes, .. } = *request;
         let mut result = Ok(());
+        // The time in the device: how fast a client sends is not ours.
+        let mut took = Duration::ZERO;
         let whole = received.receive_in_pieces(self.socket, length_bytes, offset_bytes, SLOT_BYTES, |at, piece| {
             // After a failure the rest is only consumed.
             if result.is_ok() {
+                let started_at = Instant::now();
                 result = if at == 0 { self.device.write(offset_bytes, piece) } else { self.device.write_rest(offset_bytes + at, piece) };
+                took += started_at.elapsed();
             }
         });
         match whole {
@@ -488,6 +509,9 @@ impl<'a> Session<'a> {
             Err(error) => self.push_failure(request, &error, &mut batch.replies),
         }
         batch.note();
+        // What follows in the buffer came with the end of this one.
+        batch.arrived_at = batch.last_at;
+        self.note_served(request, took);
         Ok(())
     }
 
@@ -545,6 +569,7 @@ impl<'a> Session<'a> {
             replies.push_error(&job.request, self.options.replies, &shutting_down());
         } else {
             self.execute(&job.request, &job.payload, replies);
+            self.note_served(&job.request, job.arrived_at.elapsed());
         }
         // A failure is remembered; the reading thread ends the connection.
         let _ = self.send(replies.bytes());
@@ -598,22 +623,31 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Replies of the reading thread that wait to be sent together.
-#[derive(Default)]
+/// Replies of the reading thread that wait to be sent together. The clock is read once for each request, and once when something
+/// was received.
 struct Batch {
     replies: ReplyBuffer,
+    /// When the requests that are looked at now were received.
+    arrived_at: Instant,
+    /// When the first and the last reply were added.
     first_at: Option<Instant>,
+    last_at: Instant,
 }
 
 impl Batch {
-    /// A reply was added.
-    fn note(&mut self) {
-        if self.first_at.is_none() {
-            self.first_at = Some(Instant::now());
-        }
+    fn new() -> Batch {
+        let now = Instant::now();
+        Batch { replies: ReplyBuffer::default(), arrived_at: now, first_at: None, last_at: now }
+    }
+    /// A reply was added. Returns for how long its request had been there.
+    #[inline]
+    fn note(&mut self) -> Duration {
+        self.last_at = Instant::now();
+        self.first_at.get_or_insert(self.last_at);
+        self.last_at - self.arrived_at
     }
     fn is_due(&self) -> bool {
-        self.replies.bytes().len() >= BATCH_BYTES_MAX || self.first_at.is_some_and(|at| at.elapsed() >= BATCH_DELAY_MAX)
+        self.replies.bytes().len() >= BATCH_BYTES_MAX || self.first_at.is_some_and(|at| self.last_at - at >= BATCH_DELAY_MAX)
     }
 }
 

@@ -768,6 +768,39 @@ fn a_slow_flush_does_not_hold_up_other_requests_of_its_connection() {
 }
 
 #[test]
+fn latencies_count_every_request_once_and_hold_the_wait_for_a_slow_backend() {
+    let world = world();
+    let mut client = world.connect(|_| {});
+    client.write(0, &[1; 8192]);
+    client.write(8192, &vec![2; 1 << 20]);
+    assert_eq!(client.read(0, 4096), [1; 4096]);
+    assert_eq!(client.call(TRIM, 0, 4096, 4096, &[]).error, 0);
+    assert_eq!(client.call(WRITE_ZEROES, 0, 0, 4096, &[]).error, 0);
+    assert_eq!(client.call(FLUSH, 0, 0, 0, &[]).error, 0);
+    assert_eq!(client.call(CACHE, 0, 0, 4096, &[]).error, 0);
+    let counted = |latency: &crate::Latency| latency.counts().counts.iter().sum::<u64>();
+    let latencies = world.device.latencies();
+    let by_kind = [&latencies.read, &latencies.write, &latencies.discard, &latencies.flush, &latencies.backend_sync].map(counted);
+    assert_eq!(by_kind, [1, 2, 2, 1, 1]);
+    let quick_reads = latencies.backend_read.counts();
+
+    world.delay("read", 1, 300);
+    let read = client.send(READ, 0, 8192, 4096, &[]);
+    world.wait_injected(1);
+    let stats = world.device.stats();
+    assert_eq!((stats.requests_waiting, stats.backend_reads_running, stats.backend_syncs_running), (1, 1, 0));
+    assert_eq!(client.answer(Some((8192, 4096))).cookie, read);
+    assert_eq!(counted(&latencies.read), 2);
+    for latency in [&latencies.read, &latencies.backend_read] {
+        assert!(latency.counts().sum_nanoseconds >= 300_000_000);
+    }
+    assert_eq!(counted(&latencies.backend_read), quick_reads.counts.iter().sum::<u64>() + 1);
+    while world.device.stats().requests_waiting > 0 {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
 fn a_full_backend_is_enospc_and_a_failed_sync_is_eio_for_everybody() {
     let world = world();
     let mut first = world.connect(|_| {});

@@ -2,6 +2,7 @@
 use super::request::Request;
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
+use std::time::Instant;
 
 /// Requests that may wait or run on workers; then the connection stops reading until one is done (I8).
 pub(super) const QUEUED_REQUESTS_MAX: usize = 128;
@@ -22,6 +23,8 @@ pub(super) struct Job {
     pub(super) held_bytes: usize,
     /// The throttle has not admitted it yet.
     pub(super) is_throttled: bool,
+    /// When it was received.
+    pub(super) arrived_at: Instant,
 }
 
 #[derive(Default)]
@@ -141,7 +144,7 @@ mod tests {
             payload_bytes: 0,
             contexts: ALL_CONTEXTS,
         };
-        Job { request, payload: vec![0; payload_bytes], held_bytes: payload_bytes, is_throttled: false }
+        Job { request, payload: vec![0; payload_bytes], held_bytes: payload_bytes, is_throttled: false, arrived_at: Instant::now() }
     }
 
     #[test]
