@@ -2,6 +2,7 @@
 // They are the composer's views with times as ISO 8601 text.
 import type { BackupInfo, RestoredCatalog } from '@atoll/core'
 import type {
+  Activity,
   AttachmentView,
   CheckResult,
   ContainerView,
@@ -41,6 +42,7 @@ export interface FileListingDocument {
   readonly next: { readonly marker: string; readonly versionMarker: string | null } | null
 }
 export type PoolDocument = Document<PoolView>
+export type ActivityDocument = Activity
 export type JobDocument = Document<JobView>
 export type CheckDocument = CheckResult
 export type BackupDocument = BackupInfo & { readonly path: string }

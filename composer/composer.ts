@@ -7,6 +7,7 @@ import { join } from 'node:path'
 import { newId as randomId, systemClock, type Catalog, type Clock, type Logger, type NewId, type ResourceRow } from '@atoll/core'
 import type { Mapper } from '@atoll/mapper'
 import type { Engine } from '@atoll/native'
+import { ActivityMonitor } from './activity.ts'
 import { Attachments } from './attachments.ts'
 import { CatalogService } from './catalog-service.ts'
 import { CheckService, checkKind } from './check-job.ts'
@@ -82,6 +83,7 @@ export interface Composer {
   readonly catalog: CatalogService
   readonly jobs: Jobs
   readonly exports: Exports
+  readonly activity: ActivityMonitor
   readonly resolver: Resolver
   status(): Promise<ComposerStatus>
   /**
@@ -145,7 +147,8 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   })
   const reclaim = new ReclaimScheduler({ jobs, log, setTimer })
   const space = new SpaceMonitor({ mapper, log, setTimer })
-  const context: ServiceContext = { catalog, mapper, resolver, attachments, devices, jobs, reclaim, space, locks, log }
+  const activity = new ActivityMonitor({ catalog, mapper, exports, log, clock, setTimer })
+  const context: ServiceContext = { catalog, mapper, resolver, attachments, devices, jobs, reclaim, space, activity, locks, log }
 
   await attachments.start()
   await jobs.resumeAll()
@@ -154,11 +157,13 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   const files = new FileService(context, { clock, newId })
   await files.removeUnfinished()
   space.start()
+  activity.start()
 
   let closed: Promise<void> | null = null
   const close = async (): Promise<void> => {
     await files.close()
     reclaim.close()
+    activity.close()
     await space.close()
     await jobs.close()
     await attachments.close()
@@ -179,6 +184,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
     catalog: new CatalogService(catalog),
     jobs,
     exports,
+    activity,
     resolver,
     status: () => statusOf(context, exports),
     close: () => (closed ??= close()),

@@ -19,9 +19,19 @@ export type {
 } from './file-service.ts'
 export { listingLimitMax, type ListingOptions } from './file-listing.ts'
 export { imageFormats, type ImageFormat } from './image-format.ts'
-export type { PoolService, PoolView } from './pool-service.ts'
 export type { CatalogService } from './catalog-service.ts'
 export type { CheckParams, CheckResult, CheckService } from './check-job.ts'
+export type { PoolService, PoolState, PoolView } from './pool-service.ts'
+export {
+  activityIntervalMsMax,
+  activityIntervalMsMin,
+  type Activity,
+  type ActivityMonitor,
+  type OperationActivity,
+  type PoolActivity,
+  type VolumeActivity,
+  type VolumeTotals,
+} from './activity.ts'
 export type { Jobs } from './jobs.ts'
 export { JobInterrupted, type JobView } from './job-kind.ts'
 export type { ProjectScope, Resolver } from './resolve.ts'

@@ -186,6 +186,16 @@ export class Jobs {
     return [...this.live.values()].filter(({ running }) => running !== null).length
   }
 
+  /** How many jobs are in each state that they leave again. */
+  unfinished(): { queued: number; running: number; paused: number } {
+    const counts = { queued: 0, running: 0, paused: 0 }
+    for (const { row, running } of this.live.values()) {
+      if (running !== null) counts.running += 1
+      else if (row.state === 'queued' || row.state === 'paused') counts[row.state] += 1
+    }
+    return counts
+  }
+
   /** Ids of what unfinished jobs work on, with the job's id. */
   subjects(): ReadonlyMap<string, string> {
     return new Map([...this.live.values()].map(({ row }) => [row.subject, row.id]))

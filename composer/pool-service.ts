@@ -1,6 +1,6 @@
 /** Pools: places on a backend. Seen by every project. */
 import { AtollError, checkName, toAtollError, type ErrorData, type PoolRow } from '@atoll/core'
-import { shownSettings } from '@atoll/mapper'
+import { noTotals, shownSettings, type DeviceTotals, type PoolSpace } from '@atoll/mapper'
 import type { Finding, PoolCapabilities } from '@atoll/southbound'
 import type { JobView } from './job-kind.ts'
 import type { ProjectScope } from './resolve.ts'
@@ -25,6 +25,8 @@ export interface PoolView {
   reserveBytes: number
   /** Whether less than `lowSpaceBytes` is free. It stays true until a tenth more than that is. */
   lowSpace: boolean
+  /** Whether the backend was slow when it was looked at last (activity.ts). */
+  slow: boolean
   /** 0: there is no alarm. */
   lowSpaceBytes: number
   /** What the volumes of the pool have together. */
@@ -39,6 +41,18 @@ export interface PoolView {
   /** Why the backend cannot be reached; null if it can. */
   error: Pick<ErrorData, 'code' | 'message'> | null
   createdAt: number
+}
+
+/** How a pool is now, as cheap to know as that can be. */
+export interface PoolState {
+  id: string
+  name: string
+  /** null: the backend cannot be reached. */
+  space: PoolSpace | null
+  lowSpace: boolean
+  slow: boolean
+  /** What its devices have done since the daemon was started. */
+  totals: DeviceTotals
 }
 
 export class PoolService {
@@ -82,6 +96,25 @@ export class PoolService {
     return await Promise.all(rows.map((row) => this.view(row)))
   }
 
+  /** Every pool by name. */
+  async states(): Promise<PoolState[]> {
+    const { activity, mapper, space } = this.context
+    const totals = mapper.pools.totals()
+    return await Promise.all(
+      (await mapper.pools.list()).map(async (row) => {
+        const room = await mapper.pools.space(row.id).catch(() => null)
+        return {
+          id: row.id,
+          name: row.name,
+          space: room,
+          lowSpace: room !== null && space.observe(row, room),
+          slow: activity.isSlow(row.id),
+          totals: totals.get(row.id) ?? noTotals,
+        }
+      }),
+    )
+  }
+
   /** @throws AtollError POOL_NOT_FOUND */
   async show(pool: string): Promise<PoolView> {
     return await this.view(await this.context.resolver.pool(pool))
@@ -115,7 +148,7 @@ export class PoolService {
   }
 
   private async view(row: PoolRow): Promise<PoolView> {
-    const { mapper, space } = this.context
+    const { activity, mapper, space } = this.context
     const settings = shownSettings(row.settings)
     const common = { id: row.id, name: row.name, driver: row.driver, options: row.options, settings, createdAt: row.created_at }
     try {
@@ -127,6 +160,7 @@ export class PoolService {
         ...common,
         ...room,
         lowSpace,
+        slow: activity.isSlow(row.id),
         capabilities,
         totalBytes,
         freeBytes,
@@ -139,7 +173,7 @@ export class PoolService {
     } catch (error) {
       const { code, message } = toAtollError(error)
       const room = { totalBytes: 0, freeBytes: 0, storedBytes: 0, reserveBytes: 0, lowSpaceBytes: 0, provisionedMaxBytes: null }
-      const nothing = { ...room, provisionedBytes: 0, lowSpace: false, logicalBytes: 0, dedupRatio: 1, layers: 0 }
+      const nothing = { ...room, provisionedBytes: 0, lowSpace: false, slow: false, logicalBytes: 0, dedupRatio: 1, layers: 0 }
       return { ...common, ...nothing, capabilities: null, error: { code, message } }
     }
   }

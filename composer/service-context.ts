@@ -9,6 +9,7 @@ import {
   type ResourceRow,
 } from '@atoll/core'
 import { isMapUnreadable, type Mapper } from '@atoll/mapper'
+import type { ActivityMonitor } from './activity.ts'
 import type { Attachments } from './attachments.ts'
 import type { Jobs } from './jobs.ts'
 import type { KeyedLock } from './keyed-lock.ts'
@@ -27,6 +28,7 @@ export interface ServiceContext {
   readonly jobs: Jobs
   readonly reclaim: ReclaimScheduler
   readonly space: SpaceMonitor
+  readonly activity: ActivityMonitor
   /** One change of a resource at a time, by its id; one making of a name at a time, by `nameKey`. */
   readonly locks: KeyedLock
   readonly log: Logger

@@ -28,6 +28,7 @@ export const testTools: readonly TestTool[] = [
   { name: 'sfdisk', debianPackage: 'fdisk', usedFor: 'bootable disks for guests' },
   { name: 'cc', debianPackage: 'gcc', usedFor: "the kernel's NBD client through a kill of the daemon" },
   { name: 'nbdfuse', debianPackage: 'libnbd-bin', usedFor: 'file system tools on an export' },
+  { name: 'promtool', debianPackage: 'prometheus', usedFor: 'the text of /metrics' },
   { name: 'qemu-storage-daemon', debianPackage: 'qemu-system-common', usedFor: 'QEMU as a client that exports us again' },
 ]
 

@@ -10,6 +10,7 @@ export interface CommandGroup {
 export const commandGroups: readonly CommandGroup[] = [
   { name: 'serve', summary: 'run the daemon', load: () => import('./serve.ts') },
   { name: 'status', summary: 'show whether the daemon runs, and what it has to do', load: () => import('./status.ts') },
+  { name: 'top', summary: 'what attached volumes and their backends do right now', load: () => import('./top.ts') },
   { name: 'pool', summary: 'places where data lies', load: () => import('./pool.ts') },
   { name: 'volume', summary: 'block devices: create, attach, resize, delete', load: () => import('./volume.ts') },
   { name: 'snapshot', summary: 'points in time of volumes', load: () => import('./snapshot.ts') },

@@ -150,7 +150,8 @@ function readSettings(pairs: readonly string[]): Record<string, string> {
 
 function poolState(pool: PoolDocument): string {
   if (pool.error !== null) return pool.error.code
-  return pool.lowSpace ? 'low space' : 'ok'
+  const states = [...(pool.lowSpace ? ['low space'] : []), ...(pool.slow ? ['slow'] : [])]
+  return states.length === 0 ? 'ok' : states.join(', ')
 }
 
 function poolText(pool: PoolDocument): string {

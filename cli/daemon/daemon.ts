@@ -16,6 +16,9 @@ import { createAdminServer, listenAdmin } from './admin/admin-server.ts'
 import type { Endpoints } from './endpoints.ts'
 import { letGroupPass, lockHome } from './home-directory.ts'
 import { startHttpListener } from './http-listener.ts'
+import { collectMetrics } from './metrics/collect-metrics.ts'
+import { EventLoopMonitor } from './metrics/event-loop.ts'
+import { shared } from './metrics/shared.ts'
 import { nbdTcpUrl, reachableServer, type NbdTcpServer } from './nbd-tcp-address.ts'
 import { checkSocketPath, findGroupId, removeStaleSocket } from './socket-files.ts'
 import { loadTlsCredentials } from './tls-credentials.ts'
@@ -27,6 +30,9 @@ export interface Daemon {
   /** Takes no more requests, finishes those in flight, makes everything durable. Call it once. */
   stop(): Promise<void>
 }
+
+/** Whoever reaches the HTTP listener may ask for metrics as often as he likes; they are collected this often at most. */
+const metricsKeepMs = 1000
 
 /** Things to undo, the last first. A failure to undo one thing does not keep the others. */
 class Cleanup {
@@ -151,11 +157,18 @@ async function start(config: Config, log: Logger, cleanup: Cleanup): Promise<Dae
       nbdLog.warn({ nbd: endpoints.nbd }, 'NBD over TCP goes in the clear: everybody who reaches it is let in')
   }
   cleanup.add('NBD clients', async () => void (await Promise.all(nbdServers.map((nbd) => nbd.drain()))))
-  const context = { composer, engine, clock, endpoints, nbdTcp, startedAtMs, stopping: stopping.signal }
+  const eventLoop = new EventLoopMonitor()
+  cleanup.add('event loop monitor', () => eventLoop.close())
+  const sources = { composer, engine, clock, startedAtMs, catalogPath: paths.catalog, eventLoop }
+  const metrics = (): Promise<string> => collectMetrics(sources, { withVolumes: true })
+  const context = { composer, engine, clock, endpoints, metrics, nbdTcp, startedAtMs, stopping: stopping.signal }
   const admin = await listenAdmin(createAdminServer(context, log.child({ part: 'admin' })), paths.adminSocket)
   cleanup.add('admin socket', () => admin.close())
   if (config.http !== null) {
-    const http = await startHttpListener(config.http, () => !stopping.signal.aborted)
+    const http = await startHttpListener(config.http, {
+      isHealthy: () => !stopping.signal.aborted,
+      metrics: shared({ clock, keepMs: metricsKeepMs }, () => collectMetrics(sources, { withVolumes: false })),
+    })
     cleanup.add('HTTP listener', () => http.close())
     endpoints.http = http.url
   }

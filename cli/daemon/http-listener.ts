@@ -1,7 +1,9 @@
-// The HTTP listener: what is open to every local user. Until the APIs are served it answers whether the daemon is well.
+// The HTTP listener: what is open to every local user. Until the APIs are served it answers whether the daemon is well, and what
+// is measured of it and of its pools.
 import { fastify } from 'fastify'
 import { AtollError } from '@atoll/core'
 import type { ListenAddress } from '@atoll/core'
+import { metricsContentType } from './metrics/metrics-text.ts'
 
 export interface HttpListener {
   /** `http://HOST:PORT` with the port that was taken. */
@@ -9,16 +11,24 @@ export interface HttpListener {
   close(): Promise<void>
 }
 
+export interface HttpSources {
+  /** What `/healthz` answers by. */
+  readonly isHealthy: () => boolean
+  /** The text of `/metrics`: for everybody who reaches the port. */
+  readonly metrics: () => Promise<string>
+}
+
 /**
  * Listens. `/healthz` answers 200 while `isHealthy` says so, else 503.
  * @throws AtollError LISTEN_FAILED naming the address
  */
-export async function startHttpListener(address: ListenAddress, isHealthy: () => boolean): Promise<HttpListener> {
+export async function startHttpListener(address: ListenAddress, { isHealthy, metrics }: HttpSources): Promise<HttpListener> {
   const server = fastify({ forceCloseConnections: true, routerOptions: { ignoreTrailingSlash: true } })
   server.get('/healthz', async (_request, reply) => {
     const healthy = isHealthy()
     return reply.code(healthy ? 200 : 503).send({ status: healthy ? 'ok' : 'stopping' })
   })
+  server.get('/metrics', async (_request, reply) => reply.type(metricsContentType).send(await metrics()))
   server.setNotFoundHandler((_request, reply) => reply.code(404).send({ code: 'NOT_FOUND', message: 'there is nothing here' }))
   try {
     await server.listen({ host: address.host, port: address.port })

@@ -10,6 +10,8 @@ export interface AdminContext {
   readonly engine: Engine
   readonly clock: Clock
   readonly endpoints: Endpoints
+  /** The text of all metrics, those of single volumes included. */
+  readonly metrics: () => Promise<string>
   /** NBD over TCP; null is off. */
   readonly nbdTcp: NbdTcpServer | null
   /** By `clock.monotonicMs`. */

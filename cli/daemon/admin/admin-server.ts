@@ -5,6 +5,7 @@ import { fastify } from 'fastify'
 import type { FastifyInstance } from 'fastify'
 import { AtollError, toAtollError } from '@atoll/core'
 import type { Logger } from '@atoll/core'
+import { addActivityRoute } from './activity-route.ts'
 import { addFileRoutes } from './file-routes.ts'
 import { addImageRoutes } from './image-routes.ts'
 import { addJobRoutes } from './job-routes.ts'
@@ -54,6 +55,7 @@ export function createAdminServer(context: AdminContext, log: Logger): FastifyIn
     return reply.code(failure.httpStatus).send(failure.toData())
   })
   addStatusRoute(server, context)
+  addActivityRoute(server, context)
   addPoolRoutes(server, context)
   addCatalogRoutes(server, context)
   addCheckRoutes(server, context)

@@ -1,0 +1,69 @@
+import { connect } from '@atoll/nbd-client'
+import { expect, test, vi } from 'vitest'
+import { TestHome } from '../test-home.ts'
+
+// Every step starts a process, and other tests run beside this.
+vi.setConfig({ testTimeout: 180_000 })
+
+interface Operations {
+  perSecond: number
+  meanMs: number | null
+  p99Ms: number | null
+}
+interface Shown {
+  intervalMs: number
+  volumes: {
+    name: string
+    connections: number
+    reads: Operations
+    writes: Operations
+    flushes: Operations
+    readBytesPerSecond: number
+    writeBytesPerSecond: number
+    queueDepth: number
+  }[]
+  pools: { name: string; syncs: Operations; slow: boolean }[]
+}
+
+test('top shows what clients of an attached volume do, as they see it', async () => {
+  await using home = await TestHome.create()
+  await home.start()
+  home.cli('volume', 'create', 'disk', '--size', '64M')
+  home.cli('volume', 'create', 'idle', '--size', '64M')
+  home.cli('volume', 'attach', 'idle')
+  const client = await connect(home.cli('volume', 'attach', 'disk', '--format', 'uri'))
+  let isOver = false
+  const asked = home.jsonMeanwhile<Shown>('top', '--interval', '2').finally(() => (isOver = true))
+  const started = performance.now()
+  let rounds = 0
+  for (; !isOver; rounds += 1) {
+    await client.write((rounds % 1024) * 65_536, Buffer.alloc(65_536, rounds))
+    await client.read(0, 4096)
+    await client.flush()
+  }
+  const roundsPerSecond = rounds / ((performance.now() - started) / 1000)
+  const { intervalMs, volumes, pools } = await asked
+  await client.disconnect()
+  expect(intervalMs).toBeGreaterThanOrEqual(2000)
+  expect(volumes.map(({ name }) => name)).toEqual(['disk', 'idle'])
+  const [disk, idle] = volumes
+  for (const operations of [disk?.reads, disk?.writes, disk?.flushes]) {
+    // Within a wide margin: the client also ran before and after the interval.
+    expect(operations?.perSecond).toBeGreaterThan(roundsPerSecond / 4)
+    expect(operations?.perSecond).toBeLessThan(roundsPerSecond * 4)
+    expect(operations?.meanMs).toBeGreaterThan(0)
+    expect(operations?.p99Ms).toBeGreaterThanOrEqual((operations?.meanMs ?? 0) / 8)
+  }
+  expect((disk?.writeBytesPerSecond ?? 0) / (disk?.writes.perSecond ?? 1)).toBeCloseTo(65_536)
+  expect((disk?.readBytesPerSecond ?? 0) / (disk?.reads.perSecond ?? 1)).toBeCloseTo(4096)
+  // One request at a time; the one that was under way at the beginning counts as a whole.
+  expect(disk?.queueDepth).toBeGreaterThan(0)
+  expect(disk?.queueDepth).toBeLessThan(1.5)
+  expect(disk?.connections).toBe(1)
+  expect(idle).toMatchObject({ connections: 0, readBytesPerSecond: 0, queueDepth: 0, reads: { perSecond: 0, meanMs: null } })
+  expect(pools).toMatchObject([{ name: 'default' }])
+  expect(pools[0]?.syncs.perSecond).toBeGreaterThan(0)
+
+  expect(home.cli('top', '--once', '--interval', '0.1')).toMatch(/^VOLUME .*\n(?:disk|idle) /)
+  expect(home.run('top', '--interval', 'soon').exitCode).toBe(2)
+})
