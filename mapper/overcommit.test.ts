@@ -1,5 +1,5 @@
 import { afterEach, beforeEach, describe, expect, it } from 'vitest'
-import { Bench, leaf } from './test-bench.ts'
+import { Bench, bytes, leaf } from './test-bench.ts'
 
 describe('a pool with an over-commit limit', () => {
   let bench: Bench
@@ -29,11 +29,14 @@ describe('a pool with an over-commit limit', () => {
 
   it('refuses a clone and a larger size alike, and nothing has changed then', async () => {
     const volume = await bench.volume('disk', 5 * leaf)
-    await bench.attach(volume.id)
+    await (await bench.attach(volume.id)).write(0, bytes(1))
     const lsn = bench.mapper.opened(volume.id)?.device.stats().lsn
     const layers = await bench.layers('active')
     await expect(bench.volume('clone', 5 * leaf, volume.id)).rejects.toMatchObject({ code: 'POOL_OVERCOMMITTED' })
+    // A swap that was made for nothing would be found in the catalog by now.
+    await bench.mapper.close(volume.id)
     expect(await bench.layers('active')).toEqual(layers)
+    await bench.attach(volume.id)
     expect(bench.mapper.opened(volume.id)?.device.stats().lsn).toBe(lsn)
     await expect(bench.mapper.resize(volume.id, 9 * leaf)).rejects.toMatchObject({
       code: 'POOL_OVERCOMMITTED',
@@ -48,6 +51,25 @@ describe('a pool with an over-commit limit', () => {
   it('is not passed by volumes that are made at the same time', async () => {
     const made = await Promise.allSettled(Array.from({ length: 12 }, (_, index) => bench.volume(`disk ${index}`, leaf)))
     expect(made.filter(({ status }) => status === 'fulfilled')).toHaveLength(8)
+  })
+
+  it.each(['made', 'made larger'])('is asked when a volume is %s, not only before', async (what) => {
+    const other = await bench.volume('other', leaf)
+    const disk = await bench.volume('disk', leaf)
+    // The other volume grows after the first question and before the write.
+    let grown: Promise<unknown> | undefined
+    bench.failing.beforeWrite = () => {
+      grown ??= bench.inner.write(async (tx) => {
+        await tx
+          .updateTable('resources')
+          .set({ size_bytes: 7 * leaf })
+          .where('id', '=', other.id)
+          .execute()
+      })
+    }
+    const refused = what === 'made' ? bench.volume('late', 4 * leaf) : bench.mapper.resize(disk.id, 5 * leaf)
+    await expect(refused).rejects.toMatchObject({ code: 'POOL_OVERCOMMITTED', values: { provisionedBytes: maxBytes } })
+    await grown
   })
 
   it('leaves what is there alone when the limit is lowered, and lets a rollback take a size back', async () => {
