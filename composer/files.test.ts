@@ -151,6 +151,19 @@ describe('a put', () => {
     expect(await storedBytes()).toBeLessThan(220_000)
   })
 
+  test('that does not fit is refused and leaves nothing', async () => {
+    await composer.pools.create({ name: 'tiny', driver: 'memory', options: { capacity: '1M' } })
+    await put('c/n', 'old', { pool: 'tiny' })
+    await expect(put('c/n', randomBytes(4 * mebibyte), { pool: 'tiny' })).rejects.toMatchObject({ code: 'NO_SPACE' })
+    await expect(put('d/n', randomBytes(4 * mebibyte), { pool: 'tiny' })).rejects.toMatchObject({ code: 'NO_SPACE' })
+    expect(await get('c/n')).toBe('old')
+    expect((await composer.files.listContainers()).map(({ name }) => name)).toEqual(['c'])
+    await composer.jobs.wait((await composer.pools.reclaim('tiny')).id)
+    expect((await composer.pools.show('tiny')).storedBytes).toBe(4096)
+    await put('c/n', randomBytes(mebibyte / 2), { pool: 'tiny' })
+    expect(await composer.files.show({ path: 'c/n' })).toMatchObject({ pool: 'tiny', sizeBytes: mebibyte / 2 })
+  })
+
   test('whose sender is silent when the daemon stops ends, and leaves nothing', async () => {
     const silent = async function* (): AsyncGenerator<Uint8Array> {
       yield randomBytes(2 * mebibyte)

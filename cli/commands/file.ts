@@ -128,7 +128,7 @@ async function upload(
   const sizeBytes = handle === null ? undefined : await lengthOf(handle)
   const line = new ProgressLine(`put ${target.path}`, process.stderr)
   const stream = countingStream(line, sizeBytes ?? null)
-  const input: Readable = handle === null ? process.stdin : handle.createReadStream({ autoClose: false })
+  const input: Readable = handle === null ? process.stdin : handle.createReadStream({ autoClose: false, ...until(sizeBytes) })
   input.on('error', (error) => stream.destroy(error))
   input.pipe(stream)
   try {
@@ -138,6 +138,11 @@ async function upload(
     input.destroy()
     await handle?.close()
   }
+}
+
+/** A file that grows meanwhile is stored as long as it was at first. */
+function until(sizeBytes: number | undefined): { start?: number; end?: number } {
+  return sizeBytes === undefined ? {} : { start: 0, end: sizeBytes - 1 }
 }
 
 async function openSource(path: string): Promise<FileHandle> {

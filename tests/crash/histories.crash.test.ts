@@ -17,23 +17,27 @@ const size = full
   : { operations: 500, draws: 4, parts: 1 }
 const timeoutMs = full ? 6 * 3_600_000 : 600_000
 
-async function runPart(part: number): Promise<HistoryReport> {
+async function runPart(part: number, ...options: string[]): Promise<HistoryReport> {
   const args = { seed, operations: size.operations, draws: size.draws, part, parts: size.parts }
   const { stdout } = await run(
     process.execPath,
     [
       join(import.meta.dirname, 'run-history.ts'),
       ...Object.entries(args).flatMap(([name, value]) => [`--${name}`, String(value)]),
+      ...options,
     ],
     { maxBuffer: 64 << 20 },
   )
   return JSON.parse(stdout) as HistoryReport
 }
 
-test(
-  `no power cut at any sync or commit of ${size.operations} operations loses, changes, resurrects or leaks anything`,
-  async () => {
-    const reports = await Promise.all(Array.from({ length: size.parts }, (_, part) => runPart(part)))
+test.each([
+  ['volumes', []],
+  ['volumes and files', ['--files']],
+])(
+  `no power cut at any sync or commit of ${size.operations} operations on %s loses, changes, resurrects or leaks anything`,
+  async (_what, options) => {
+    const reports = await Promise.all(Array.from({ length: size.parts }, (_, part) => runPart(part, ...options)))
     const states = reports.reduce((sum, report) => sum + report.states, 0)
     console.log(`seed ${seed}: ${reports[0]?.boundaries} boundaries, ${states} crash states`, reports[0]?.byOperation)
     expect(reports[0]?.operations).toBe(size.operations)

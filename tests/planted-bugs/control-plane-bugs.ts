@@ -3,6 +3,8 @@ import type { PlantedBug } from './planted-bug.ts'
 
 /** Long enough that every kind of operation happens, with few draws: the bugs are coarse. */
 const history = ['--seed', '11', '--operations', '1200', '--draws', '3']
+/** With many files in it. */
+const fileHistory = ['--files', '--seed', '21', '--operations', '300', '--draws', '4']
 
 export const controlPlaneBugs: PlantedBug[] = [
   {
@@ -98,5 +100,45 @@ export const controlPlaneBugs: PlantedBug[] = [
       },
     ],
     tests: history,
+  },
+  {
+    name: 'a file is available before its bytes are durable',
+    edits: [
+      {
+        file: 'mapper/file-target.ts',
+        find: "  await device.flush()\n  assert(device.stats().lsn === 0, 'a slot of a file changed its owner')\n  await device.close()\n",
+        replace: '',
+      },
+      {
+        file: 'mapper/file-target.ts',
+        find: '    await sealFinished(context, row, volume)\n',
+        replace: '    await device.close()\n',
+      },
+    ],
+    tests: fileHistory,
+  },
+  {
+    name: 'the row of a file may be lost although its layer was written',
+    edits: [
+      {
+        file: 'mapper/file-target.ts',
+        find: '      await insertWritable(context, tx, row, spare, 0)\n    })\n',
+        replace: '      await insertWritable(context, tx, row, spare, 0)\n    }, { durable: false })\n',
+      },
+    ],
+    tests: fileHistory,
+  },
+  {
+    name: 'a replaced file goes before the one that takes its place',
+    edits: [
+      {
+        file: 'mapper/file-target.ts',
+        find: '    const row = await context.catalog.write(async (tx) => {\n      dropped.length = 0\n      const file = await becomeAvailable',
+        replace:
+          '    for (const id of rows.mayDrop) await deleteLocked(context, await requireResource(context.catalog.db, id), { withSnapshots: false })\n' +
+          '    const row = await context.catalog.write(async (tx) => {\n      dropped.length = 0\n      const file = await becomeAvailable',
+      },
+    ],
+    tests: fileHistory,
   },
 ]
