@@ -94,7 +94,7 @@ export interface VolumeTotals {
 interface VolumeLook {
   readonly name: string
   readonly poolId: string
-  readonly connections: number
+  connections: number
   readonly device: Device
   readonly totals: DeviceTotals
 }
@@ -155,7 +155,7 @@ export class ActivityMonitor {
       .select(['resources.id', 'resources.project_id', 'pools.name as pool_name'])
       .execute()
     const byId = new Map(rows.map((row) => [row.id, row]))
-    const volumes = [...this.#look().volumes].flatMap(([id, { name, connections, device, totals }]) => {
+    const volumes = [...this.#volumes()].flatMap(([id, { name, connections, device, totals }]) => {
       const row = byId.get(id)
       if (row === undefined || mapper.opened(id)?.device !== device) return []
       const { journalBytes } = device.stats()
@@ -193,15 +193,21 @@ export class ActivityMonitor {
   }
 
   #look(): Look {
-    const { clock, exports, mapper } = this.#options
+    const { clock, mapper } = this.#options
+    return { atMs: clock.monotonicMs(), volumes: this.#volumes(), pools: mapper.pools.totals() }
+  }
+
+  #volumes(): Map<string, VolumeLook> {
+    const { exports, mapper } = this.#options
     const volumes = new Map<string, VolumeLook>()
-    for (const { resourceId, name, device } of exports.list()) {
+    for (const { resourceId, name, device, connections } of exports.list()) {
+      const known = volumes.get(resourceId)
       const open = mapper.opened(resourceId)
-      if (volumes.has(resourceId) || open === undefined) continue
-      const connections = exports.connectionCount(resourceId)
-      volumes.set(resourceId, { name, poolId: open.poolId, connections, device, totals: totalsOf(device) })
+      if (known !== undefined) known.connections += connections.size
+      else if (open !== undefined)
+        volumes.set(resourceId, { name, poolId: open.poolId, connections: connections.size, device, totals: totalsOf(device) })
     }
-    return { atMs: clock.monotonicMs(), volumes, pools: mapper.pools.totals() }
+    return volumes
   }
 
   #volumeActivity(options: {

@@ -11,6 +11,8 @@ export interface Latencies {
 export const noLatencies: Latencies = { counts: [], sumSeconds: 0 }
 
 function combine(a: Latencies, b: Latencies, sign: 1 | -1): Latencies {
+  // Most volumes are idle most of the time.
+  if (b.counts.length === 0) return a
   const length = Math.max(a.counts.length, b.counts.length)
   const counts = Array.from({ length }, (_, index) => (a.counts[index] ?? 0) + sign * (b.counts[index] ?? 0))
   return { counts, sumSeconds: a.sumSeconds + sign * b.sumSeconds }

@@ -136,8 +136,14 @@ function addPools(text: MetricsText, pools: readonly PoolState[]): void {
 function addVolumes(text: MetricsText, volumes: readonly VolumeTotals[]): void {
   const found = volumes.map((volume) => ({
     volume,
-    labels: { volume: volume.id, name: volume.name, pool: volume.pool, project: volume.projectId },
+    labels: { volume: volume.id },
   }))
+  // What else is known of a volume stands here once, and is joined by its id: series are many.
+  text.gauge(
+    'atoll_volume_info',
+    'Always 1; the labels say which volume it is.',
+    volumes.map(({ id, name, pool, projectId }) => [{ volume: id, name, pool, project: projectId }, 1]),
+  )
   text.gauge(
     'atoll_volume_size_bytes',
     'Size of the volume.',
@@ -179,6 +185,11 @@ function addTraffic(text: MetricsText, prefix: string, of: readonly { labels: La
   text.histogram(
     `${prefix}_request_seconds`,
     'From when a request of a client was received until its answer was ready.',
-    of.flatMap(({ labels, totals }) => kinds.map((operation) => [{ ...labels, operation }, totals[operation]] as const)),
+    of.flatMap(({ labels, totals }) =>
+      kinds
+        // What never happened would be most of the text.
+        .filter((operation) => totals[operation].counts.length > 0)
+        .map((operation) => [{ ...labels, operation }, totals[operation]] as const),
+    ),
   )
 }
