@@ -2,17 +2,19 @@
  * Runs qemu-img on bytes that nobody trusts.
  *
  * Rules:
- * - qemu-img gets no file but, for an export, the one that it writes: its sources and targets are exports of ours on one unix
- *   socket, in a directory that only its user may enter. It runs without network, privileges, capabilities and environment; memory, processor time and the size of
- *   files that it writes are limited, and it dies with the daemon.
+ * - qemu-img gets one file at most, as descriptor 3: for an export the one that it writes, for an import its source if its user
+ *   may read that anyway. Everything else are exports of ours on one unix socket, in a directory that only its user may enter.
+ * - It runs without network, privileges, capabilities and environment; memory, processor time and the size of files that it
+ *   writes are limited, and it dies with the daemon.
  * - As root we run it as nobody; as anybody else we run it as ourselves in a user namespace of its own, which is what takes
  *   the network away. Where that is refused, qemu-img is not run at all.
  * - The driver is always named; qemu-img never probes.
  */
 import { spawn } from 'node:child_process'
+import { readFileSync } from 'node:fs'
 import { access, chmod, chown, constants, mkdtemp, rm } from 'node:fs/promises'
 import { delimiter, join } from 'node:path'
-import { AtollError } from '@atoll/core'
+import { AtollError, type JsonObject } from '@atoll/core'
 import { JobInterrupted } from './job-kind.ts'
 import type { SetTimer } from './timers.ts'
 
@@ -27,6 +29,9 @@ const openFilesMax = 64
 const processorSecondsBase = 60
 /** Slower than any decompression on any machine. */
 const bytesPerProcessorSecond = 4 * 2 ** 20
+
+/** Under this name qemu-img finds the file that it gets. */
+export const descriptorPath = '/proc/self/fd/3'
 
 /** The programs that confine it: util-linux, which every Debian has. */
 const confiningPrograms = ['unshare', 'setpriv', 'prlimit'] as const
@@ -51,6 +56,8 @@ export interface QemuImgRun {
   stallTimeoutMs: number
   /** A file that is handed over as descriptor 3, and how large it may become. Default: no file can be written. */
   outputFile?: { descriptor: number; sizeBytesMax: number }
+  /** A file that is handed over as descriptor 3 for reading; what is read of it counts as activity. Not with `outputFile`. */
+  inputFile?: { descriptor: number }
   /** Called with each percentage that `-p` prints. */
   onPercent?: (percent: number) => void
 }
@@ -100,10 +107,11 @@ export async function runQemuImg(run: QemuImgRun): Promise<string> {
   const qemuImg = await requireQemuImg()
   const [program, ...programArguments] = [...confinement(run), qemuImg, ...run.arguments]
   const pipes = ['ignore', 'pipe', 'pipe'] as const
+  const file = run.outputFile ?? run.inputFile
   const child = spawn(program ?? '', programArguments, {
     cwd: '/',
     env: { PATH: process.env['PATH'] ?? '/usr/bin:/bin', LC_ALL: 'C' },
-    stdio: run.outputFile === undefined ? [...pipes] : [...pipes, run.outputFile.descriptor],
+    stdio: file === undefined ? [...pipes] : [...pipes, file.descriptor],
   })
   const output = { stdout: '', stderr: '' }
   child.stdout?.setEncoding('latin1').on('data', (text: string) => {
@@ -116,7 +124,7 @@ export async function runQemuImg(run: QemuImgRun): Promise<string> {
   })
   const kill = (): void => void child.kill('SIGKILL')
   run.signal.addEventListener('abort', kill, { once: true })
-  const watch = watchForStall(run, kill)
+  const watch = watchForStall(run, () => run.activity() + (run.inputFile === undefined ? 0 : readBytesOf(child.pid)), kill)
   try {
     const ended = Promise.withResolvers<{ code: number | null; signal: string | null }>()
     child.once('error', ended.reject)
@@ -140,12 +148,21 @@ export async function runQemuImg(run: QemuImgRun): Promise<string> {
   }
 }
 
+/** Bytes that a process has read of anything; 0 where that is not told. */
+function readBytesOf(processId: number | undefined): number {
+  try {
+    return Number(/^rchar: (\d+)$/m.exec(readFileSync(`/proc/${processId}/io`, 'latin1'))?.[1] ?? 0)
+  } catch {
+    return 0
+  }
+}
+
 /** Ends the process when nothing moves between two looks. */
-function watchForStall(run: QemuImgRun, kill: () => void): { stalled(): boolean; stop(): void } {
+function watchForStall(run: QemuImgRun, activity: () => number, kill: () => void): { stalled(): boolean; stop(): void } {
   let stalled = false
-  let before = run.activity()
+  let before = activity()
   const look = (): void => {
-    const now = run.activity()
+    const now = activity()
     if (now === before) {
       stalled = true
       kill()
@@ -166,7 +183,15 @@ export type QemuDriver = 'raw' | 'qcow2' | 'vmdk' | 'vdi' | 'vhdx' | 'vpc'
  * even if the inspection overlooked one.
  */
 export function nbdImageName(driver: QemuDriver, socketPath: string, exportName: string): string {
-  const file = { driver: 'nbd', server: { type: 'unix', path: socketPath }, export: exportName }
+  return imageName(driver, { driver: 'nbd', server: { type: 'unix', path: socketPath }, export: exportName })
+}
+
+/** The same for the file that qemu-img gets as descriptor 3. */
+export function descriptorImageName(driver: QemuDriver): string {
+  return imageName(driver, { driver: 'file', filename: descriptorPath, locking: 'off' })
+}
+
+function imageName(driver: QemuDriver, file: JsonObject): string {
   // The size that we inspected, not the one of the disk's geometry.
   const size = driver === 'vpc' ? { force_size_calc: 'current_size' } : {}
   return `json:${JSON.stringify({ driver, ...size, ...(driver === 'raw' ? {} : { backing: null }), file })}`
@@ -220,6 +245,11 @@ async function findProgram(name: string, pathVariable: string): Promise<string |
     }
   }
   return null
+}
+
+/** Whether the confined user may open a file of ours with this mode, given its descriptor. Access lists may still say no. */
+export function mayReadInSandbox(mode: number): boolean {
+  return !isRoot() || (mode & constants.S_IROTH) !== 0
 }
 
 function isRoot(): boolean {

@@ -12,7 +12,14 @@ import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { AtollError, type JsonObject, type NewId, type ResourceRow } from '@atoll/core'
 import type { Device } from '@atoll/native'
-import { makeSandboxDirectory, nbdImageName, runQemuImg, sandboxGroupId, sandboxUserId } from './convert-sandbox.ts'
+import {
+  descriptorPath,
+  makeSandboxDirectory,
+  nbdImageName,
+  runQemuImg,
+  sandboxGroupId,
+  sandboxUserId,
+} from './convert-sandbox.ts'
 import { isPlaced, placeExport, type DestinationParams } from './image-destination.ts'
 import { stallTimeoutMs } from './import-convert.ts'
 import type { JobContext, JobKind } from './job-kind.ts'
@@ -20,8 +27,6 @@ import type { OpenDevices } from './open-devices.ts'
 import type { ServeTemporaryNbd } from './temporary-nbd.ts'
 import type { SetTimer } from './timers.ts'
 
-/** qemu-img finds the file under this name. */
-const outputDescriptorPath = '/proc/self/fd/3'
 /** Tables and partly filled clusters on top of the data: of the size of the disk, and at least. */
 const overheadFraction = 1 / 64
 const overheadBytesMin = 64 * 2 ** 20
@@ -112,7 +117,7 @@ async function convert(
     try {
       const source = nbdImageName('raw', server.socketPath, name)
       await runQemuImg({
-        arguments: ['convert', '-p', '-O', 'qcow2', ...(compress ? ['-c'] : ['-W']), source, outputDescriptorPath],
+        arguments: ['convert', '-p', '-O', 'qcow2', ...(compress ? ['-c'] : ['-W']), source, descriptorPath],
         // Compressing costs more than reading and writing.
         workBytesMax: sizeBytes * (compress ? 8 : 2),
         outputFile: { descriptor, sizeBytesMax: Math.ceil(sizeBytes * (1 + overheadFraction)) + overheadBytesMin },

@@ -73,6 +73,16 @@ export class ImageSource implements ByteSource {
     return `/proc/self/fd/${this.handle.fd}`
   }
 
+  /** The descriptor itself, for reading; it is open until `close`. */
+  get descriptor(): number {
+    return this.handle.fd
+  }
+
+  /** Its type and permissions, as in `Stats`. */
+  async mode(): Promise<number> {
+    return (await this.handle.stat()).mode
+  }
+
   /** @throws AtollError IMAGE_SOURCE_CHANGED if the file became shorter */
   async read(offsetBytes: number, lengthBytes: number): Promise<Buffer> {
     const buffer = Buffer.alloc(lengthBytes)

@@ -1,13 +1,20 @@
 /**
- * The job that converts a file of a foreign format into an image. qemu-img reads the file and writes the image through
- * exports of ours and is confined (convert-sandbox.ts). A conversion cannot go on in the middle: after a pause or a restart it
- * begins anew.
+ * The job that converts a file of a foreign format into an image. qemu-img is confined (convert-sandbox.ts); it writes the image
+ * through an export of ours, and reads the file itself if it may, else through an export too. A conversion cannot go on in the
+ * middle: after a pause or a restart it begins anew.
  */
 import { tmpdir } from 'node:os'
-import { AtollError, type JsonObject, type NewId } from '@atoll/core'
+import { AtollError, isAtollError, type JsonObject, type NewId } from '@atoll/core'
 import type { ImportTarget } from '@atoll/mapper'
 import type { Device, Engine } from '@atoll/native'
-import { makeSandboxDirectory, nbdImageName, runQemuImg, type QemuDriver } from './convert-sandbox.ts'
+import {
+  descriptorImageName,
+  makeSandboxDirectory,
+  mayReadInSandbox,
+  nbdImageName,
+  runQemuImg,
+  type QemuDriver,
+} from './convert-sandbox.ts'
 import type { ForeignFormat, ImagePlan } from './image-inspect.ts'
 import { ImageSource, type SourceIdentity } from './image-source.ts'
 import type { ImportTargets } from './import-targets.ts'
@@ -92,28 +99,50 @@ export async function convertSource(
 ): Promise<void> {
   const { source, target, plan } = conversion
   context.report(0, plan.virtualSizeBytes)
-  const sourceDevice = await options.engine.openFileDevice({ path: source.descriptorPath })
-  try {
-    await convertDevice(context, options, { sourceDevice, target, plan, fileBytes: source.sizeBytes })
-  } finally {
-    await sourceDevice.close()
+  const common = { target, plan, fileBytes: source.sizeBytes }
+  if (!(await convertDescriptor(context, options, { ...common, source }))) {
+    const sourceDevice = await options.engine.openFileDevice({ path: source.descriptorPath })
+    try {
+      await convert(context, options, { ...common, sourceDevice })
+    } finally {
+      await sourceDevice.close()
+    }
   }
   await source.requireUnchanged()
 }
 
+/**
+ * Lets qemu-img read the file itself, which saves half of the copying, if its user may. False: that user may not, and nothing was
+ * done.
+ */
+async function convertDescriptor(
+  context: JobContext,
+  options: Omit<ConvertOptions, 'targets'>,
+  { source, ...conversion }: Omit<Conversion, 'sourceDevice' | 'descriptor'> & { source: ImageSource },
+): Promise<boolean> {
+  if (!mayReadInSandbox(await source.mode())) return false
+  try {
+    await convert(context, options, { ...conversion, descriptor: source.descriptor })
+    return true
+  } catch (error) {
+    // The mode is not all that decides: there are access lists, and file systems that let only one user in.
+    if (isAtollError(error, 'IMAGE_CONVERT_FAILED') && error.message.includes('Permission denied')) return false
+    throw error
+  }
+}
+
 interface Conversion {
-  sourceDevice: Device
+  /** What qemu-img reads through an export of ours… */
+  sourceDevice?: Device
+  /** …or is given. */
+  descriptor?: number
   target: ImportTarget
   plan: ConvertPlan
   fileBytes: number
 }
 
-async function convertDevice(
-  context: JobContext,
-  options: Omit<ConvertOptions, 'targets'>,
-  conversion: Conversion,
-): Promise<void> {
-  const { sourceDevice, target, plan } = conversion
+async function convert(context: JobContext, options: Omit<ConvertOptions, 'targets'>, conversion: Conversion): Promise<void> {
+  const { sourceDevice, descriptor, target, plan } = conversion
   const { virtualSizeBytes } = plan
   // Names that nobody can guess: other processes of the confined user might find the directory.
   const names = { source: options.newId(), target: options.newId() }
@@ -121,18 +150,21 @@ async function convertDevice(
   try {
     const server = await options.serveTemporaryNbd(
       [
-        { name: names.source, device: sourceDevice, readOnly: true },
+        ...(sourceDevice === undefined ? [] : [{ name: names.source, device: sourceDevice, readOnly: true }]),
         { name: names.target, device: target.device, readOnly: false },
       ],
       { dir: directory.path, ...(directory.groupId === null ? {} : { groupId: directory.groupId }) },
     )
     try {
-      const sourceName = nbdImageName(qemuDrivers[plan.format], server.socketPath, names.source)
+      const driver = qemuDrivers[plan.format]
+      const sourceName =
+        descriptor === undefined ? nbdImageName(driver, server.socketPath, names.source) : descriptorImageName(driver)
       const targetName = nbdImageName('raw', server.socketPath, names.target)
       const common = {
         workBytesMax: conversion.fileBytes + plan.allocatedBytes + Math.ceil(virtualSizeBytes / holeBytesPerDataByte),
         signal: context.signal,
         setTimer: options.setTimer,
+        ...(descriptor === undefined ? {} : { inputFile: { descriptor } }),
       }
       const info = await runQemuImg({
         ...common,
@@ -144,7 +176,7 @@ async function convertDevice(
       await runQemuImg({
         ...common,
         arguments: ['convert', '-p', '-n', '--target-is-zero', '-W', '-O', 'raw', sourceName, targetName],
-        activity: () => sourceDevice.stats().readBytes + target.device.stats().writeBytes,
+        activity: () => (sourceDevice?.stats().readBytes ?? 0) + target.device.stats().writeBytes,
         stallTimeoutMs,
         onPercent: (percent) => context.report(Math.floor((virtualSizeBytes * percent) / 100), virtualSizeBytes),
       })

@@ -35,7 +35,8 @@ export class Spool {
     await mkdir(this.directory, { recursive: true, mode: 0o700 })
     await this.requireRoom((sizeBytes ?? startBytes) - startBytes)
     const flags = constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW
-    const handle = await open(this.pathOf(imageId), flags, 0o600)
+    // Only we can enter the directory. The confined qemu-img may read the file when it is handed over as a descriptor.
+    const handle = await open(this.pathOf(imageId), flags, 0o644)
     try {
       if ((await handle.stat()).size < startBytes) {
         throw new AtollError(

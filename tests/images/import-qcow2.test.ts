@@ -24,6 +24,8 @@ describe.skipIf(!haveQemuImg)('importing qcow2 (package qemu-utils)', () => {
   let engine: Engine
   let mapper: Mapper
   let composer: Composer
+  /** Of each conversion: what qemu-img could reach. */
+  let exportCounts: number[]
 
   async function start(): Promise<void> {
     const log = silentLog()
@@ -36,7 +38,10 @@ describe.skipIf(!haveQemuImg)('importing qcow2 (package qemu-utils)', () => {
       mapper,
       log,
       home: folder,
-      serveTemporaryNbd: (exports, options) => serveTemporaryNbd(engine, exports, options),
+      serveTemporaryNbd: (exports, options) => {
+        exportCounts.push(exports.length)
+        return serveTemporaryNbd(engine, exports, options)
+      },
     })
     await composer.pools.createFirst({ name: 'default', driver: 'file', options: { path: join(folder, 'pool') } })
   }
@@ -62,6 +67,7 @@ describe.skipIf(!haveQemuImg)('importing qcow2 (package qemu-utils)', () => {
     }
     await handle.write(Buffer.alloc(8 * mebibyte, 'compressible '), 0, undefined, 70 * mebibyte)
     await handle.close()
+    exportCounts = []
     await start()
   })
   afterEach(async () => {
@@ -99,6 +105,19 @@ describe.skipIf(!haveQemuImg)('importing qcow2 (package qemu-utils)', () => {
     expect((await exported('image')).equals(await readFile(raw))).toBe(true)
     expect((await composer.pools.show('default')).storedBytes).toBeLessThan(12 * mebibyte)
     await expect(leftInSandboxes()).resolves.toEqual([])
+  })
+
+  // As root qemu-img runs as somebody else, who may not read a private file and so gets it as an export.
+  test.each([
+    [0o644, 1],
+    [0o600, process.geteuid?.() === 0 ? 2 : 1],
+  ])('that everybody may read, or only we (mode %i), gives the same bytes over %i exports', async (mode, exportCount) => {
+    const path = await convert('image.qcow2')
+    await chmod(path, mode)
+    const job = await composer.images.import({ name: 'image', path })
+    await expect(composer.jobs.wait(job.id)).resolves.toMatchObject({ state: 'done', error: null })
+    expect(exportCounts).toEqual([exportCount])
+    expect((await exported('image')).equals(await readFile(raw))).toBe(true)
   })
 
   test('of a size that is no multiple of 4096 bytes keeps the size', async () => {
