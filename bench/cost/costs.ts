@@ -179,3 +179,36 @@ export async function openManyMs(volumeCount: number): Promise<number> {
     await stand.close()
   }
 }
+
+/** How long it takes to put a file of 4 KiB, one after the other and each in the place of another, and several at once. */
+export async function fileCosts(fileCount: number): Promise<{ putMs: ReturnType<typeof spread>; filesPerSecond: number }> {
+  const stand = await openStand()
+  const content = Buffer.alloc(4096, 5)
+  const put = async (old: string | null): Promise<string> => {
+    const target = await stand.mapper.beginFile({ projectId: adminProject.id, name: 'file', poolId: stand.poolId })
+    await target.device.write(0, content)
+    const row = await stand.mapper.finishFile(target, content.length, {
+      mayDrop: old === null ? [] : [old],
+      write: async (_tx, _file, drop) => {
+        if (old !== null) await drop(old)
+      },
+    })
+    return row.id
+  }
+  try {
+    const times: number[] = []
+    let last: string | null = null
+    for (let index = 0; index < fileCount; index++) {
+      const startedAt = performance.now()
+      last = await put(last)
+      times.push(performance.now() - startedAt)
+    }
+    const atOnce = 16
+    const startedAt = performance.now()
+    for (let at = 0; at < fileCount; at += atOnce) await Promise.all(Array.from({ length: atOnce }, () => put(null)))
+    const filesPerSecond = (Math.ceil(fileCount / atOnce) * atOnce * 1000) / (performance.now() - startedAt)
+    return { putMs: spread(times), filesPerSecond }
+  } finally {
+    await stand.close()
+  }
+}

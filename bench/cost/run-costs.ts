@@ -1,5 +1,5 @@
 /** `node run-costs.ts`: measures what snapshots, clones, maps, checkpoints and opening cost, and prints it beside the limits. */
-import { checkpointDelay, mapMemory, openManyMs, shareCosts } from './costs.ts'
+import { checkpointDelay, fileCosts, mapMemory, openManyMs, shareCosts } from './costs.ts'
 import { GiB, MiB, openStand, TiB } from './stand.ts'
 
 interface Row {
@@ -45,5 +45,9 @@ row(
   'ms',
 )
 row('1,000 volumes opened', await openManyMs(1000), 5000, 'ms')
+
+const files = await fileCosts(1000)
+row('a file of 4 KiB put in the place of another (median of 1,000)', files.putMs.median, Infinity, 'ms')
+row('files of 4 KiB put, 16 at a time', files.filesPerSecond, Infinity, '/s')
 
 process.exitCode = rows.some(({ value, limit }) => value > limit) ? 1 : 0
