@@ -1,7 +1,7 @@
 // Where a download goes: a file of our own beside the destination, which gets its name when it is whole, so that an
 // interrupted one leaves the old file; or standard output, a pipe or a device, which take the bytes as they come.
 import { constants } from 'node:fs'
-import { open, rename, stat, unlink } from 'node:fs/promises'
+import { open, realpath, rename, stat, unlink } from 'node:fs/promises'
 import type { FileHandle } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import type { Readable } from 'node:stream'
@@ -32,7 +32,9 @@ export async function saveStream(body: Readable, lengthBytes: number, dest: stri
     })
     return
   }
-  const partial = join(dirname(dest), `.${basename(dest).slice(0, 100)}.atoll-${process.pid}`)
+  // What a link leads to is replaced, not the link.
+  const target = present === null ? dest : await realpath(dest)
+  const partial = join(dirname(target), `.${basename(target).slice(0, 50)}.atoll-${process.pid}`)
   await written(dest, async () => {
     // The mode is the user's as for every file that a program writes; one that is there keeps its own.
     const handle = await open(partial, constants.O_WRONLY | constants.O_CREAT | constants.O_EXCL, present?.mode ?? 0o666)
@@ -42,7 +44,7 @@ export async function saveStream(body: Readable, lengthBytes: number, dest: stri
       } finally {
         await handle.close()
       }
-      await rename(partial, dest)
+      await rename(partial, target)
     } catch (error) {
       await unlink(partial).catch(() => undefined)
       throw error

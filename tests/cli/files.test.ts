@@ -1,7 +1,7 @@
 import { spawn } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { once } from 'node:events'
-import { readdir, readFile, truncate, writeFile } from 'node:fs/promises'
+import { readdir, readFile, symlink, truncate, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { atollPath, runProgram, TestHome } from '../test-home.ts'
@@ -140,6 +140,10 @@ describe('files', () => {
     home.cli('file', 'get', 'c/sparse', '/dev/null')
     expect(home.fail('file', 'get', 'c/sparse', home.path)).toBe('DESTINATION_INVALID')
     expect(home.fail('file', 'get', 'c/sparse', path('nowhere/out'))).toBe('IO_ERROR')
+    await source('real', 'old')
+    await symlink(path('real'), path('link'))
+    home.cli('file', 'get', 'c/sparse', path('link'), '--length', '5')
+    expect(await sameBytes('real', Buffer.alloc(5))).toBe(true)
     expect(home.cli('file', 'get', 'c/sparse', '-', '--length', '3')).toBe('\0\0\0')
     expect((await readdir(home.path)).filter((name) => name.includes('.atoll-'))).toEqual([])
     home.cli('file', 'delete', 'c/sparse')

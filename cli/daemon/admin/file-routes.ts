@@ -107,7 +107,8 @@ export function addFileRoutes(server: FastifyInstance, { composer, stopping }: A
   })
   // The content is the body of this request, so the answer comes when all of it is stored.
   server.post('/v1/file/content', async (request) => {
-    const body = request.body as Readable
+    // Without a byte there is no body.
+    const body = (request.body as Readable | null | undefined) ?? Readable.from([], { objectMode: false })
     try {
       const { path, ...options } = checkRequest(putting, request.query)
       const { container: name, name: file } = parseFilePath(path)
