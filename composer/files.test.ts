@@ -164,6 +164,18 @@ describe('a put', () => {
     expect(await composer.files.show({ path: 'c/n' })).toMatchObject({ pool: 'tiny', sizeBytes: mebibyte / 2 })
   })
 
+  test('goes on while space is reclaimed and everything is checked', async () => {
+    const content = randomBytes(6 * mebibyte)
+    const slow = async function* (): AsyncGenerator<Uint8Array> {
+      yield content.subarray(0, 3 * mebibyte)
+      await reclaim()
+      expect(await daemon.mapper.check()).toMatchObject({ findings: [] })
+      yield content.subarray(3 * mebibyte)
+    }
+    await put('c/n', '', { stream: slow() })
+    expect((await contentOf(await composer.files.read({ path: 'c/n' }))).equals(content)).toBe(true)
+  })
+
   test('whose sender is silent when the daemon stops ends, and leaves nothing', async () => {
     const silent = async function* (): AsyncGenerator<Uint8Array> {
       yield randomBytes(2 * mebibyte)
@@ -254,6 +266,13 @@ describe('a read', () => {
     const moment = await composer.files.readSource('volume:v', {}, piece)
     await device.write(100, Buffer.from('later!'))
     expect(String(await contentOf(moment))).toBe('\0behind\0')
+    expect(await fileRows()).toBe(0)
+    // What a kill would leave of a volume's moment.
+    const { id: projectId } = await composer.resolver.project({})
+    const { id: poolId } = await composer.resolver.pool('default')
+    await daemon.mapper.createFile({ projectId, name: 'moment', poolId }, id, { mayDrop: [], write: async () => undefined })
+    await daemon.stop()
+    await start()
     expect(await fileRows()).toBe(0)
     await expect(read('image:none')).rejects.toMatchObject({ code: 'IMAGE_NOT_FOUND' })
   })
