@@ -199,7 +199,7 @@ ${failOnDiskTrouble}
       // A request that a dead connection holds is asked again after -t, in seconds.
       return `
 echo ${encoded} | base64 -d | gunzip >/run/lasting.so || exit 2
-lasting() { NBD_DEAD_SECONDS=300 LD_PRELOAD=/run/lasting.so connect -t 5; }
+lasting() { NBD_DEAD_SECONDS=300 LD_PRELOAD=/run/lasting.so connect -t 10; }
 lasting && mount /dev/nbd0 /mnt && mkdir /mnt/log || exit 3
 write_files() {
   n=0
