@@ -250,7 +250,9 @@ describe('names, ids and sizes', () => {
       code: 'POOL_NOT_FOUND',
     })
     await expect(composer.volumes.list({ project: 'nothing' })).rejects.toMatchObject({ code: 'PROJECT_NOT_FOUND' })
-    await expect(composer.volumes.create({ name: 'disk', from: 'file:x/y' })).rejects.toMatchObject({ code: 'ARGUMENT_INVALID' })
+    await expect(composer.volumes.create({ name: 'disk', from: 'file:x/y' })).rejects.toMatchObject({
+      code: 'CONTAINER_NOT_FOUND',
+    })
   })
 
   test('a project sees its own resources only', async () => {
