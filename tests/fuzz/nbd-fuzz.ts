@@ -21,7 +21,7 @@ const workerCount = 4
 /** Files that a daemon opens when it first needs them: layers, journals, a database's. */
 const openFilesSlack = 16
 /** What the daemon may grow by while it is fuzzed. */
-export const grownBytesMax = 512 * MiB
+export const grownBytesMax = 96 * MiB
 
 export interface NbdFuzzReport {
   readonly seed: number

@@ -21,6 +21,12 @@ mod usage;
 
 use napi_derive::napi;
 
+/// Runs once, when the addon is loaded.
+#[napi_derive::module_init]
+fn prepare_process() {
+    atoll_engine::give_freed_memory_back();
+}
+
 /// What both sides must agree about.
 #[napi(object)]
 pub struct Constants {

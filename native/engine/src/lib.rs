@@ -7,6 +7,7 @@ mod device;
 mod engine;
 mod error;
 mod latency;
+mod memory;
 mod nbd;
 mod net;
 mod thread;
@@ -21,6 +22,7 @@ pub use device::{
 pub use engine::{Engine, EngineOptions, EngineStats};
 pub use error::{EngineError, Result};
 pub use latency::{LATENCY_BUCKET_COUNT, Latency, LatencyCounts, latency_bucket_end};
+pub use memory::give_freed_memory_back;
 pub use nbd::{
     META_CONTEXT_COUNT_MAX, MetaContext, MetaContextKind, NBD_REQUEST_BYTES_MAX, NbdOptions, ReplyForm, ServeEnd, ServeEndReason,
 };
