@@ -10,8 +10,8 @@ export const nativeBugs: PlantedBug[] = [
       { file: 'native/engine/src/device/batch_log.rs', find: '            && bytes[8..24] == self.place.boot_id\n', replace: '' },
       {
         file: 'native/engine/src/device/batch_log.rs',
-        find: 'crc32c::crc32c_append(crc32c::crc32c(boot_id), &entry[4..])',
-        replace: '{\n        let _ = boot_id;\n        crc32c::crc32c(&entry[4..])\n    }',
+        find: 'crc32c::crc32c_append(boot_crc, &entry[4..])',
+        replace: '{\n        let _ = boot_crc;\n        crc32c::crc32c(&entry[4..])\n    }',
       },
     ],
     tests: deviceTests,
@@ -20,12 +20,28 @@ export const nativeBugs: PlantedBug[] = [
     name: 'a change is answered before it is in the batch log',
     edits: [
       {
-        file: 'native/engine/src/device/write.rs',
-        find: 'is_logged &= log.record(slot, delta, active.alias()).is_ok();',
-        replace: 'let _ = (log, slot, delta);\n                is_logged &= true;',
+        file: 'native/engine/src/device/batch_log.rs',
+        find: '*must_flush |= *is_retired || log.write(taken).is_err();',
+        replace: '*must_flush |= *is_retired;\n        let _ = BatchLog::write;',
       },
     ],
     tests: deviceTests,
+  },
+  {
+    name: 'what waits for the batch log goes to the place of an older batch',
+    edits: [
+      {
+        file: 'native/engine/src/device/batch_log.rs',
+        find: '                waiting.bytes.clear();\n',
+        replace: '',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'writes are answered together before they are settled',
+    edits: [{ file: 'native/engine/src/nbd/serve.rs', find: '        self.settle(batch);\n', replace: '' }],
+    tests: ['-p', 'atoll-engine', 'nbd::'],
   },
   {
     name: 'flush closes the batch after the data sync',

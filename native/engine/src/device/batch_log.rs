@@ -5,20 +5,30 @@
 //! batch would be lost with the process. So each is also written, without a sync, to a local file before the answer.
 //!
 //! Rules
+//! - An entry waits in memory from the moment its owner change can be seen until somebody is about to answer; then all that wait
+//!   are written at once (`Device::settle`). No mutation is answered while any entry waits that was there when it looked: a write
+//!   to a slot that another request has just made ours depends on that request's entry.
 //! - The log is believed only under the boot of the kernel that it was written under: after a power cut the page cache is gone,
 //!   and a delta without its data must not be found (I3). Then only what was flushed counts.
 //! - Batches with even and odd lsn go to two files; a file is written from its beginning again when no batch in it waits to be
 //!   durable. Entries carry their lsn and a crc: what is left of older batches is passed over.
 //! - An open takes the batches that follow the last frame without a gap into the journal, durably, before it serves.
-//! - Where the log cannot be written, the change is flushed before it is answered.
+//! - One thread writes at a time, in the order of the entries' places: a late writer cannot overwrite a newer batch's entry.
+//! - Where the log cannot be written, the change is flushed before it is answered. Where it cannot be flushed either, it is answered
+//!   as failed, and so is every later write to these slots until a flush succeeds; writes to others go on. A closed device writes no log: the files may
+//!   belong to its successor.
+use super::Device;
+use super::flush::Batch;
 use crate::{EngineError, Result};
 use atoll_io::{Delta, LayerId};
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 const MAGIC: [u8; 8] = *b"ATOLBLG1";
 /// magic 8 | boot id 16 | volume 16 | epoch 8 | crc32c of all before 4.
@@ -61,35 +71,53 @@ pub(super) struct RecalledBatch {
     pub(super) deltas: Vec<Delta>,
 }
 
-/// Where the next entries of a batch go.
+/// Entries that wait to be written, and where: they join.
 #[derive(Default)]
-pub(super) struct LogPositions {
-    lsns: [u64; 2],
-    entry_counts: [u64; 2],
+struct Waiting {
+    offset_bytes: u64,
+    bytes: Vec<u8>,
 }
 
-impl LogPositions {
-    /// Takes the place of one entry of batch `lsn`. `is_waiting` tells whether a batch with this lsn is not durable yet.
-    pub(super) fn take(&mut self, lsn: u64, is_waiting: impl Fn(u64) -> bool) -> LogSlot {
+/// Where the next entries of a batch go, and those that are not written yet. Part of the batch, and under its lock.
+#[derive(Default)]
+pub(super) struct LogTail {
+    lsns: [u64; 2],
+    end_bytes: [u64; 2],
+    waiting: [Waiting; 2],
+}
+
+impl LogTail {
+    /// Adds an entry of batch `lsn`. `is_queued` tells whether a batch with this lsn is closed and not durable yet.
+    fn push(&mut self, lsn: u64, entry: &[u8; ENTRY_BYTES], is_queued: impl Fn(u64) -> bool) {
         let parity = (lsn % 2) as usize;
+        let waiting = &mut self.waiting[parity];
         if self.lsns[parity] != lsn {
-            if !is_waiting(self.lsns[parity]) {
-                self.entry_counts[parity] = 0;
+            if !is_queued(self.lsns[parity]) {
+                // What waits belongs to batches that are durable: nobody needs it any more.
+                waiting.bytes.clear();
+                self.end_bytes[parity] = HEADER_BYTES as u64;
             }
             self.lsns[parity] = lsn;
         }
-        let index = self.entry_counts[parity];
-        self.entry_counts[parity] += 1;
-        LogSlot { lsn, parity, offset_bytes: (HEADER_BYTES + ENTRY_BYTES * index as usize) as u64 }
+        if waiting.bytes.is_empty() {
+            waiting.offset_bytes = self.end_bytes[parity];
+        }
+        waiting.bytes.extend_from_slice(entry);
+        self.end_bytes[parity] += ENTRY_BYTES as u64;
     }
 }
 
-/// The place of one entry.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct LogSlot {
-    lsn: u64,
-    parity: usize,
-    offset_bytes: u64,
+/// What the thread that writes holds.
+#[derive(Default)]
+struct LogWriter {
+    /// What it writes; keeps its memory for the next time.
+    taken: [Waiting; 2],
+    /// Entries could not be written: only a flush settles what comes next.
+    must_flush: bool,
+    /// The last that could not be settled either way, until a flush succeeds: after how many entries, up to how many, and why.
+    failed: Option<(u64, u64, EngineError)>,
+    /// The device is closed.
+    is_retired: bool,
 }
 
 /// The log of one open volume. The files are made at the first entry.
@@ -97,21 +125,63 @@ pub(super) struct BatchLog {
     place: BatchLogPlace,
     volume: [u8; 16],
     epoch: u64,
+    boot_crc: u32,
     files: OnceLock<Result<[File; 2]>>,
+    /// Taken before the batch lock.
+    writer: Mutex<LogWriter>,
+    /// Entries that were ever made, and how many of them are written, or durable. Whoever sees an owner change sees its entry here.
+    made_count: AtomicU64,
+    settled_count: AtomicU64,
+    /// Some of what counts as settled is not: it was answered as failed, though its data and its owner change can be seen.
+    is_behind: AtomicBool,
 }
 
 impl BatchLog {
     pub(super) fn new(place: BatchLogPlace, volume: [u8; 16], epoch: u64) -> BatchLog {
-        BatchLog { place, volume, epoch, files: OnceLock::new() }
+        let boot_crc = crc32c::crc32c(&place.boot_id);
+        BatchLog {
+            place,
+            volume,
+            epoch,
+            boot_crc,
+            files: OnceLock::new(),
+            writer: Mutex::default(),
+            made_count: AtomicU64::new(0),
+            settled_count: AtomicU64::new(0),
+            is_behind: AtomicBool::new(false),
+        }
     }
 
-    /// Writes an entry; it is there if the process ends after the return, but not after a power cut.
-    pub(super) fn record(&self, slot: LogSlot, delta: Delta, active: u32) -> Result<()> {
+    /// Adds an entry to those that wait. Before anybody can see the owner change.
+    pub(super) fn push(&self, tail: &mut LogTail, lsn: u64, delta: Delta, active: u32, is_queued: impl Fn(u64) -> bool) {
+        tail.push(lsn, &encode_entry(self.boot_crc, lsn, delta, active), is_queued);
+        self.made_count.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// A write in place depends on these slots' owner changes. Where one of them was given up, what settles it has to try again.
+    #[inline]
+    pub(super) fn note_in_place(&self, batch: &Mutex<Batch>, start_slot: u64, end_slot: u64) {
+        if self.is_behind.load(Ordering::SeqCst) && batch.lock().touches(start_slot, end_slot) {
+            self.made_count.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Writes entries; they are there if the process ends after the return, but not after a power cut.
+    fn write(&self, taken: &[Waiting; 2]) -> Result<()> {
         let files = self.files.get_or_init(|| self.create()).as_ref().map_err(Clone::clone)?;
-        let entry = encode_entry(&self.place.boot_id, slot.lsn, delta, active);
-        files[slot.parity]
-            .write_all_at(&entry, slot.offset_bytes)
-            .map_err(|error| io_error("write", &self.place.path(self.volume, slot.parity), &error))
+        for (parity, Waiting { offset_bytes, bytes }) in taken.iter().enumerate().filter(|(_, waiting)| !waiting.bytes.is_empty()) {
+            let path = || self.place.path(self.volume, parity);
+            if offset_bytes + bytes.len() as u64 > LOG_BYTES_MAX {
+                return Err(io_error("write", &path(), &std::io::Error::from_raw_os_error(libc::EFBIG)));
+            }
+            files[parity].write_all_at(bytes, *offset_bytes).map_err(|error| io_error("write", &path(), &error))?;
+        }
+        Ok(())
+    }
+
+    /// Nothing is written any more: what is not settled by now needs a flush.
+    pub(super) fn retire(&self) {
+        self.writer.lock().is_retired = true;
     }
 
     /// Removes the files: everything is in the journal or in the catalog.
@@ -143,7 +213,7 @@ impl BatchLog {
                 continue;
             }
             for entry in bytes[HEADER_BYTES..].chunks_exact(ENTRY_BYTES) {
-                let Some((lsn, delta, active)) = decode_entry(&self.place.boot_id, entry) else { continue };
+                let Some((lsn, delta, active)) = decode_entry(self.boot_crc, entry) else { continue };
                 let batch = batches.entry(lsn).or_insert(RecalledBatch { lsn, active, deltas: Vec::new() });
                 if batch.active == active {
                     batch.deltas.push(delta);
@@ -190,28 +260,78 @@ impl BatchLog {
     }
 }
 
-fn encode_entry(boot_id: &[u8; 16], lsn: u64, delta: Delta, active: u32) -> [u8; ENTRY_BYTES] {
+impl Device {
+    /// After this every mutation that completed before the call outlives the process and may be answered: the entries that wait
+    /// are in the batch log or, where they cannot be, in the journal. Costs two loads where nothing waits.
+    #[inline]
+    pub fn settle(&self) -> Result<()> {
+        let Some(log) = &self.batch_log else { return Ok(()) };
+        let mine = log.made_count.load(Ordering::SeqCst);
+        if log.settled_count.load(Ordering::SeqCst) >= mine {
+            return Ok(());
+        }
+        self.unwind_guard("settle", || self.settle_waiting(log, mine))
+    }
+
+    /// `mine`: what the caller wants settled.
+    fn settle_waiting(&self, log: &BatchLog, mine: u64) -> Result<()> {
+        let mut writer = log.writer.lock();
+        let LogWriter { taken, must_flush, failed, is_retired } = &mut *writer;
+        match failed {
+            Some((after, up_to, error)) if *after < mine && mine <= *up_to => return Err(error.clone()),
+            _ => {}
+        }
+        let settled_count = log.settled_count.load(Ordering::SeqCst);
+        if settled_count >= mine {
+            return Ok(());
+        }
+        let made_count = {
+            let mut batch = self.batch.lock();
+            for (taken, waiting) in taken.iter_mut().zip(&mut batch.log_tail.waiting) {
+                taken.bytes.clear();
+                std::mem::swap(taken, waiting);
+            }
+            log.made_count.load(Ordering::SeqCst)
+        };
+        *must_flush |= *is_retired || log.write(taken).is_err();
+        let result = if *must_flush { self.flush_completed() } else { Ok(()) };
+        match &result {
+            Ok(()) => {
+                *must_flush = false;
+                *failed = None;
+            }
+            // Who waits for these hears of it. Others go on: a full disk must not keep anybody from writing what is his already.
+            Err(error) => *failed = Some((settled_count, made_count, error.clone())),
+        }
+        log.is_behind.store(result.is_err(), Ordering::SeqCst);
+        log.settled_count.store(made_count, Ordering::SeqCst);
+        result
+    }
+}
+
+fn encode_entry(boot_crc: u32, lsn: u64, delta: Delta, active: u32) -> [u8; ENTRY_BYTES] {
     let mut entry = [0; ENTRY_BYTES];
     entry[4..8].copy_from_slice(&delta.owner.to_le_bytes());
     entry[8..16].copy_from_slice(&lsn.to_le_bytes());
     entry[16..24].copy_from_slice(&delta.start_slot.to_le_bytes());
     entry[24..32].copy_from_slice(&delta.slot_count.to_le_bytes());
     entry[32..36].copy_from_slice(&active.to_le_bytes());
-    let crc = entry_crc(boot_id, &entry);
+    let crc = entry_crc(boot_crc, &entry);
     entry[..4].copy_from_slice(&crc.to_le_bytes());
     entry
 }
 
-fn decode_entry(boot_id: &[u8; 16], entry: &[u8]) -> Option<(u64, Delta, u32)> {
-    if entry[..4] != entry_crc(boot_id, entry).to_le_bytes() {
+fn decode_entry(boot_crc: u32, entry: &[u8]) -> Option<(u64, Delta, u32)> {
+    if entry[..4] != entry_crc(boot_crc, entry).to_le_bytes() {
         return None;
     }
     let delta = Delta { start_slot: u64_at(entry, 16), slot_count: u64_at(entry, 24), owner: u32_at(entry, 4) };
     Some((u64_at(entry, 8), delta, u32_at(entry, 32)))
 }
 
-fn entry_crc(boot_id: &[u8; 16], entry: &[u8]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(boot_id), &entry[4..])
+/// The boot is part of the sum: an entry of another one is no entry.
+fn entry_crc(boot_crc: u32, entry: &[u8]) -> u32 {
+    crc32c::crc32c_append(boot_crc, &entry[4..])
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {

@@ -26,7 +26,8 @@ impl Device {
             self.counters.discard_operations.fetch_add(1, Ordering::Relaxed);
             let (start_slot, end_slot) = slots_within(offset_bytes, length_bytes);
             self.clear_slots(start_slot, end_slot, false)
-        })
+        })?;
+        self.settle()
     }
 
     /// The range reads as zeros, exactly. `allocate` (NO_HOLE): space is kept for it.
@@ -47,7 +48,8 @@ impl Device {
             self.write_inside(offset_bytes, &ZEROS[..(start_slot * SLOT_BYTES - offset_bytes) as usize])?;
             self.clear_slots(start_slot, end_slot, allocate)?;
             self.write_inside(end_slot * SLOT_BYTES, &ZEROS[..(end_bytes - end_slot * SLOT_BYTES) as usize])
-        })
+        })?;
+        self.settle()
     }
 
     /// Whether `write_zeroes` of the range (without `allocate`) only changes the map and frees space: whole slots, on a backend

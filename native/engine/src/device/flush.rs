@@ -8,7 +8,7 @@
 //! - A flush covers everything that completed before it *started*: who arrives while one runs waits for the next one. So no
 //!   flush is answered while an earlier batch is neither durable nor failed.
 //! - After a failed sync the device is poisoned (I6). A frame that found no space was taken back and stays in the queue.
-use super::batch_log::{LogPositions, LogSlot};
+use super::batch_log::{BatchLog, LogTail};
 use super::layers::ActiveLayer;
 use super::{Device, DeviceEvent, timed};
 use crate::{EngineError, Result};
@@ -31,7 +31,7 @@ pub(super) struct ClosedBatch {
 pub(super) struct Batch {
     open: Vec<Delta>,
     queue: VecDeque<ClosedBatch>,
-    log_positions: LogPositions,
+    pub(super) log_tail: LogTail,
     /// lsn of the last closed batch.
     pub(super) last_lsn: u64,
     /// Layers that a swap took out of writing and whose data and frames may not be durable yet.
@@ -43,19 +43,29 @@ impl Batch {
         Batch { last_lsn, ..Batch::default() }
     }
 
-    /// Appends a delta, merged with its predecessor where they join; returns its place in the batch log.
-    pub(super) fn push(&mut self, delta: Delta) -> LogSlot {
-        let Batch { queue, log_positions, last_lsn, .. } = self;
-        let slot = log_positions.take(*last_lsn + 1, |lsn| queue.iter().any(|batch| batch.lsn == lsn));
+    /// Appends a delta, merged with its predecessor where they join, and its entry to what waits for the log. `active`: alias of
+    /// the layer that is written.
+    pub(super) fn push(&mut self, delta: Delta, log: Option<&BatchLog>, active: u32) {
+        let Batch { queue, log_tail, last_lsn, .. } = self;
+        if let Some(log) = log {
+            log.push(log_tail, *last_lsn + 1, delta, active, |lsn| queue.iter().any(|batch| batch.lsn == lsn));
+        }
         if let Some(last) = self.open.last_mut()
             && last.owner == delta.owner
             && last.start_slot + last.slot_count == delta.start_slot
         {
             last.slot_count += delta.slot_count;
-            return slot;
+            return;
         }
         self.open.push(delta);
-        slot
+    }
+
+    /// Whether an owner change in these slots is not durable yet; whenever it is not known, it is not.
+    pub(super) fn touches(&self, start_slot: u64, end_slot: u64) -> bool {
+        let meets = |delta: &Delta| delta.start_slot < end_slot && start_slot < delta.start_slot + delta.slot_count;
+        // One whose deltas are not here is being appended right now.
+        let is_queued = |batch: &ClosedBatch| batch.deltas.is_empty() || batch.deltas.iter().any(meets);
+        self.open.iter().any(meets) || self.queue.iter().any(is_queued)
     }
 
     pub(super) fn open_delta_count(&self) -> usize {

@@ -1,7 +1,8 @@
 //! An open device: map, layers, journal, gate. One subject a file, with its rules at the head.
 //!
-//! Locks, in the order in which they may be taken: gate pass, range lock, `checkpoints`, batch, journal of a layer. The flush
-//! turn is taken before the last two and never while a range lock is held. No lock is taken on the way of a read.
+//! Locks, in the order in which they may be taken: gate pass, range lock, `checkpoints`, writer of the batch log, batch, journal
+//! of a layer. The flush turn is taken before the last two and never while a range lock is held. No lock is taken on the way of a
+//! read.
 mod background;
 mod batch_log;
 mod checkpoint;
@@ -223,6 +224,9 @@ impl Device {
         self.gate.kill();
         self.wake_waiting_writers();
         self.gate.drain();
+        if let Some(log) = &self.batch_log {
+            log.retire();
+        }
         let result = self.end_layers();
         // Whoever still has this device (a handle that waits for its garbage collector) must not keep the files of layers
         // open: a layer that is removed gives its space back only when the last handle is gone.

@@ -685,12 +685,19 @@ fn what_was_answered_but_not_flushed_outlives_the_process_and_not_the_boot() {
                     // Killed before the swap is committed.
                     Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(5)).unwrap();
                 }
-                match random.below(12) {
+                match random.below(16) {
                     0 => world.device.flush().unwrap(),
                     1 if step < swap_at => world.checkpoint(),
+                    2..=5 => {
+                        let slot = random.below(32);
+                        let value = 1 + (random.next() % 255) as u8;
+                        world.device.write_unsettled(slot * SLOT_BYTES, &[value; SLOT]).unwrap();
+                        model[slot as usize * SLOT..][..SLOT].fill(value);
+                    }
                     _ => mutate(&mut random, &world.device, &mut model),
                 }
             }
+            world.device.settle().unwrap();
             // Dropped, not closed: a kill.
         }
         let after_power_cut = BatchLogPlace { boot_id: [2; 16], ..place.clone() };
@@ -699,6 +706,55 @@ fn what_was_answered_but_not_flushed_outlives_the_process_and_not_the_boot() {
         device.close().unwrap();
         assert_eq!(std::fs::read_dir(&directory.0).unwrap().count(), 0, "a closed device leaves no log");
     }
+}
+
+/// A device with a log of its own, whose first eight slots nobody has written; the volume's next epoch is 3.
+fn logged_world(name: &str) -> (ScratchDirectory, BatchLogPlace, World) {
+    let directory = ScratchDirectory::new(name);
+    let place = BatchLogPlace { directory: directory.0.clone(), boot_id: [1; 16] };
+    let mut world = clone_world(Arc::new(MemoryStore::new(u64::MAX, false)), 8 * SLOT_BYTES);
+    world.device.close().unwrap();
+    world.device = open_with_log(&world.store, &world.catalog, 2, &place).0;
+    (directory, place, world)
+}
+
+#[test]
+fn a_write_into_a_slot_that_another_request_has_just_made_ours_is_answered_when_that_is_logged() {
+    let (_directory, place, world) = logged_world("depends");
+    world.device.write_unsettled(0, &[1; SLOT]).unwrap();
+    world.device.write(0, &[2; SLOT]).unwrap();
+    // Killed before the first request was answered.
+    let (again, _) = open_with_log(&world.store, &world.catalog, 3, &place);
+    assert!(read_all(&again)[..SLOT] == [2; SLOT]);
+}
+
+#[test]
+fn an_entry_that_is_written_late_takes_no_place_of_a_newer_batch() {
+    let (_directory, place, world) = logged_world("late");
+    let write_unsettled = |slot: u64| world.device.write_unsettled(slot * SLOT_BYTES, &[9; SLOT]).unwrap();
+    for batch in 0..4 {
+        // Of the same batch: one that is logged, and two that wait while a flush makes all of them durable.
+        world.device.write(batch * SLOT_BYTES, &[9; SLOT]).unwrap();
+        write_unsettled(4 + batch % 2);
+        write_unsettled(6 + batch % 2);
+        world.device.flush().unwrap();
+    }
+    for slot in 0..8 {
+        world.device.discard(slot * SLOT_BYTES, SLOT_BYTES).unwrap();
+        write_unsettled(slot);
+    }
+    world.device.settle().unwrap();
+    let (again, _) = open_with_log(&world.store, &world.catalog, 3, &place);
+    assert!(read_all(&again) == [9; 8 * SLOT]);
+}
+
+#[test]
+fn what_waits_when_a_device_is_closed_is_durable_and_writes_no_log_afterwards() {
+    let (directory, _, world) = logged_world("closed");
+    world.device.write_unsettled(0, &[1; SLOT]).unwrap();
+    world.device.close().unwrap();
+    world.device.settle().unwrap();
+    assert_eq!(std::fs::read_dir(&directory.0).unwrap().count(), 0);
 }
 
 #[test]

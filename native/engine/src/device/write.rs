@@ -20,11 +20,17 @@ const SLOT: usize = SLOT_BYTES as usize;
 impl Device {
     /// Writes; durable after the next `flush` that starts afterwards. Any alignment. `OUT_OF_RANGE`, `READ_ONLY`, `NO_SPACE`.
     pub fn write(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
+        self.write_part(offset_bytes, data, 1)?;
+        self.settle()
+    }
+
+    /// As `write`, but not to be answered before `settle`, which many may share.
+    pub fn write_unsettled(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
         self.write_part(offset_bytes, data, 1)
     }
 
-    /// The next part of a write whose first part `write` took: no operation of its own in the counters.
-    pub fn write_rest(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
+    /// The next part of a write whose first part `write_unsettled` took: no operation of its own in the counters.
+    pub fn write_rest_unsettled(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
         self.write_part(offset_bytes, data, 0)
     }
 
@@ -49,6 +55,9 @@ impl Device {
         let (start_slot, end_slot) = slots_touched(offset_bytes, data.len() as u64);
         if self.map.is_owned(start_slot, end_slot - start_slot, active.alias())? {
             active.writer()?.write(offset_bytes, &[IoSlice::new(data)])?;
+            if let Some(log) = &self.batch_log {
+                log.note_in_place(&self.batch, start_slot, end_slot);
+            }
         } else {
             self.write_and_own(active, offset_bytes, data)?;
         }
@@ -87,34 +96,23 @@ impl Device {
         })
     }
 
-    /// Gives the runs that `owner` does not have yet to it: in the live map and in the open batch, as one step, and in the batch
-    /// log. The caller holds the range lock, looked `runs` up under it, and has completed the data write.
+    /// Gives the runs that `owner` does not have yet to it: in the live map, in the open batch and among what waits for the batch
+    /// log, as one step. The caller holds the range lock, looked `runs` up under it, has completed the data write, and settles
+    /// before it answers.
     pub(super) fn change_owner(&self, active: &ActiveLayer, runs: &[Run], owner: u32) -> Result<()> {
         let mut changed_slots = 0;
-        let mut is_logged = true;
         for run in runs.iter().filter(|run| run.owner != owner) {
             let delta = Delta { start_slot: run.start_slot, slot_count: run.slot_count, owner };
-            let slot = {
-                let mut batch = self.batch.lock();
-                if let Err(error) = self.map.set(run.start_slot, run.slot_count, owner) {
-                    drop(batch);
-                    return Err(self.poison(&format!("the map could not be changed: {error}")));
-                }
-                let slot = batch.push(delta);
-                self.open_delta_count.store(batch.open_delta_count() as u64, Ordering::Relaxed);
-                slot
-            };
-            changed_slots += run.slot_count;
-            if let Some(log) = &self.batch_log {
-                is_logged &= log.record(slot, delta, active.alias()).is_ok();
+            let mut batch = self.batch.lock();
+            batch.push(delta, self.batch_log.as_ref(), active.alias());
+            if let Err(error) = self.map.set(run.start_slot, run.slot_count, owner) {
+                drop(batch);
+                return Err(self.poison(&format!("the map could not be changed: {error}")));
             }
+            self.open_delta_count.store(batch.open_delta_count() as u64, Ordering::Relaxed);
+            changed_slots += run.slot_count;
         }
         self.counters.first_write_slots.fetch_add(changed_slots, Ordering::Relaxed);
-        if !is_logged {
-            // The change would not outlive the process: make it durable before it is answered.
-            self.changes.fetch_add(1, Ordering::SeqCst);
-            self.flush_completed()?;
-        }
         Ok(())
     }
 

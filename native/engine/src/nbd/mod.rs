@@ -10,7 +10,8 @@
 //!   back) go to workers of the connection, so that nothing waits behind somebody's fsync or disk. Replies go out in any order,
 //!   each as one piece.
 //! - A long write goes to the device in pieces while the rest of it still arrives; it is answered once, when all of it is done.
-//! - A reply is sent only when what it says is true: a write when the device has it, a flush or FUA when it is durable.
+//! - A reply is sent only when what it says is true: a write when the device has it and has settled it (once for all writes whose
+//!   replies go out together), a flush or FUA when it is durable.
 //! - Everything a client can make us keep is bounded: requests and bytes in flight, request size, extents of a reply.
 //! - Once a reply's first byte is sent the rest follows, or the connection ends; nothing is padded.
 //!

@@ -73,7 +73,8 @@ impl ReplyBuffer {
         &mut self.bytes[start..self.used]
     }
 
-    fn push(&mut self, bytes: &[u8]) {
+    /// Appends replies, or a part of one, as they are.
+    pub(super) fn push(&mut self, bytes: &[u8]) {
         self.extend(bytes.len()).copy_from_slice(bytes);
     }
 
@@ -252,6 +253,11 @@ fn cut_holes(room: &mut [u8], request: &Request, form: ReplyForm) -> usize {
 /// Whether the next block of `left` remaining bytes is a whole one and zero.
 fn is_zero_block(bytes: &[u8], left: usize) -> bool {
     left >= HOLE_BYTES_MIN && crate::copy::is_zero(&bytes[..HOLE_BYTES_MIN])
+}
+
+/// Length of what `push_success` appends.
+pub(super) fn success_bytes(form: ReplyForm) -> usize {
+    if form == ReplyForm::Extended { EXTENDED_HEADER_BYTES } else { SIMPLE_HEADER_BYTES }
 }
 
 /// An error that stands for a request whose execution failed.

@@ -1,6 +1,6 @@
 //! The loop of a serving connection. See the rules in mod.rs.
 use super::receive::{INLINE_PAYLOAD_BYTES_MAX, ReceiveBuffer};
-use super::reply::{ReplyBuffer, refusal_of, shutting_down};
+use super::reply::{ReplyBuffer, refusal_of, shutting_down, success_bytes};
 use super::request::{
     COMPACT_HEADER_BYTES, Command, EXTENDED_HEADER_BYTES, FLAG_DF, FLAG_FAST_ZERO, FLAG_FUA, FLAG_NO_HOLE, FLAG_PAYLOAD_LEN, FLAG_REQ_ONE,
     NbdErrno, Permissions, Refusal, Request,
@@ -307,11 +307,17 @@ impl<'a> Session<'a> {
         }
         let is_throttled = throttle_bytes(request).is_some_and(|bytes| !self.device.try_throttle(bytes));
         if !is_throttled && !self.is_slow(request) {
-            let is_done = if request.command == Command::Read {
-                self.read_now(request, &mut batch.replies)
-            } else {
-                self.execute(request, payload.bytes(), &mut batch.replies);
-                true
+            let is_done = match request.command {
+                Command::Read => self.read_now(request, &mut batch.replies),
+                Command::Write if request.length_bytes > 0 => {
+                    let result = self.device.write_unsettled(request.offset_bytes, payload.bytes());
+                    self.note_write(request, result, batch);
+                    true
+                }
+                _ => {
+                    self.execute(request, payload.bytes(), &mut batch.replies);
+                    true
+                }
             };
             if is_done {
                 let took = batch.note();
@@ -495,7 +501,10 @@ impl<'a> Session<'a> {
             // After a failure the rest is only consumed.
             if result.is_ok() {
                 let started_at = Instant::now();
-                result = if at == 0 { self.device.write(offset_bytes, piece) } else { self.device.write_rest(offset_bytes + at, piece) };
+                result = match at {
+                    0 => self.device.write_unsettled(offset_bytes, piece),
+                    _ => self.device.write_rest_unsettled(offset_bytes + at, piece),
+                };
                 took += started_at.elapsed();
             }
         });
@@ -504,15 +513,40 @@ impl<'a> Session<'a> {
             Ok(false) => return Err(self.end_of_file(received.available_bytes())),
             Err(error) => return Err(self.broken(&error)),
         }
-        match result {
-            Ok(()) => batch.replies.push_success(request, self.options.replies),
-            Err(error) => self.push_failure(request, &error, &mut batch.replies),
-        }
+        self.note_write(request, result, batch);
         batch.note();
         // What follows in the buffer came with the end of this one.
         batch.arrived_at = batch.last_at;
         self.note_served(request, took);
         Ok(())
+    }
+
+    /// Answers a write that the device has taken unsettled: the batch is settled before it is sent.
+    fn note_write(&self, request: &Request, result: Result<()>, batch: &mut Batch) {
+        match result {
+            Ok(()) => {
+                batch.unsettled.push((batch.replies.bytes().len(), *request));
+                batch.replies.push_success(request, self.options.replies);
+            }
+            Err(error) => self.push_failure(request, &error, &mut batch.replies),
+        }
+    }
+
+    /// Makes what the batch says true, or makes it say something else.
+    fn settle(&self, batch: &mut Batch) {
+        if !batch.unsettled.is_empty()
+            && let Err(error) = self.device.settle()
+        {
+            let said = std::mem::take(&mut batch.replies);
+            let mut from = 0;
+            for (at, request) in &batch.unsettled {
+                batch.replies.push(&said.bytes()[from..*at]);
+                self.push_failure(request, &error, &mut batch.replies);
+                from = at + success_bytes(self.options.replies);
+            }
+            batch.replies.push(&said.bytes()[from..]);
+        }
+        batch.unsettled.clear();
     }
 
     /// A chunk for each context asked about, all or none of them.
@@ -580,6 +614,7 @@ impl<'a> Session<'a> {
         if batch.replies.is_empty() {
             return Ok(());
         }
+        self.settle(batch);
         let sent = self.send(batch.replies.bytes());
         batch.replies.clear();
         batch.first_at = None;
@@ -627,6 +662,8 @@ impl<'a> Session<'a> {
 /// was received.
 struct Batch {
     replies: ReplyBuffer,
+    /// Where in them a write is called done that the device has not settled yet, and which.
+    unsettled: Vec<(usize, Request)>,
     /// When the requests that are looked at now were received.
     arrived_at: Instant,
     /// When the first and the last reply were added.
@@ -637,7 +674,7 @@ struct Batch {
 impl Batch {
     fn new() -> Batch {
         let now = Instant::now();
-        Batch { replies: ReplyBuffer::default(), arrived_at: now, first_at: None, last_at: now }
+        Batch { replies: ReplyBuffer::default(), unsettled: Vec::new(), arrived_at: now, first_at: None, last_at: now }
     }
     /// A reply was added. Returns for how long its request had been there.
     #[inline]

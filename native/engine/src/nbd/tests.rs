@@ -3,8 +3,8 @@ mod drain;
 
 use crate::net::Connection;
 use crate::{
-    Device, DeviceLimits, DeviceSpec, Engine, EngineOptions, LayerSpec, MetaContext, MetaContextKind, NBD_REQUEST_BYTES_MAX, NbdOptions,
-    ReplyForm, ServeEnd, ServeEndReason, ThrottleLimits,
+    BatchLogPlace, Device, DeviceLimits, DeviceSpec, Engine, EngineOptions, LayerSpec, MetaContext, MetaContextKind, NBD_REQUEST_BYTES_MAX,
+    NbdOptions, ReplyForm, ServeEnd, ServeEndReason, ThrottleLimits,
 };
 use atoll_io::{FaultPlan, FaultRule, FaultStore, LayerId, MemoryStore, Store};
 use atoll_map::{FrozenMap, HOLE};
@@ -59,6 +59,10 @@ pub(super) fn world() -> World {
 }
 
 fn world_with(throttle: ThrottleLimits) -> World {
+    world_of(throttle, None)
+}
+
+fn world_of(throttle: ThrottleLimits, batch_log: Option<BatchLogPlace>) -> World {
     let engine = Engine::new(EngineOptions::default()).unwrap();
     let faults = Arc::new(FaultStore::new(Arc::new(MemoryStore::new(u64::MAX, false))));
     let store: Arc<dyn Store> = faults.clone();
@@ -76,7 +80,7 @@ fn world_with(throttle: ThrottleLimits) -> World {
             next: None,
             throttle,
             limits: DeviceLimits::default(),
-            batch_log: None,
+            batch_log,
             on_event: None,
         })
         .unwrap();
@@ -378,6 +382,49 @@ fn many_requests_in_one_packet_are_all_answered() {
     assert_eq!(cookies, (0..300).collect::<Vec<_>>());
     for index in 0..200u64 {
         assert_eq!(client.read(index * 4096, 4096), [index as u8 + 1; 4096]);
+    }
+}
+
+#[test]
+fn writes_that_can_be_kept_neither_by_the_log_nor_by_a_flush_fail_each_on_its_own_among_replies_that_stand() {
+    let nowhere = BatchLogPlace { directory: "/nonexistent/atoll".into(), boot_id: [1; 16] };
+    for form in [ReplyForm::Simple, ReplyForm::Structured, ReplyForm::Extended] {
+        let world = world_of(ThrottleLimits::default(), Some(nowhere.clone()));
+        let mut client = world.connect(|options| options.replies = form);
+        client.write(0, &[1; 4096]);
+        world.fail("append", libc::ENOSPC);
+        // One packet, so that the replies are gathered; at the end a write that needs no owner change, but may overwrite one that
+        // is not kept.
+        let (data, mut bytes) = ([2; 4096], Vec::new());
+        let mut add = |command: u16, cookie: u64, offset: u64, payload: &[u8]| {
+            if form == ReplyForm::Extended {
+                bytes.extend(extended_bytes(command, if command == WRITE { PAYLOAD_LEN } else { 0 }, cookie, offset, 4096));
+            } else {
+                bytes.extend(request_bytes(command, 0, cookie, offset, 4096));
+            }
+            bytes.extend_from_slice(payload);
+        };
+        add(READ, 1, 0, &[]);
+        add(WRITE, 2, 8192, &data);
+        add(READ, 3, 0, &[]);
+        add(WRITE, 4, 16384, &data);
+        add(WRITE, 5, 8192, &data);
+        add(READ, 6, 8192, &[]);
+        client.stream.write_all(&bytes).unwrap();
+        for (cookie, offset, is_read) in
+            [(1, 0, true), (2, 8192, false), (3, 0, true), (4, 16384, false), (5, 8192, false), (6, 8192, true)]
+        {
+            let answer = client.answer_to(offset, is_read.then_some(4096));
+            assert_eq!((answer.cookie, answer.error), (cookie, if is_read { 0 } else { ENOSPC }), "{form:?}");
+        }
+        // What failed is not forgotten, and nobody else suffers from it.
+        assert_eq!(client.call(WRITE, 0, 16384, 4096, &data).error, ENOSPC);
+        client.write(0, &[3; 4096]);
+        assert_eq!(client.call(WRITE, 0, 32768, 4096, &data).error, ENOSPC);
+        client.write(0, &[4; 4096]);
+        world.faults.set_plan(FaultPlan::default());
+        client.write(16384, &data);
+        client.write(32768, &data);
     }
 }
 
