@@ -68,4 +68,6 @@ export interface StatusDocument {
   /** Memory of all maps that are loaded. */
   readonly mapBytes: number
   readonly residentBytes: number
+  /** How reads wait for disks: over io_uring, or on threads, and then why. */
+  readonly waitingReads: { readonly path: 'io_uring' | 'threads'; readonly reason: string | null }
 }

@@ -18,6 +18,7 @@ describe('resolveConfig', () => {
       socketGroup: null,
       publicUrl: null,
       allowPrivateImageSources: false,
+      ioUring: true,
       logLevel: 'info',
       paths: {
         catalog: '/home/catalog.db',

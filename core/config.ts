@@ -75,6 +75,8 @@ const settingsSchema = z.strictObject({
   catalog: z.string().min(1).nullable().prefault(null),
   /** Whether images may be fetched over HTTP from addresses that are not public: loopback, private networks, link-local. */
   allowPrivateImageSources: onOff.prefault('off'),
+  /** Whether reads wait for disks over io_uring where the kernel allows it; off: on threads. */
+  ioUring: onOff.prefault('on'),
   logLevel: z.enum([...logLevels, 'silent']).prefault('info'),
 })
 
@@ -95,6 +97,7 @@ export interface Config {
   socketGroup: string | null
   publicUrl: string | null
   allowPrivateImageSources: boolean
+  ioUring: boolean
   logLevel: z.output<typeof settingsSchema>['logLevel']
   paths: HomePaths
 }

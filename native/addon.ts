@@ -420,6 +420,8 @@ export interface EngineStats {
   connections: number
   /** Why the last eviction of map leaves failed, if it did. */
   evictionError?: string
+  /** Why reads that have to wait do so on threads; absent: the kernel takes them, many at a time, over io_uring. */
+  ringRefused?: string
 }
 
 export interface RawEngine {
@@ -463,7 +465,12 @@ export interface RawOpenedDevice {
 }
 
 interface Addon {
-  Engine: new (pageFile: string | null, cacheBoundBytes: number | null, batchLogDirectory: string | null) => RawEngine
+  Engine: new (
+    pageFile: string | null,
+    cacheBoundBytes: number | null,
+    batchLogDirectory: string | null,
+    withoutIoUring: boolean,
+  ) => RawEngine
   Reach: new () => RawReach
   MapCheck: new (watchedPages: Float64Array, watchedLayers: Float64Array) => RawMapCheck
   constants(): { slotBytes: number; leafBytes: number; mapBytesMax: number; latencyBucketEnds: number[] }

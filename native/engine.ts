@@ -26,6 +26,8 @@ export interface EngineOptions {
    * flushed is there. One engine per directory at a time.
    */
   batchLogDirectory?: string
+  /** Whether reads that have to wait may do so over io_uring; default: where the kernel allows it. */
+  ioUring?: boolean
 }
 
 export interface DeviceEvent {
@@ -70,7 +72,13 @@ export class Engine {
   constructor(options: EngineOptions = {}) {
     const { Engine: RawClass } = addon()
     this.#raw = call(
-      () => new RawClass(options.pageFile ?? null, options.cacheBoundBytes ?? null, options.batchLogDirectory ?? null),
+      () =>
+        new RawClass(
+          options.pageFile ?? null,
+          options.cacheBoundBytes ?? null,
+          options.batchLogDirectory ?? null,
+          options.ioUring === false,
+        ),
     )
   }
 

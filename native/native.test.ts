@@ -90,6 +90,13 @@ describe('the engine', () => {
     await device.close()
     expect(engine.stats()).toMatchObject({ mapBoundBytes: 128 * mebibyte, openDevices: 0 })
   })
+
+  it('says why reads wait on threads', async () => {
+    const without = new Engine({ ioUring: false })
+    expect(without.stats().ringRefused).toBe('it is switched off')
+    await without.close()
+    expect(engine.stats().ringRefused ?? 'the kernel refuses io_uring: ').toMatch(/^the kernel refuses io_uring: /)
+  })
 })
 
 describe('a store', () => {

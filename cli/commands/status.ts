@@ -28,6 +28,7 @@ function statusText(status: StatusDocument): string {
     ['connections', String(status.connections)],
     ...(status.lowSpacePools.length === 0 ? [] : [['low space', status.lowSpacePools.join(', ')] as const]),
     ['running jobs', String(status.runningJobs)],
+    ['waiting reads', [status.waitingReads.path, status.waitingReads.reason].filter((text) => text !== null).join(': ')],
     ['memory', `${formatBytes(status.residentBytes)}, maps ${formatBytes(status.mapBytes)}`],
   ])
 }

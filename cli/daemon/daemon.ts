@@ -93,7 +93,7 @@ async function start(config: Config, log: Logger, cleanup: Cleanup): Promise<Dae
   const catalog = await openCatalog(paths.catalog, { ownerText: `pid ${process.pid}` })
   cleanup.add('catalog', () => catalog.close())
   await mkdir(paths.batchLogs, { recursive: true })
-  const engine = new Engine({ pageFile: paths.pageFile, batchLogDirectory: paths.batchLogs })
+  const engine = new Engine({ pageFile: paths.pageFile, batchLogDirectory: paths.batchLogs, ioUring: config.ioUring })
   cleanup.add('engine', () => engine.close())
   const nbdLog = log.child({ part: 'nbd' })
   // Before the pools are opened: a certificate that cannot be used should not take long to hear of.

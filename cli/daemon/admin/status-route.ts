@@ -6,6 +6,7 @@ import type { AdminContext } from './admin-context.ts'
 export function addStatusRoute(server: FastifyInstance, context: AdminContext): void {
   server.get('/v1/status', async (): Promise<StatusDocument> => {
     const { composer, engine, clock, endpoints, startedAtMs } = context
+    const { mapBytes, ringRefused } = engine.stats()
     return {
       ready: true,
       version,
@@ -13,8 +14,9 @@ export function addStatusRoute(server: FastifyInstance, context: AdminContext): 
       ...endpoints,
       uptimeSeconds: Math.floor((clock.monotonicMs() - startedAtMs) / 1000),
       ...(await composer.status()),
-      mapBytes: engine.stats().mapBytes,
+      mapBytes,
       residentBytes: process.memoryUsage.rss(),
+      waitingReads: { path: ringRefused === undefined ? 'io_uring' : 'threads', reason: ringRefused ?? null },
     }
   })
 }

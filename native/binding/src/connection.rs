@@ -5,7 +5,7 @@ use crate::map::JsFrozenMap;
 use crate::promise::{Settler, rejected};
 use atoll_engine::{
     Connection, Endpoint, Engine, EngineError, Listener, META_CONTEXT_COUNT_MAX, MetaContext, MetaContextKind, NBD_REQUEST_BYTES_MAX,
-    NbdOptions, ReplyForm, Result, ServeEndReason, TlsConfig, spawn_named,
+    NbdOptions, ReadPath, ReplyForm, Result, ServeEndReason, TlsConfig, spawn_named,
 };
 use atoll_map::FrozenMap;
 use napi::bindgen_prelude::{ClassInstance, Env, Object, Uint8Array};
@@ -186,7 +186,8 @@ impl JsConnection {
         request_bytes_max: Option<f64>,
     ) -> napi::Result<Object<'env>> {
         let maps = maps.iter().map(|map| map.as_ref().map(|map| map.map.clone())).collect();
-        let options = to_contexts(ids, kinds, maps).and_then(|contexts| to_options(&replies, contexts, read_only, request_bytes_max));
+        let options = to_contexts(ids, kinds, maps)
+            .and_then(|contexts| to_options(&replies, contexts, read_only, request_bytes_max, device.engine.read_path()));
         let options = match options {
             Ok(options) => options,
             Err(error) => return rejected::<JsServeEnd>(env, error),
@@ -237,7 +238,13 @@ fn to_contexts(ids: Vec<u32>, kinds: Vec<String>, maps: Vec<Option<FrozenMap>>) 
     contexts.collect()
 }
 
-fn to_options(replies: &str, contexts: Vec<MetaContext>, read_only: bool, request_bytes_max: Option<f64>) -> Result<NbdOptions> {
+fn to_options(
+    replies: &str,
+    contexts: Vec<MetaContext>,
+    read_only: bool,
+    request_bytes_max: Option<f64>,
+    read_path: ReadPath,
+) -> Result<NbdOptions> {
     let request_bytes_max = request_bytes_max.map_or(Ok(NBD_REQUEST_BYTES_MAX), |bytes| to_u32("requestBytesMax", bytes))?;
     if request_bytes_max > NBD_REQUEST_BYTES_MAX {
         return Err(EngineError::new("ARGUMENT_INVALID", libc::EINVAL, format!("requestBytesMax is above {NBD_REQUEST_BYTES_MAX}")));
@@ -248,7 +255,7 @@ fn to_options(replies: &str, contexts: Vec<MetaContext>, read_only: bool, reques
         "extended" => ReplyForm::Extended,
         other => return Err(invalid("replies", other, "simple, structured or extended")),
     };
-    Ok(NbdOptions { replies, contexts, read_only, request_bytes_max })
+    Ok(NbdOptions { replies, contexts, read_only, request_bytes_max, read_path })
 }
 
 fn reason_name(reason: ServeEndReason) -> &'static str {

@@ -50,6 +50,7 @@ pub struct JsEngineStats {
     pub open_devices: u32,
     pub connections: u32,
     pub eviction_error: Option<String>,
+    pub ring_refused: Option<String>,
 }
 
 /// A device that was opened, and what opening found.
@@ -119,6 +120,7 @@ impl JsEngine {
         page_file: Option<String>,
         cache_bound_bytes: Option<f64>,
         batch_log_directory: Option<String>,
+        without_io_uring: bool,
     ) -> napi::Result<JsEngine> {
         let engine = guard(|| {
             let cache_bound_bytes = cache_bound_bytes.map(|bytes| to_u64("cacheBoundBytes", bytes)).transpose()?;
@@ -126,6 +128,7 @@ impl JsEngine {
                 page_file: page_file.map(Into::into),
                 cache_bound_bytes,
                 batch_log_directory: batch_log_directory.map(Into::into),
+                without_io_uring,
             })
         })?;
         // The environment owns the engine until it ends, so that the last handle is never dropped by a thread of the engine,
@@ -292,6 +295,7 @@ impl JsEngine {
                 open_devices: stats.open_devices as u32,
                 connections: stats.connections as u32,
                 eviction_error: stats.eviction_error,
+                ring_refused: stats.ring_refused,
             })
         })
     }

@@ -5,10 +5,10 @@
 use crate::net::ConnectionCount;
 use crate::thread::spawn_named;
 use crate::{
-    BatchLogPlace, Connection, ControlPool, Device, DeviceLimits, DeviceSpec, EngineError, LayerSpec, Listener, OpenReport, Result,
-    ThrottleLimits,
+    BatchLogPlace, Connection, ControlPool, Device, DeviceLimits, DeviceSpec, EngineError, LayerSpec, Listener, OpenReport, ReadPath,
+    Result, ThrottleLimits,
 };
-use atoll_io::RawFileStore;
+use atoll_io::{RawFileStore, probe_ring};
 use atoll_map::{FrozenMap, MapCache};
 use parking_lot::{Condvar, Mutex};
 use std::path::{Path, PathBuf};
@@ -41,6 +41,8 @@ pub struct EngineOptions {
     pub cache_bound_bytes: Option<u64>,
     /// A local directory in which open batches outlive the process; `None`: after a kill only what was flushed is there.
     pub batch_log_directory: Option<PathBuf>,
+    /// Reads wait on threads even where the kernel would do it.
+    pub without_io_uring: bool,
 }
 
 /// Gauges of an engine.
@@ -56,6 +58,8 @@ pub struct EngineStats {
     pub connections: usize,
     /// Why the last eviction failed, if it did.
     pub eviction_error: Option<String>,
+    /// Why reads wait on workers, if they do.
+    pub ring_refused: Option<String>,
 }
 
 #[derive(Default)]
@@ -86,6 +90,8 @@ pub struct Engine {
     bulk: ControlPool,
     connection_count: ConnectionCount,
     batch_log: Option<BatchLogPlace>,
+    /// Why reads wait on workers; `None`: they wait in rings. Found out once.
+    ring_refused: Option<String>,
     evictor: Mutex<Option<JoinHandle<()>>>,
     /// Held while the engine is closed, so that a second caller waits for the first.
     closing: Mutex<bool>,
@@ -112,11 +118,20 @@ impl Engine {
             bulk: ControlPool::new("atoll-bulk", BULK_THREAD_COUNT),
             connection_count: ConnectionCount::default(),
             batch_log: options.batch_log_directory.map(BatchLogPlace::here).transpose()?,
+            ring_refused: if options.without_io_uring {
+                Some("it is switched off".to_owned())
+            } else {
+                probe_ring().err().map(|error| format!("the kernel refuses io_uring: {error}"))
+            },
             evictor: Mutex::new(Some(evictor)),
             closing: Mutex::new(false),
         }))
     }
 
+    /// How connections of this engine wait for reads.
+    pub fn read_path(&self) -> ReadPath {
+        if self.ring_refused.is_none() { ReadPath::Ring } else { ReadPath::Workers }
+    }
     /// The memory of maps.
     pub fn cache(&self) -> Arc<MapCache> {
         self.shared.cache.clone()
@@ -248,6 +263,7 @@ impl Engine {
             open_devices,
             connections: self.connection_count.get(),
             eviction_error: registry.eviction_error.clone(),
+            ring_refused: self.ring_refused.clone(),
         }
     }
 

@@ -24,7 +24,7 @@ pub use error::{EngineError, Result};
 pub use latency::{LATENCY_BUCKET_COUNT, Latency, LatencyCounts, latency_bucket_end};
 pub use memory::give_freed_memory_back;
 pub use nbd::{
-    META_CONTEXT_COUNT_MAX, MetaContext, MetaContextKind, NBD_REQUEST_BYTES_MAX, NbdOptions, ReplyForm, ServeEnd, ServeEndReason,
+    META_CONTEXT_COUNT_MAX, MetaContext, MetaContextKind, NBD_REQUEST_BYTES_MAX, NbdOptions, ReadPath, ReplyForm, ServeEnd, ServeEndReason,
 };
 pub use net::{CONNECTION_COUNT_MAX, CONNECTION_READ_BYTES_MAX, Connection, Endpoint, Listener, TlsConfig, TlsPeer};
 pub use thread::spawn_named;

@@ -5,11 +5,13 @@
 //!   memory kind they stay doubtful, so that crash images show them kept, lost and torn.
 //! - A delay comes before the operation, so that it takes effect late; the delay of a sync comes after it, so that a write which
 //!   completes while the sync is under way is not made durable by it.
-//! - Nothing goes round the rules: a layer opened through this store has no raw descriptor.
+//! - Nothing goes round the rules: a layer opened through this store gives no file away, but for reads that a rule makes wait and
+//!   none can hit.
 use crate::error::{layer_object, segment_object};
 use crate::random::Random;
 use crate::{Extent, IoError, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreLock, StoreUsage};
 use parking_lot::Mutex;
+use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +22,8 @@ const SECTOR_BYTES: u64 = 512;
 #[derive(Debug, Clone)]
 pub struct FaultRule {
     /// "read" (layers and segments), "write", "punch", "zero", "sync", "append", "truncate", "segment-sync", "create" and "remove"
-    /// (layers and segments), "open" (layers and segments), "record-read", "record-write".
+    /// (layers and segments), "open" (layers and segments), "record-read", "record-write". A rule for "read-now" makes every read of
+    /// a layer one that has to wait, and nothing else.
     pub operation: String,
     /// Only for this layer (or its journal), if given.
     pub layer: Option<crate::LayerId>,
@@ -273,12 +276,18 @@ impl LayerIo for FaultLayer {
         self.inner.read(offset_bytes, buffers)
     }
 
-    /// What a rule may hit or delay has to be waited for.
+    /// What a rule may hit or delay has to be waited for; with a rule for `read-now` everything has to.
     fn read_now(&self, offset_bytes: u64, buffer: &mut [u8]) -> Result<bool> {
-        if self.faults.has_rule("read") {
+        if self.faults.has_rule("read") || self.faults.has_rule("read-now") {
             return Ok(false);
         }
         self.inner.read_now(offset_bytes, buffer)
+    }
+
+    /// What goes past the rules is handed out only where they ask for nothing but reads that wait.
+    fn ring_file(&self) -> Result<Option<Arc<File>>> {
+        let may_pass = self.faults.has_rule("read-now") && !self.faults.has_rule("read");
+        if may_pass { self.inner.ring_file() } else { Ok(None) }
     }
 
     fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()> {

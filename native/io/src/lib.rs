@@ -9,6 +9,7 @@ mod file;
 mod journal;
 mod memory;
 mod random;
+mod ring;
 mod store;
 
 pub use error::{IoError, IoErrorCode, Result};
@@ -16,4 +17,5 @@ pub use fault::{FaultPlan, FaultRule, FaultStore};
 pub use file::{FileStore, RawFileStore};
 pub use journal::{Delta, Frame, Journal, JournalIdentity, JournalReplay, JournalSummary, SealMark};
 pub use memory::{CrashOptions, MemoryStore};
+pub use ring::{ReadRing, RingRead, RingWaker, probe_ring};
 pub use store::{Extent, LayerEntry, LayerId, LayerIo, OpenMode, SegmentIo, Store, StoreCapabilities, StoreLock, StoreUsage};

@@ -1,6 +1,7 @@
 //! The traits of a store. All methods may be called from any thread at any time unless said otherwise.
 use crate::Result;
 use std::fmt;
+use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 
@@ -197,6 +198,10 @@ pub trait LayerIo: Send + Sync + 'static {
     /// Asks for the range to be at hand soon; it need not be on return, and nothing depends on it. Nothing by default.
     fn prefetch(&self, _offset_bytes: u64, _length_bytes: u64) -> Result<()> {
         Ok(())
+    }
+    /// The file, if the layer is one, for reads of a `ReadRing` at the layer's own offsets.
+    fn ring_file(&self) -> Result<Option<Arc<File>>> {
+        Ok(None)
     }
 }
 

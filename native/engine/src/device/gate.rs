@@ -49,18 +49,32 @@ impl Gate {
     #[inline]
     pub(super) fn enter(&self) -> Result<Pass<'_>, Dead> {
         loop {
-            let state = self.state.load(SeqCst);
-            if state & (CLOSED | DEAD) == 0 {
-                let parity = (state & PARITY) as usize;
-                self.inside[parity].0.fetch_add(1, SeqCst);
-                let pass = Pass { gate: self, parity };
-                if (self.state.load(SeqCst) ^ state) & (PARITY | CLOSED | DEAD) == 0 {
-                    return Ok(pass);
-                }
-                drop(pass);
-            } else {
-                self.wait_outside()?;
+            match self.try_enter()? {
+                Some(pass) => return Ok(pass),
+                None => self.wait_outside()?,
             }
+        }
+    }
+
+    /// As `enter`, but `None` instead of a wait. For who is inside already, on behalf of another request: whoever closed the gate
+    /// waits for that one.
+    #[inline]
+    pub(super) fn try_enter(&self) -> Result<Option<Pass<'_>>, Dead> {
+        loop {
+            let state = self.state.load(SeqCst);
+            if state & DEAD != 0 {
+                return Err(Dead);
+            }
+            if state & CLOSED != 0 {
+                return Ok(None);
+            }
+            let parity = (state & PARITY) as usize;
+            self.inside[parity].0.fetch_add(1, SeqCst);
+            let pass = Pass { gate: self, parity };
+            if (self.state.load(SeqCst) ^ state) & (PARITY | CLOSED | DEAD) == 0 {
+                return Ok(Some(pass));
+            }
+            drop(pass);
         }
     }
 

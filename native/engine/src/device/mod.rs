@@ -24,7 +24,7 @@ mod types;
 mod write;
 
 pub use batch_log::BatchLogPlace;
-pub(crate) use read::PREFETCH_BYTES_MAX;
+pub(crate) use read::{PREFETCH_BYTES_MAX, ReadPlan, StartedRead};
 pub use types::{
     BlockStatus, Checkpoint, DeviceEvent, DeviceLatencies, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec, OpenReport, Served,
     StatusExtent, SwapReport,
@@ -254,10 +254,15 @@ impl Device {
     }
 
     fn enter(&self) -> Result<Pass<'_>> {
-        self.gate.enter().map_err(|_| match self.poison_check() {
+        self.gate.enter().map_err(|_| self.dead_error())
+    }
+
+    /// Why the gate lets nobody in any more.
+    fn dead_error(&self) -> EngineError {
+        match self.poison_check() {
             Err(poisoned) => poisoned,
             Ok(()) => EngineError::new("DEVICE_CLOSED", libc::ESHUTDOWN, "the device is closed"),
-        })
+        }
     }
 
     /// `OUT_OF_RANGE` unless the range lies within the device. Call inside the gate: a shrink changes the size with the gate closed.

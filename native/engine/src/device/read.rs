@@ -1,10 +1,15 @@
 //! Reads. No lock is taken: the gate pass keeps what was looked up from being punched (I5).
+use super::gate::Pass;
 use super::{Device, slots_touched, timed};
 use crate::Result;
+use atoll_io::LayerIo;
 use atoll_map::{HOLE, Run, SLOT_BYTES};
 use std::cell::RefCell;
+use std::fs::File;
 use std::io::IoSliceMut;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 /// Data that one call of `prefetch` asks for (I8).
 pub(crate) const PREFETCH_BYTES_MAX: u64 = 64 << 20;
@@ -25,7 +30,64 @@ pub(super) fn with_runs<T>(body: impl FnOnce(&mut Vec<Run>) -> T) -> T {
     })
 }
 
+/// How a read that has to wait for a backend can go on.
+pub(crate) enum ReadPlan<'a> {
+    /// All of it is one stretch of one file.
+    File(Arc<File>, StartedRead<'a>),
+    /// It has several parts, or its layer is no file: `Device::read` is the way.
+    Otherwise,
+    /// The gate is closed: to be asked again when nothing that this thread started is inside any more.
+    GateClosed,
+}
+
+/// A read that the caller carries out, at the read's own offset of the file that came with it. It is inside the gate until it is dropped, and holds
+/// up a snapshot until then: nothing may be waited for meanwhile but its bytes.
+pub(crate) struct StartedRead<'a> {
+    device: &'a Device,
+    layer: Arc<dyn LayerIo>,
+    started_at: Instant,
+    _pass: Pass<'a>,
+}
+
+impl Drop for StartedRead<'_> {
+    fn drop(&mut self) {
+        self.device.latencies.backend_read.record(self.started_at.elapsed());
+        self.device.counters.backend_reads_running.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Device {
+    /// Begins a read that somebody else carries out. `may_wait`: for the gate; only for a thread that has no read inside.
+    pub(crate) fn plan_read(&self, offset_bytes: u64, length_bytes: u64, may_wait: bool) -> Result<ReadPlan<'_>> {
+        self.unwind_guard("read", || {
+            let pass = if may_wait { Some(self.enter()?) } else { self.gate.try_enter().map_err(|_| self.dead_error())? };
+            let Some(pass) = pass else { return Ok(ReadPlan::GateClosed) };
+            self.check_range(offset_bytes, length_bytes, libc::EINVAL)?;
+            let (start_slot, end_slot) = slots_touched(offset_bytes, length_bytes);
+            let owner = self.map.lookup(start_slot)?;
+            if owner == HOLE || !self.map.is_owned(start_slot, end_slot - start_slot, owner)? {
+                return Ok(ReadPlan::Otherwise);
+            }
+            let layer = self.layers.load().reader(owner)?.clone();
+            let Some(file) = layer.ring_file()? else { return Ok(ReadPlan::Otherwise) };
+            self.counters.backend_reads_running.fetch_add(1, Ordering::Relaxed);
+            Ok(ReadPlan::File(file, StartedRead { device: self, layer, started_at: Instant::now(), _pass: pass }))
+        })
+    }
+
+    /// Ends a read of which `done_bytes` are in `buffer`; `None`: it failed. What is missing (the file ends inside, or the kernel
+    /// stopped half-way) is read here, and so is the error found.
+    pub(crate) fn finish_read(&self, read: StartedRead<'_>, offset_bytes: u64, done_bytes: Option<usize>, buffer: &mut [u8]) -> Result<()> {
+        self.unwind_guard("read", || {
+            if done_bytes != Some(buffer.len()) {
+                read.layer.read(offset_bytes, &mut [IoSliceMut::new(buffer)])?;
+            }
+            self.counters.read_operations.fetch_add(1, Ordering::Relaxed);
+            self.counters.read_bytes.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+            Ok(())
+        })
+    }
+
     /// Fills `buffer`. Any alignment. `OUT_OF_RANGE` past the end. A read that races with a write returns old or new bytes.
     pub fn read(&self, offset_bytes: u64, buffer: &mut [u8]) -> Result<()> {
         self.unwind_guard("read", || {

@@ -1,15 +1,13 @@
 //! Random requests in every form. ATOLL_FUZZ_SEED replays a run, ATOLL_FUZZ_ITERATIONS makes it longer (default 400 per form).
 use super::tests::{
-    BLOCK_STATUS, CACHE, Client, DF, DISC, FAST_ZERO, FLUSH, FUA, NO_HOLE, PAYLOAD_LEN, READ, REQ_ONE, SIZE_BYTES, TRIM, WRITE,
-    WRITE_ZEROES, World, extended_bytes, request_bytes, world,
+    BLOCK_STATUS, CACHE, Client, DF, DISC, FAST_ZERO, FLUSH, FORMS, FUA, NO_HOLE, PAYLOAD_LEN, READ, REQ_ONE, SIZE_BYTES, TRIM, WRITE,
+    WRITE_ZEROES, World, extended_bytes, request_bytes, worlds,
 };
 use super::{MetaContext, MetaContextKind, ReplyForm};
 use atoll_map::{FrozenMap, HOLE};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::time::Duration;
-
-const FORMS: [ReplyForm; 3] = [ReplyForm::Simple, ReplyForm::Structured, ReplyForm::Extended];
 
 /// What the model covers: small, so that requests meet.
 const MODEL_BYTES: usize = 1 << 20;
@@ -73,9 +71,8 @@ fn range(random: &mut Random) -> (u64, u64) {
 #[test]
 fn random_requests_do_what_a_plain_array_does() {
     let seed = seed();
-    for form in FORMS {
+    for (form, world) in FORMS.into_iter().flat_map(|form| worlds().into_iter().map(move |world| (form, world))) {
         let mut random = Random(seed);
-        let world = world();
         let mut client = connect(&world, form);
         let mut model = vec![0u8; MODEL_BYTES];
         for step in 0..iterations() {
@@ -173,9 +170,8 @@ fn stream(random: &mut Random, form: ReplyForm) -> Vec<u8> {
 #[test]
 fn noise_ends_its_own_connection_and_nothing_else() {
     let seed = seed();
-    let world = world();
-    let mut steady = connect(&world, ReplyForm::Extended);
-    for form in FORMS {
+    for (form, world) in FORMS.into_iter().flat_map(|form| worlds().into_iter().map(move |world| (form, world))) {
+        let mut steady = connect(&world, ReplyForm::Extended);
         let mut random = Random(seed ^ form as u64);
         for round in 0..iterations() / 4 {
             let bytes = stream(&mut random, form);

@@ -6,9 +6,9 @@
 //!
 //! Rules:
 //! - One thread reads: a large receive, then every complete request in the buffer, then one send with all replies.
-//!   Requests that may be slow (flush, FUA, long trims and zeroes, reads of what is not at hand, whatever the throttle holds
-//!   back) go to workers of the connection, so that nothing waits behind somebody's fsync or disk. Replies go out in any order,
-//!   each as one piece.
+//!   Requests that may be slow (flush, FUA, long trims and zeroes, whatever the throttle holds back) go to workers of the
+//!   connection, so that nothing waits behind somebody's fsync or disk. Reads of what is not at hand go to the ring of the
+//!   connection where the kernel lets us have one, and to the workers where not. Replies go out in any order, each as one piece.
 //! - A long write goes to the device in pieces while the rest of it still arrives; it is answered once, when all of it is done.
 //! - A reply is sent only when what it says is true: a write when the device has it and has settled it (once for all writes whose
 //!   replies go out together), a flush or FUA when it is durable.
@@ -21,6 +21,7 @@ mod fuzz_tests;
 mod receive;
 mod reply;
 mod request;
+mod ring_reads;
 mod serve;
 #[cfg(test)]
 mod tests;
@@ -67,7 +68,16 @@ pub struct MetaContext {
     pub kind: MetaContextKind,
 }
 
-/// What the negotiation settled.
+/// Who waits for reads of what is not at hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadPath {
+    /// The kernel, many at a time, in an io_uring of the connection.
+    Ring,
+    /// A thread for each.
+    Workers,
+}
+
+/// What the negotiation settled, and how reads wait.
 #[derive(Clone)]
 pub struct NbdOptions {
     /// How replies look. Contexts need chunks.
@@ -78,6 +88,8 @@ pub struct NbdOptions {
     pub read_only: bool,
     /// Longest READ and longest payload; `NBD_REQUEST_BYTES_MAX` unless something smaller was announced.
     pub request_bytes_max: u32,
+    /// Who waits for reads of what is not at hand: `Engine::read_path`.
+    pub read_path: ReadPath,
 }
 
 /// Why a connection stopped serving.

@@ -111,29 +111,25 @@ impl ReplyBuffer {
         may_have_holes: bool,
         read: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let start = self.used;
-        let length = request.length_bytes as usize;
-        if form != ReplyForm::Simple && length == 0 {
+        if form != ReplyForm::Simple && request.length_bytes == 0 {
             self.push_chunk_header(request, form, CHUNK_DONE, TYPE_NONE, 0);
             return Ok(());
         }
-        let header_bytes = match form {
-            ReplyForm::Simple => SIMPLE_HEADER_BYTES,
-            ReplyForm::Structured | ReplyForm::Extended => chunk_header_bytes(form) + OFFSET_BYTES,
-        };
-        let room = self.extend(header_bytes + length);
+        let start = self.used;
+        let header_bytes = read_header_bytes(form);
+        let room = self.extend(header_bytes + request.length_bytes as usize);
         if let Err(error) = read(&mut room[header_bytes..]) {
             self.used = start;
             return Err(error);
         }
-        if form == ReplyForm::Simple {
-            room[..SIMPLE_HEADER_BYTES].copy_from_slice(&simple_header(0, request.cookie));
-        } else if may_have_holes {
-            self.used = start + cut_holes(room, request, form);
-        } else {
-            write_data_header(room, request, form, CHUNK_DONE, request.offset_bytes, length);
-        }
+        self.used = start + complete_read(room, request, form, may_have_holes);
         Ok(())
+    }
+
+    /// As `push_read`, of a reply that was prepared elsewhere: room for `read_header_bytes`, and the data behind it.
+    pub(super) fn push_prepared_read(&mut self, room: &mut [u8], request: &Request, form: ReplyForm, may_have_holes: bool) {
+        let used = complete_read(room, request, form, may_have_holes);
+        self.push(&room[..used]);
     }
 
     /// A chunk of the reply to a BLOCK_STATUS: the status of one context. The last context ends the reply.
@@ -253,6 +249,26 @@ fn cut_holes(room: &mut [u8], request: &Request, form: ReplyForm) -> usize {
 /// Whether the next block of `left` remaining bytes is a whole one and zero.
 fn is_zero_block(bytes: &[u8], left: usize) -> bool {
     left >= HOLE_BYTES_MIN && crate::copy::is_zero(&bytes[..HOLE_BYTES_MIN])
+}
+
+/// Bytes in front of the data in the reply to a READ that is not empty.
+pub(super) fn read_header_bytes(form: ReplyForm) -> usize {
+    match form {
+        ReplyForm::Simple => SIMPLE_HEADER_BYTES,
+        ReplyForm::Structured | ReplyForm::Extended => chunk_header_bytes(form) + OFFSET_BYTES,
+    }
+}
+
+/// Makes a reply of room for a header and the data behind it; returns the bytes used.
+fn complete_read(room: &mut [u8], request: &Request, form: ReplyForm, may_have_holes: bool) -> usize {
+    if form == ReplyForm::Simple {
+        room[..SIMPLE_HEADER_BYTES].copy_from_slice(&simple_header(0, request.cookie));
+    } else if may_have_holes {
+        return cut_holes(room, request, form);
+    } else {
+        write_data_header(room, request, form, CHUNK_DONE, request.offset_bytes, request.length_bytes as usize);
+    }
+    room.len()
 }
 
 /// Length of what `push_success` appends.

@@ -5,8 +5,9 @@ use super::request::{
     COMPACT_HEADER_BYTES, Command, EXTENDED_HEADER_BYTES, FLAG_DF, FLAG_FAST_ZERO, FLAG_FUA, FLAG_NO_HOLE, FLAG_PAYLOAD_LEN, FLAG_REQ_ONE,
     NbdErrno, Permissions, Refusal, Request,
 };
+use super::ring_reads::{CloseReadsOnDrop, RING_READ_BYTES_MAX, RingReads};
 use super::workers::{CloseOnDrop, Job, WorkQueue};
-use super::{MetaContextKind, NbdOptions, ReplyForm, ServeEnd, ServeEndReason};
+use super::{MetaContextKind, NbdOptions, ReadPath, ReplyForm, ServeEnd, ServeEndReason};
 use crate::device::PREFETCH_BYTES_MAX;
 use crate::net::Socket;
 use crate::{Admission, Device, EngineError, Result, Served, StatusExtent};
@@ -127,6 +128,7 @@ pub(crate) fn serve(socket: &Socket, device: &Device, options: NbdOptions, contr
         options,
         control,
         queue: WorkQueue::default(),
+        ring_reads: RingReads::default(),
         sending: Mutex::new(()),
         send_failed: AtomicBool::new(false),
         device_is_gone: AtomicBool::new(false),
@@ -135,6 +137,7 @@ pub(crate) fn serve(socket: &Socket, device: &Device, options: NbdOptions, contr
     // Workers inherit the blocked signals of this thread and are joined at the end of the scope.
     std::thread::scope(|scope| {
         let _close = CloseOnDrop(&session.queue);
+        let _close_reads = CloseReadsOnDrop(&session.ring_reads);
         let end = session.run(scope);
         if end.reason != ServeEndReason::Disconnect {
             session.client_is_gone.store(true, Ordering::Release);
@@ -143,14 +146,15 @@ pub(crate) fn serve(socket: &Socket, device: &Device, options: NbdOptions, contr
     })
 }
 
-struct Session<'a> {
+pub(super) struct Session<'a> {
     socket: &'a Socket,
-    device: &'a Device,
-    options: NbdOptions,
+    pub(super) device: &'a Device,
+    pub(super) options: NbdOptions,
     control: &'a ServeControl,
     queue: WorkQueue,
+    pub(super) ring_reads: RingReads,
     /// Held while a batch or a single reply is sent: each goes out as one piece.
-    sending: Mutex<()>,
+    pub(super) sending: Mutex<()>,
     send_failed: AtomicBool,
     /// The device answered that it is closed: nothing more is read.
     device_is_gone: AtomicBool,
@@ -329,9 +333,43 @@ impl<'a> Session<'a> {
         if !self.queue.has_room(held_bytes) {
             self.send_batch(batch)?;
         }
+        self.queue.take_room(held_bytes);
         self.control.in_flight.fetch_add(1, Ordering::AcqRel);
         self.device.note_waiting(true);
-        let job = Job { request: *request, payload: payload.into_vec(), held_bytes, is_throttled, arrived_at: batch.arrived_at };
+        if !is_throttled && self.goes_to_ring(scope, request) {
+            // Handed over with all others of the batch.
+            batch.ring_reads.push((*request, batch.arrived_at));
+        } else {
+            let job = Job { request: *request, payload: payload.into_vec(), held_bytes, is_throttled, arrived_at: batch.arrived_at };
+            self.submit(scope, job);
+        }
+        Ok(Next::Continue)
+    }
+
+    /// Whether this is a read for the ring; starts its thread at the first one.
+    fn goes_to_ring<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, request: &Request) -> bool {
+        if self.options.read_path != ReadPath::Ring || request.command != Command::Read || request.length_bytes > RING_READ_BYTES_MAX {
+            return false;
+        }
+        *self.ring_reads.is_started.get_or_init(|| {
+            let body = move || {
+                if catch_unwind(AssertUnwindSafe(|| self.serve_reads(scope))).is_err() {
+                    self.fail();
+                    self.queue.give_up();
+                }
+            };
+            std::thread::Builder::new().name("atoll-nbd-ring".to_owned()).spawn_scoped(scope, body).is_ok()
+        })
+    }
+
+    /// A read that the ring cannot do, and when it was received.
+    pub(super) fn pass_on<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, (request, arrived_at): (Request, Instant)) {
+        let held_bytes = request.length_bytes as usize;
+        self.submit(scope, Job { request, payload: Vec::new(), held_bytes, is_throttled: false, arrived_at });
+    }
+
+    /// Gives a worker a job that room was taken for.
+    fn submit<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, job: Job) {
         if self.queue.submit(job) {
             let started = std::thread::Builder::new().name("atoll-nbd-work".to_owned()).spawn_scoped(scope, || self.work());
             // Without any thread to be had the request is done here: slower, but done.
@@ -340,14 +378,14 @@ impl<'a> Session<'a> {
             {
                 let mut replies = ReplyBuffer::default();
                 self.perform(&job, &mut replies);
-                self.finished(&job);
+                self.finished(job.held_bytes);
             }
         }
-        Ok(Next::Continue)
     }
 
-    fn finished(&self, job: &Job) {
-        self.queue.finished(job.held_bytes);
+    /// A request that room was taken for is answered.
+    pub(super) fn finished(&self, held_bytes: usize) {
+        self.queue.finished(held_bytes);
         self.device.note_waiting(false);
         self.control.in_flight.fetch_sub(1, Ordering::AcqRel);
     }
@@ -439,7 +477,7 @@ impl<'a> Session<'a> {
     }
 
     #[inline]
-    fn note_served(&self, request: &Request, took: Duration) {
+    pub(super) fn note_served(&self, request: &Request, took: Duration) {
         let what = match request.command {
             Command::Read => Served::Read,
             Command::Write => Served::Write,
@@ -472,7 +510,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn push_failure(&self, request: &Request, error: &EngineError, replies: &mut ReplyBuffer) {
+    pub(super) fn push_failure(&self, request: &Request, error: &EngineError, replies: &mut ReplyBuffer) {
         if error.errno == libc::ESHUTDOWN {
             self.device_is_gone.store(true, Ordering::Release);
             // Wakes the reading thread; the answer still goes out.
@@ -590,7 +628,7 @@ impl<'a> Session<'a> {
                 self.fail();
                 replies = ReplyBuffer::default();
             }
-            self.finished(&job);
+            self.finished(job.held_bytes);
         }
     }
 
@@ -611,6 +649,9 @@ impl<'a> Session<'a> {
     }
 
     fn send_batch(&self, batch: &mut Batch) -> std::result::Result<(), ServeEnd> {
+        if !batch.ring_reads.is_empty() {
+            self.ring_reads.submit(&mut batch.ring_reads);
+        }
         if batch.replies.is_empty() {
             return Ok(());
         }
@@ -629,8 +670,17 @@ impl<'a> Session<'a> {
         self.socket.send_all(bytes).inspect_err(|_| self.fail())
     }
 
+    /// Sends a part of a piece, the caller holds `sending`: what goes without a wait, or all of it.
+    pub(super) fn send_part(&self, bytes: &[u8], may_wait: bool) -> io::Result<usize> {
+        if self.send_failed.load(Ordering::Acquire) {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let sent = if may_wait { self.socket.send_all(bytes).map(|()| bytes.len()) } else { self.socket.send_without_wait(bytes) };
+        sent.inspect_err(|_| self.fail())
+    }
+
     /// Half a reply may be out, or one will never come: only the end of the connection is honest now.
-    fn fail(&self) {
+    pub(super) fn fail(&self) {
         self.send_failed.store(true, Ordering::Release);
         self.socket.shutdown();
     }
@@ -664,6 +714,8 @@ struct Batch {
     replies: ReplyBuffer,
     /// Where in them a write is called done that the device has not settled yet, and which.
     unsettled: Vec<(usize, Request)>,
+    /// Reads for the ring that are not handed over yet, and when they were received.
+    ring_reads: Vec<(Request, Instant)>,
     /// When the requests that are looked at now were received.
     arrived_at: Instant,
     /// When the first and the last reply were added.
@@ -674,7 +726,14 @@ struct Batch {
 impl Batch {
     fn new() -> Batch {
         let now = Instant::now();
-        Batch { replies: ReplyBuffer::default(), unsettled: Vec::new(), arrived_at: now, first_at: None, last_at: now }
+        Batch {
+            replies: ReplyBuffer::default(),
+            unsettled: Vec::new(),
+            ring_reads: Vec::new(),
+            arrived_at: now,
+            first_at: None,
+            last_at: now,
+        }
     }
     /// A reply was added. Returns for how long its request had been there.
     #[inline]

@@ -4,14 +4,15 @@ mod drain;
 use crate::net::Connection;
 use crate::{
     BatchLogPlace, Device, DeviceLimits, DeviceSpec, Engine, EngineOptions, LayerSpec, MetaContext, MetaContextKind, NBD_REQUEST_BYTES_MAX,
-    NbdOptions, ReplyForm, ServeEnd, ServeEndReason, ThrottleLimits,
+    NbdOptions, ReadPath, ReplyForm, ServeEnd, ServeEndReason, ThrottleLimits,
 };
-use atoll_io::{FaultPlan, FaultRule, FaultStore, LayerId, MemoryStore, Store};
+use atoll_io::{FaultPlan, FaultRule, FaultStore, FileStore, LayerId, MemoryStore, Store};
 use atoll_map::{FrozenMap, HOLE};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 pub(super) const READ: u16 = 0;
 pub(super) const WRITE: u16 = 1;
@@ -38,11 +39,14 @@ const ESHUTDOWN: u32 = 108;
 
 pub(super) const SIZE_BYTES: u64 = 64 << 20;
 
+pub(super) const FORMS: [ReplyForm; 3] = [ReplyForm::Simple, ReplyForm::Structured, ReplyForm::Extended];
+
 /// An engine with one device of 64 MiB on a store that fails when told to, and a listener.
 pub(super) struct World {
     pub(super) engine: Arc<Engine>,
     pub(super) faults: Arc<FaultStore>,
     pub(super) device: Arc<Device>,
+    pub(super) read_path: ReadPath,
     listener: Arc<crate::Listener>,
     directory: std::path::PathBuf,
 }
@@ -59,12 +63,39 @@ pub(super) fn world() -> World {
 }
 
 fn world_with(throttle: ThrottleLimits) -> World {
-    world_of(throttle, None)
+    world_of(throttle, None, None)
 }
 
-fn world_of(throttle: ThrottleLimits, batch_log: Option<BatchLogPlace>) -> World {
+/// One world of each kind: in memory, where every read is answered at once; and on files, where every read has to wait, for a
+/// worker or for the kernel.
+pub(super) fn worlds() -> Vec<World> {
+    let mut worlds = vec![world()];
+    for read_path in [ReadPath::Workers, ReadPath::Ring] {
+        if let (ReadPath::Ring, Err(error)) = (read_path, atoll_io::probe_ring()) {
+            println!("without a ring: this kernel has no io_uring for us: {error}");
+            continue;
+        }
+        let world = world_of(ThrottleLimits::default(), None, Some(read_path));
+        world.inject(rule("read-now"));
+        worlds.push(world);
+    }
+    worlds
+}
+
+/// `files`: how reads wait on a store of files; `None`: in memory.
+fn world_of(throttle: ThrottleLimits, batch_log: Option<BatchLogPlace>, files: Option<ReadPath>) -> World {
+    let mut template = std::env::temp_dir().join("atoll-nbd-XXXXXX").into_os_string().into_encoded_bytes();
+    template.push(0);
+    // SAFETY: the template is writable, ends with a zero byte and outlives the call.
+    assert!(!unsafe { libc::mkdtemp(template.as_mut_ptr().cast()) }.is_null());
+    template.pop();
+    let directory = std::path::PathBuf::from(String::from_utf8(template).unwrap());
+    let inner: Arc<dyn Store> = match files {
+        None => Arc::new(MemoryStore::new(u64::MAX, false)),
+        Some(_) => Arc::new(FileStore::open(&directory.join("pool"), true, 0).unwrap()),
+    };
     let engine = Engine::new(EngineOptions::default()).unwrap();
-    let faults = Arc::new(FaultStore::new(Arc::new(MemoryStore::new(u64::MAX, false))));
+    let faults = Arc::new(FaultStore::new(inner));
     let store: Arc<dyn Store> = faults.clone();
     let layer = |alias: u8| LayerId([alias; 16]);
     store.create_layer(layer(1)).unwrap();
@@ -84,14 +115,8 @@ fn world_of(throttle: ThrottleLimits, batch_log: Option<BatchLogPlace>) -> World
             on_event: None,
         })
         .unwrap();
-    let mut template = std::env::temp_dir().join("atoll-nbd-XXXXXX").into_os_string().into_encoded_bytes();
-    template.push(0);
-    // SAFETY: the template is writable, ends with a zero byte and outlives the call.
-    assert!(!unsafe { libc::mkdtemp(template.as_mut_ptr().cast()) }.is_null());
-    template.pop();
-    let directory = std::path::PathBuf::from(String::from_utf8(template).unwrap());
     let listener = engine.listen_unix(&directory.join("nbd.sock"), 0o600, None, None).unwrap();
-    World { engine, faults, device, listener, directory }
+    World { engine, faults, device, read_path: files.unwrap_or(ReadPath::Workers), listener, directory }
 }
 
 impl World {
@@ -101,6 +126,7 @@ impl World {
             contexts: vec![MetaContext { id: 1, kind: MetaContextKind::Allocation }],
             read_only: false,
             request_bytes_max: NBD_REQUEST_BYTES_MAX,
+            read_path: self.read_path,
         };
         change(&mut options);
         let stream = UnixStream::connect(self.directory.join("nbd.sock")).unwrap();
@@ -311,6 +337,15 @@ impl Client {
         }
     }
 
+    /// Reads one reply to a READ with DF, whichever read of this length it answers.
+    fn answer_to_any(&mut self, length: usize) -> Answer {
+        assert_eq!((self.take_u32(), self.take_u16(), self.take_u16()), (0x668e_33ef, 1, 1));
+        let cookie = self.take_u64();
+        assert_eq!(self.take_u32() as usize, length + 8);
+        self.take_u64();
+        Answer { cookie, data: self.take(length), ..Answer::default() }
+    }
+
     /// Reads one reply; `read` is (offset, length) if it answers a READ.
     fn answer(&mut self, read: Option<(u64, usize)>) -> Answer {
         self.answer_to(read.map_or(0, |(offset, _)| offset), read.map(|(_, length)| length))
@@ -345,8 +380,7 @@ impl Client {
 
 #[test]
 fn what_is_written_is_read_back_at_any_alignment_with_every_kind_of_reply() {
-    let world = world();
-    for form in [ReplyForm::Simple, ReplyForm::Structured, ReplyForm::Extended] {
+    for (world, form) in worlds().iter().flat_map(|world| FORMS.map(|form| (world, form))) {
         let mut client = world.connect(|options| options.replies = form);
         for (index, length) in [1usize, 512, 4096, 5000, 65_536, 262_144, 262_145, 1 << 20, 32 << 20].into_iter().enumerate() {
             let payload: Vec<u8> = (0..length).map(|at| (at * 7 + index + 1) as u8).collect();
@@ -389,7 +423,7 @@ fn many_requests_in_one_packet_are_all_answered() {
 fn writes_that_can_be_kept_neither_by_the_log_nor_by_a_flush_fail_each_on_its_own_among_replies_that_stand() {
     let nowhere = BatchLogPlace { directory: "/nonexistent/atoll".into(), boot_id: [1; 16] };
     for form in [ReplyForm::Simple, ReplyForm::Structured, ReplyForm::Extended] {
-        let world = world_of(ThrottleLimits::default(), Some(nowhere.clone()));
+        let world = world_of(ThrottleLimits::default(), Some(nowhere.clone()), None);
         let mut client = world.connect(|options| options.replies = form);
         client.write(0, &[1; 4096]);
         world.fail("append", libc::ENOSPC);
@@ -797,6 +831,62 @@ fn a_read_that_waits_for_its_disk_does_not_hold_up_others_and_reads_wait_side_by
     let mut late: Vec<(u64, Vec<u8>)> = (0..2).map(|_| client.answer(Some((0, 8192)))).map(|answer| (answer.cookie, answer.data)).collect();
     late.sort();
     assert_eq!(late, [(1, vec![1; 8192]), (2, vec![2; 8192])]);
+}
+
+/// The ring's thread must not wait for the client while the kernel has reads of it: a snapshot waits for those.
+#[test]
+fn a_client_that_takes_no_answers_holds_up_no_snapshot() {
+    for world in worlds() {
+        let mut client = world.connect(|_| {});
+        let data = vec![5; 8 << 20];
+        client.write(0, &data);
+        // Far more than the sockets hold.
+        let bytes: Vec<u8> = (0..120u64).flat_map(|index| request_bytes(READ, DF, index, index * 65_536, 262_144)).collect();
+        client.stream.write_all(&bytes).unwrap();
+        let mut other = world.connect(|_| {});
+        for index in 0..50 {
+            // What a snapshot does first.
+            world.device.read_barrier();
+            other.write((index % 3) * 4096, &[5; 4096]);
+        }
+        let mut cookies: Vec<u64> = (0..120)
+            .map(|_| {
+                // The cookie comes before the data: which read it answers is found out from it.
+                let answer = client.answer_to_any(262_144);
+                assert!(answer.data == data[..262_144]);
+                answer.cookie
+            })
+            .collect();
+        cookies.sort_unstable();
+        assert_eq!(cookies, (0..120).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_snapshot_between_reads_that_wait_takes_its_turn() {
+    for world in worlds() {
+        let mut client = world.connect(|_| {});
+        client.write(0, &[6; 1 << 20]);
+        let store: Arc<dyn Store> = world.faults.clone();
+        let next = LayerSpec { alias: 2, id: LayerId([2; 16]), store };
+        next.store.create_layer(next.id).unwrap();
+        let mut swapping = None;
+        for round in 0..60u64 {
+            let bytes: Vec<u8> = (0..64u64).flat_map(|index| request_bytes(READ, DF, index, (index + round) * 4096, 4096)).collect();
+            client.stream.write_all(&bytes).unwrap();
+            if round == 20 {
+                let (device, next) = (world.device.clone(), next.clone());
+                swapping = Some(std::thread::spawn(move || Device::swap(&[(device, next)], Duration::from_secs(30)).map(drop)));
+            }
+            for _ in 0..64 {
+                assert_eq!(client.answer_to_any(4096).data, [6; 4096]);
+            }
+        }
+        swapping.unwrap().join().unwrap().unwrap();
+        // Parts of two layers.
+        client.write(8192, &[7; 4096]);
+        assert_eq!(client.read(4096, 12_288), [[6; 4096], [7; 4096], [6; 4096]].concat());
+    }
 }
 
 #[test]

@@ -10,8 +10,8 @@ pub(super) const QUEUED_REQUESTS_MAX: usize = 128;
 /// Bytes that requests on workers may hold, payloads and what is read; a single larger one may run alone (I8).
 pub(super) const QUEUED_PAYLOAD_BYTES_MAX: usize = 64 << 20;
 
-/// Worker threads of one connection, started as they are needed: reads that wait for a disk which does several at a time. (Syncs of
-/// one device mostly share each other's work.)
+/// Worker threads of one connection, started as they are needed. (Syncs of one device mostly share each other's work; most reads
+/// that wait for a disk are the ring's where there is one.)
 pub(super) const WORKER_COUNT_MAX: usize = 16;
 
 /// A request on its way to a worker.
@@ -36,11 +36,14 @@ struct State {
     idle_count: usize,
     worker_count: usize,
     is_closed: bool,
+    /// Requests will never be finished: nobody waits for them.
+    is_given_up: bool,
 }
 
 impl State {
     fn has_room(&self, payload_bytes: usize) -> bool {
         self.in_flight_count == 0
+            || self.is_given_up
             || (self.in_flight_count < QUEUED_REQUESTS_MAX && self.in_flight_bytes + payload_bytes <= QUEUED_PAYLOAD_BYTES_MAX)
     }
 }
@@ -59,15 +62,20 @@ impl WorkQueue {
         self.state.lock().has_room(payload_bytes)
     }
 
-    /// Queues a job, waiting for room. True: nobody is free for it and another worker may be started; call
-    /// `worker_started` or `worker_missing` then.
-    pub(super) fn submit(&self, job: Job) -> bool {
+    /// Takes room for a request that holds so many bytes, waiting for it; `finished` gives it back.
+    pub(super) fn take_room(&self, held_bytes: usize) {
         let mut state = self.state.lock();
-        while !state.has_room(job.held_bytes) {
+        while !state.has_room(held_bytes) {
             self.room.wait(&mut state);
         }
         state.in_flight_count += 1;
-        state.in_flight_bytes += job.held_bytes;
+        state.in_flight_bytes += held_bytes;
+    }
+
+    /// Queues a job that room was taken for. True: nobody is free for it and another worker may be started; call `worker_missing`
+    /// if that fails.
+    pub(super) fn submit(&self, job: Job) -> bool {
+        let mut state = self.state.lock();
         state.jobs.push_back(job);
         let wants_worker = state.jobs.len() > state.idle_count && state.worker_count < WORKER_COUNT_MAX;
         if wants_worker {
@@ -113,6 +121,12 @@ impl WorkQueue {
         self.room.notify_one();
     }
 
+    /// The connection is broken, and some of what room was taken for is lost: nobody waits for room any more.
+    pub(super) fn give_up(&self) {
+        self.state.lock().is_given_up = true;
+        self.room.notify_all();
+    }
+
     /// Nothing more is submitted; workers end when the queue is empty.
     pub(super) fn close(&self) {
         self.state.lock().is_closed = true;
@@ -147,20 +161,25 @@ mod tests {
         Job { request, payload: vec![0; payload_bytes], held_bytes: payload_bytes, is_throttled: false, arrived_at: Instant::now() }
     }
 
+    fn submit(queue: &WorkQueue, job: Job) -> bool {
+        queue.take_room(job.held_bytes);
+        queue.submit(job)
+    }
+
     #[test]
     fn requests_and_payload_bytes_are_bounded_but_one_large_request_may_run_alone() {
         let queue = WorkQueue::default();
         assert!(queue.has_room(QUEUED_PAYLOAD_BYTES_MAX * 2));
         for _ in 0..QUEUED_REQUESTS_MAX {
             assert!(queue.has_room(0));
-            queue.submit(job(0));
+            submit(&queue, job(0));
         }
         assert!(!queue.has_room(0));
         queue.next().unwrap();
         queue.finished(0);
         assert!(queue.has_room(0));
         assert!(!queue.has_room(QUEUED_PAYLOAD_BYTES_MAX + 1));
-        queue.submit(job(100));
+        submit(&queue, job(100));
         queue.next().unwrap();
         assert!(!queue.has_room(0));
         queue.finished(0);
@@ -171,20 +190,20 @@ mod tests {
     #[test]
     fn workers_are_asked_for_up_to_the_bound_and_a_job_without_any_comes_back() {
         let queue = WorkQueue::default();
-        assert!(queue.submit(job(1)));
+        assert!(submit(&queue, job(1)));
         assert_eq!(queue.worker_missing().map(|job| job.payload.len()), Some(1));
         queue.finished(1);
         for _ in 0..WORKER_COUNT_MAX {
-            assert!(queue.submit(job(0)));
+            assert!(submit(&queue, job(0)));
         }
-        assert!(!queue.submit(job(0)));
+        assert!(!submit(&queue, job(0)));
         assert!(queue.worker_missing().is_none(), "others will get to it");
     }
 
     #[test]
     fn a_closed_queue_is_emptied_before_the_workers_end() {
         let queue = WorkQueue::default();
-        queue.submit(job(0));
+        submit(&queue, job(0));
         queue.close();
         assert!(queue.next().is_some());
         assert!(queue.next().is_none());

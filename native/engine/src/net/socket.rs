@@ -117,6 +117,17 @@ impl Socket {
         }
     }
 
+    /// Sends what the kernel takes without a wait, which may be nothing. Through TLS that is never known, so nothing is sent.
+    pub(crate) fn send_without_wait(&self, bytes: &[u8]) -> io::Result<usize> {
+        if self.tls.get().is_some() {
+            return Ok(0);
+        }
+        match self.raw.send_some(bytes, libc::MSG_DONTWAIT) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(0),
+            sent => sent,
+        }
+    }
+
     /// Ends both directions: whoever reads or writes comes back at once, the peer sees the end. Does not wait for anything.
     pub(crate) fn shutdown(&self) {
         if let Some(tls) = self.tls.get() {

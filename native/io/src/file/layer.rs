@@ -22,7 +22,7 @@ const BLOCK_BYTES: u64 = 4096;
 /// What a layer is read and written through.
 pub(super) enum LayerFile {
     /// Open as long as the layer is.
-    Held(File),
+    Held(Arc<File>),
     /// Open when it is used.
     Read(Arc<ReadFile>),
 }
@@ -200,6 +200,13 @@ impl LayerIo for FileLayer {
 
     fn drop_cache(&self) -> Result<()> {
         self.with(system::drop_cache).map_err(|error| self.error("drop-cache", 0, &error))
+    }
+
+    fn ring_file(&self) -> Result<Option<Arc<File>>> {
+        match &self.file {
+            LayerFile::Held(file) => Ok(Some(file.clone())),
+            LayerFile::Read(file) => file.shared().map(Some).map_err(|error| self.error("open", 0, &error)),
+        }
     }
 
     fn prefetch(&self, offset_bytes: u64, length_bytes: u64) -> Result<()> {

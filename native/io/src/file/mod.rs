@@ -137,9 +137,12 @@ impl Store for FileStore {
         let path = self.layer_path(id);
         let opened = match mode {
             OpenMode::ReadOnly => ReadFile::open(&path).map(LayerFile::Read),
-            OpenMode::ReadWrite => {
-                OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(&path).map(LayerFile::Held)
-            }
+            OpenMode::ReadWrite => OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags(libc::O_NOFOLLOW)
+                .open(&path)
+                .map(|file| LayerFile::Held(Arc::new(file))),
         };
         let file = opened.map_err(|error| path_error("open", &path, &error))?;
         Ok(Arc::new(FileLayer::new(file, path.display().to_string(), mode == OpenMode::ReadWrite, self.can_punch)))
@@ -397,7 +400,7 @@ fn parse_segment_name(name: &str) -> Option<(LayerId, u64)> {
 }
 
 /// A file in the folder that no name leads to.
-fn unnamed_file(folder: &Path) -> std::io::Result<File> {
+pub(crate) fn unnamed_file(folder: &Path) -> std::io::Result<File> {
     let unnamed = OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(folder);
     match unnamed {
         Err(error) if system::is_unsupported(&error) || error.raw_os_error() == Some(libc::EISDIR) => {

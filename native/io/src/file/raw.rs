@@ -62,7 +62,7 @@ impl Store for RawFileStore {
             return Err(IoError::from_errno("open", &self.path, 0, libc::ENOENT));
         }
         let file = self.file.try_clone().map_err(|error| IoError::from_system("open", &self.path, 0, &error))?;
-        Ok(Arc::new(FileLayer::new(LayerFile::Held(file), self.path.clone(), false, false)))
+        Ok(Arc::new(FileLayer::new(LayerFile::Held(Arc::new(file)), self.path.clone(), false, false)))
     }
 
     fn remove_layer(&self, _id: LayerId) -> Result<()> {

@@ -34,6 +34,15 @@ impl ReadFile {
         OPEN.open(path)
     }
 
+    /// The open file, which stays open until the last of its owners is gone.
+    pub(super) fn shared(self: &Arc<Self>) -> Result<Arc<File>> {
+        if let Some(file) = self.file.load_full() {
+            self.is_used.store(true, Ordering::Relaxed);
+            return Ok(file);
+        }
+        OPEN.reopen(self)
+    }
+
     /// Runs `operation` on the open file.
     #[inline]
     pub(super) fn with<T>(self: &Arc<Self>, operation: impl FnOnce(&File) -> Result<T>) -> Result<T> {
