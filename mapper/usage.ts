@@ -30,6 +30,10 @@ export function isMapUnreadable(error: unknown): boolean {
 const tableBytesMax = 512 * 1024 * 1024
 /** Pages of up to 48 KiB that are fetched in one turn of the event loop. */
 const pagesAtOnce = 32
+/** Rows read in one turn of the event loop. */
+const rowsAtOnce = 4000
+/** How often all rows are read in pieces before they are read in one. */
+const attemptsMax = 3
 /** Layers that one native call looks at. */
 const layersAtOnce = 256
 
@@ -51,9 +55,16 @@ export class Usage {
   /** Pools that were open when the table was begun: what lies in others counts as empty. */
   #openPools = ''
   #isOutgrown = false
+  #keysByPool = new Map<string, number[]>()
+  #commitCount = 0
+  /** The state of the catalog that the table is as of. */
+  #commitsSeen = -1
 
   constructor(context: MapperContext) {
     this.#context = context
+    context.catalog.onCommit(() => {
+      this.#commitCount += 1
+    })
   }
 
   /**
@@ -78,27 +89,21 @@ export class Usage {
 
   /** Bytes that the resources of a pool refer to, each counted for itself: what they would take without sharing. */
   async logicalBytes(poolId: string): Promise<number | null> {
-    return await this.#asked(async (table, rows) => {
+    return await this.#asked(async (table) => {
       if (table === null) return null
-      const keys = rows.filter((row) => row.home_pool_id === poolId).map((row) => this.#keys.get(row.id) ?? 0)
-      const totals = await table.totals(Float64Array.from(keys))
+      const totals = await table.totals(Float64Array.from(this.#keysByPool.get(poolId) ?? []))
       // Those whose map cannot be read must not hide what the others take.
       const sealedBytes = totals.reduce((sum, bytes) => sum + Math.max(0, bytes), 0)
       return sealedBytes + (await this.#activeBytes({ poolId }))
     })
   }
 
-  async #asked<T>(fn: (table: UsageTable | null, rows: readonly RootRow[]) => Promise<T>): Promise<T> {
+  async #asked<T>(fn: (table: UsageTable | null) => Promise<T>): Promise<T> {
     return await this.#oneAtATime.run(async () => {
+      if (this.#isOutgrown) return await fn(null)
       return await this.#context.pins.run(async () => {
-        const rows = await this.#context.catalog.db
-          .selectFrom('resources')
-          .select(['id', 'volume_id', 'root_word', 'root_crc', 'home_pool_id'])
-          .execute()
-        if (this.#isOutgrown) return await fn(null, rows)
         try {
-          const table = await this.#refresh(rows)
-          return await fn(table, rows)
+          return await fn(await this.#refresh())
         } catch (error) {
           // Whatever went wrong half-way: the next call begins anew.
           if (!isMapUnreadable(error)) this.#table = null
@@ -108,19 +113,22 @@ export class Usage {
     })
   }
 
-  /** Brings the table up to the roots given; null if it has become too large. */
-  async #refresh(rows: readonly RootRow[]): Promise<UsageTable | null> {
+  /** Brings the table up to the roots of now; null if it has become too large. */
+  async #refresh(): Promise<UsageTable | null> {
     const { catalog, engine, log, pools } = this.#context
     const openPools = pools.openIds().toSorted().join()
     if (this.#table === null || openPools !== this.#openPools) {
       this.#table = engine.usage()
       this.#openPools = openPools
+      this.#commitsSeen = -1
     }
     const table = this.#table
+    if (this.#commitsSeen === this.#commitCount) return table
+    const { rows, commitCount } = await this.#roots()
     const active = await catalog.db.selectFrom('layers').select('alias').where('state', '=', 'active').execute()
     await nextTurn()
     await table.setRoots(
-      this.#rootsOf(rows),
+      this.#name(rows),
       Uint32Array.from(active, (layer) => layer.alias),
     )
     for (;;) {
@@ -139,13 +147,35 @@ export class Usage {
       return null
     }
     await this.#scanLayers(table)
+    this.#commitsSeen = commitCount
     return table
   }
 
-  #rootsOf(rows: readonly RootRow[]) {
+  /** All roots, of one state of the catalog. */
+  async #roots(): Promise<{ rows: RootRow[]; commitCount: number }> {
+    const { db } = this.#context.catalog
+    const query = db.selectFrom('resources').select(['id', 'volume_id', 'root_word', 'root_crc', 'home_pool_id']).orderBy('id')
+    for (let attempt = 0; attempt < attemptsMax; attempt += 1) {
+      const commitCount = this.#commitCount
+      const rows: RootRow[] = []
+      for (let after = ''; ;) {
+        const part = await query.where('id', '>', after).limit(rowsAtOnce).execute()
+        rows.push(...part)
+        if (part.length < rowsAtOnce) break
+        after = part.at(-1)?.id ?? ''
+        await nextTurn()
+      }
+      if (commitCount === this.#commitCount) return { rows, commitCount }
+    }
+    // Somebody always commits in between: in one piece, however long that takes.
+    return { rows: await query.execute(), commitCount: this.#commitCount }
+  }
+
+  /** Gives every resource its number, and sets down which pool is its home. */
+  #name(rows: readonly RootRow[]) {
     const keys = new Map<string, number>()
     const keyOf = (id: string): number => {
-      const key = this.#keys.get(id) ?? keys.get(id) ?? this.#nextKey++
+      const key = keys.get(id) ?? this.#keys.get(id) ?? this.#nextKey++
       keys.set(id, key)
       return key
     }
@@ -157,6 +187,12 @@ export class Usage {
       crcs: Uint32Array.from(rows, (row) => row.root_crc),
     }
     this.#keys = keys
+    this.#keysByPool = new Map()
+    for (const row of rows) {
+      const list = this.#keysByPool.get(row.home_pool_id) ?? []
+      list.push(keyOf(row.id))
+      this.#keysByPool.set(row.home_pool_id, list)
+    }
     return roots
   }
 

@@ -89,7 +89,7 @@ export interface Catalog {
    */
   write<T>(fn: (tx: CatalogTransaction) => Promise<T>, options?: WriteOptions): Promise<T>
 
-  /** Calls `listener` after every commit, before `write` returns. Returns how to stop. For crash tests. */
+  /** Calls `listener` after every commit, before `write` returns. Returns how to stop. */
   onCommit(listener: (event: CommitEvent) => void): () => void
 
   /** Reads the whole database and looks whether it is sound; beside everything else, in a thread of its own. Changes nothing. */

@@ -1,11 +1,14 @@
 //! What a set of roots refers to: the slots of each layer and the pages, each page visited once however many roots share it.
 use crate::checkpoint::parse_root;
 use crate::codec::{Page, PageWord, check_crc, decode};
-use crate::leaf_body::Body;
+use crate::leaf_body::{Body, SLOTS};
 use crate::node::{ROOT_LEVEL, span};
 use crate::slot_set::SlotSet;
 use crate::{HOLE, LEAF_SLOTS, MAP_SLOTS, Result, RootRef, Run};
-use std::collections::{BTreeMap, btree_map::Entry};
+use std::collections::{BTreeMap, HashMap, btree_map::Entry};
+
+/// Leaves of which the last page is remembered: 64 MiB.
+const COUNTED_LEAVES_MAX: usize = 2048;
 
 /// Accumulates reachability over many roots without building their trees. Page bytes are dropped once read.
 ///
@@ -13,6 +16,9 @@ use std::collections::{BTreeMap, btree_map::Entry};
 #[derive(Default)]
 pub struct Reach {
     layers: BTreeMap<u32, SlotSet>,
+    /// By leaf: the owner that each slot was counted for last. All of it is in `layers`, so of the next page, mostly of another
+    /// version of the same map, only what differs is added.
+    counted: HashMap<u64, Box<[u32; SLOTS]>>,
     /// How far into each page, at each place where it stands, slots were counted. A page stands at one place unless somebody
     /// forged it; counting by place keeps what it really refers to.
     visited: BTreeMap<(u64, u64), u64>,
@@ -132,11 +138,24 @@ impl Reach {
     fn reach_leaf(&mut self, body: &Body, base: u64, slot_limit: usize) {
         debug_assert!(base.is_multiple_of(LEAF_SLOTS));
         let cover = body.cover();
+        if self.counted.len() >= COUNTED_LEAVES_MAX && !self.counted.contains_key(&base) {
+            self.counted.clear();
+        }
+        let counted = self.counted.entry(base).or_insert_with(|| Box::new([HOLE; SLOTS]));
         let mut runs_by_owner = vec![Vec::new(); cover.owners.len()];
         for run in &cover.runs {
-            let end = (run.start + run.count).min(slot_limit as u16);
-            if run.start < end {
-                runs_by_owner[usize::from(run.index)].push((run.start, end));
+            let owner = cover.owner(run);
+            let end = usize::from(run.start + run.count).min(slot_limit);
+            let mut start = usize::from(run.start);
+            while start < end {
+                if counted[start] == owner {
+                    start += 1;
+                    continue;
+                }
+                let length = counted[start..end].iter().take_while(|&&before| before != owner).count();
+                counted[start..start + length].fill(owner);
+                runs_by_owner[usize::from(run.index)].push((start as u16, (start + length) as u16));
+                start += length;
             }
         }
         for (owner, runs) in cover.owners.iter().zip(runs_by_owner) {

@@ -1,24 +1,25 @@
 //! Descriptors of layers that are only read. A volume with a long history refers to thousands of layers, and each may be read at any
-//! moment; so at most `OPEN_MAX` of them are open in a process. One that is closed is opened again by its next read.
+//! moment; so a bounded number of them is open in a process. One that is closed is opened again by its next read.
 //!
 //! Rules
 //! - Only files that are read: closing one that was written would lose a write-back error (I6).
 //! - A layer that was removed meanwhile is `NotFound`, never zeros.
 //! - Finding an open descriptor takes no lock and writes nothing that others read all the time.
-use super::system::open_for_reading;
+use super::system::{descriptor_limit, open_for_reading};
 use arc_swap::ArcSwapOption;
 use parking_lot::Mutex;
 use std::fs::File;
 use std::io::Result;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, LazyLock, Weak};
 
-/// Open at once, beside those that requests in flight still use: with what else a process has open, well below the 1024
-/// descriptors that it has by default.
-const OPEN_MAX: usize = 512;
+/// Open at once, beside those that requests in flight still use, whatever the process may have: each costs the kernel about a KiB.
+const OPEN_MAX: u64 = 16_384;
+const OPEN_MIN: u64 = 64;
 
-static OPEN: Ring = Ring::new(OPEN_MAX);
+/// Half of what the process may have when the first layer is opened: 512 where the limit is the usual 1024.
+static OPEN: LazyLock<Ring> = LazyLock::new(|| Ring::new((descriptor_limit() / 2).clamp(OPEN_MIN, OPEN_MAX) as usize));
 
 /// A file that is open now, or will be when it is read.
 pub(super) struct ReadFile {
@@ -68,7 +69,7 @@ struct State {
 }
 
 impl Ring {
-    const fn new(bound: usize) -> Ring {
+    fn new(bound: usize) -> Ring {
         Ring { bound, state: Mutex::new(State { files: Vec::new(), hand: 0 }) }
     }
 

@@ -12,6 +12,16 @@ pub(super) fn open_for_reading(path: &Path) -> Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path)
 }
 
+/// How many descriptors this process may have open.
+pub(super) fn descriptor_limit() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the pointer is to a local of the type that the call fills.
+    match unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } {
+        0 => limit.rlim_cur,
+        _ => 0,
+    }
+}
+
 /// Buffers handed to the kernel in one call; below every system's IOV_MAX, and small enough to lie on the stack.
 const VECTORS_MAX: usize = 64;
 

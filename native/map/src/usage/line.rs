@@ -50,6 +50,8 @@ pub(super) struct Line {
     closed: Vec<Entry>,
     pub(super) versions: Vec<Version>,
     dead_count: usize,
+    /// Versions before this one have their `slots`, if those can be told once and for all.
+    counted_count: usize,
 }
 
 impl Line {
@@ -88,6 +90,41 @@ impl Line {
     pub(super) fn died(&mut self) -> bool {
         self.dead_count += 1;
         self.is_empty() || self.dead_count > self.versions.len() - self.dead_count + DEAD_MAX
+    }
+
+    pub(super) fn is_counted(&self, version: u32) -> bool {
+        (version as usize) < self.counted_count
+    }
+
+    /// Counts what lies below every version that is not counted yet, looking at each entry once. `count` says what lies below an
+    /// entry; None if that can change or is not known: then the versions that have the entry stay without.
+    pub(super) fn counts(&self, mut count: impl FnMut(&Entry) -> Option<u64>) -> Vec<Option<u64>> {
+        let weights = self.weights();
+        let mut changes = vec![(0_i64, 0_i32); self.versions.len() + 1];
+        for entry in self.entries() {
+            let end = (entry.last as usize).min(self.versions.len() - 1) + 1;
+            if end <= self.counted_count || weights.of(entry) == 0 {
+                continue;
+            }
+            let (slots, unknown) = count(entry).map_or((0, 1), |slots| (slots as i64, 0));
+            let (first, end) = (&mut changes[entry.first as usize], end);
+            (first.0, first.1) = (first.0 + slots, first.1 + unknown);
+            (changes[end].0, changes[end].1) = (changes[end].0 - slots, changes[end].1 - unknown);
+        }
+        let mut sum = (0, 0);
+        let versions = changes[..self.versions.len()].iter().map(|change| {
+            sum = (sum.0 + change.0, sum.1 + change.1);
+            (sum.1 == 0).then_some(sum.0 as u64)
+        });
+        versions.collect()
+    }
+
+    /// Keeps what `counts` gave for the versions that had none.
+    pub(super) fn keep_counts(&mut self, counts: &[Option<u64>]) {
+        for (version, slots) in self.versions.iter_mut().zip(counts).skip(self.counted_count) {
+            version.slots = *slots;
+        }
+        self.counted_count = self.versions.len();
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -155,6 +192,7 @@ impl Line {
         self.closed.shrink_to_fit();
         self.versions.retain(|version| version.refs > 0);
         self.dead_count = 0;
+        self.counted_count = 0;
         for (number, version) in self.versions.iter().enumerate() {
             renumbered(version.page_id, number as u32);
         }

@@ -334,9 +334,14 @@ impl Usage {
 
     fn slots_below(&mut self, page_id: u64, place: Place) -> Result<(u64, bool)> {
         let Some((line, at)) = self.find(page_id, place) else { return Err(self.failure_of(page_id)) };
+        if !line.is_counted(at.version) {
+            self.count_line(place, at.lineage);
+        }
+        let (line, at) = self.find(page_id, place).expect("it was found above");
         if let Some(slots) = line.versions[at.version as usize].slots {
             return Ok((slots, false));
         }
+        // An active layer is there, or a page that cannot be read: few have that.
         let entries: Vec<_> = line.entries_of(at.version).copied().collect();
         let (mut sum, mut any_active) = (0, false);
         for entry in entries {
@@ -354,11 +359,33 @@ impl Usage {
             }
         }
         if !any_active {
+            // What was active when the line was counted is sealed now.
             let position = self.positions.get_mut(&place).expect("it was found above");
             let line = position.lines.get_mut(&at.lineage).expect("it was found above");
             line.versions[at.version as usize].slots = Some(sum);
         }
         Ok((sum, any_active))
+    }
+
+    /// Counts all versions of a line at once: their differences are few.
+    fn count_line(&mut self, place: Place, lineage: u64) {
+        // Out of the table while what lies below is counted, which is never the same line.
+        let position = self.positions.get_mut(&place).expect("the line was found");
+        let mut line = std::mem::take(position.lines.get_mut(&lineage).expect("the line was found"));
+        let counts = line.counts(|entry| {
+            let Some(child) = page_of(entry.word) else {
+                let owner = entry.word as u32;
+                let (start, end) = range(place, entry.start, entry.end);
+                return (!self.active.contains(&owner)).then(|| self.allocated(owner, start, end));
+            };
+            (entry.start..entry.end).try_fold(0, |sum, index| {
+                let (slots, is_active) = self.slots_below(child, child_place(place, index)).ok()?;
+                (!is_active).then_some(sum + slots)
+            })
+        });
+        line.keep_counts(&counts);
+        let position = self.positions.get_mut(&place).expect("the line was found");
+        position.lines.insert(lineage, line);
     }
 
     fn find(&self, page_id: u64, place: Place) -> Option<(&Line, Where)> {
@@ -378,16 +405,13 @@ impl Usage {
             PageWord::Uniform(HOLE) => 0,
             PageWord::Uniform(owner) if self.uniform_roots.get(&owner).is_some_and(|&count| count > 1) => 0,
             PageWord::Uniform(owner) => self.alone(owner, 0, MAP_SLOTS, ROOT_LEVEL + 1),
-            PageWord::Page { id, .. } => {
-                let above = self.uniform_roots.iter().map(|(&owner, &count)| (owner, u64::from(count))).collect::<Vec<_>>();
-                self.only_below(id, ROOT_PLACE, &above)
-            }
+            PageWord::Page { id, .. } => self.only_below(id, ROOT_PLACE, &[]),
         }
     }
 
-    /// As `only`, of a page that everything above refers to for one resource. `above`: owners that uniform words above give to
-    /// all of this place, and how often.
-    fn only_below(&self, page_id: u64, place: Place, above: &[(u32, u64)]) -> u64 {
+    /// As `only`, of a page that everything above refers to for one resource. `above`: owners that words of pages above give to all
+    /// of this place; those of uniform roots are known.
+    fn only_below(&self, page_id: u64, place: Place, above: &[u32]) -> u64 {
         let Some((line, at)) = self.find(page_id, place) else { return 0 };
         if line.versions[at.version as usize].refs > 1 {
             return 0;
@@ -401,7 +425,7 @@ impl Usage {
             if let Some(child) = page_of(entry.word) {
                 for index in entry.start..entry.end {
                     let here = uniform.iter().filter(|word| word.start <= index && index < word.end);
-                    let above = above.iter().copied().chain(here.map(|word| (word.owner, word.weight))).collect::<Vec<_>>();
+                    let above = above.iter().copied().chain(here.map(|word| word.owner)).collect::<Vec<_>>();
                     sum += self.only_below(child, child_place(place, index), &above);
                 }
                 continue;
@@ -421,11 +445,11 @@ impl Usage {
         sum
     }
 
-    fn may_be_alone(&self, owner: u32, above: &[(u32, u64)]) -> bool {
-        owner != HOLE && !self.active.contains(&owner) && above.iter().all(|&(other, _)| other != owner)
+    fn may_be_alone(&self, owner: u32, above: &[u32]) -> bool {
+        owner != HOLE && !self.active.contains(&owner) && !self.uniform_roots.contains_key(&owner) && !above.contains(&owner)
     }
 
-    fn only_in_leaf(&self, line: &Line, at: Where, place: Place, above: &[(u32, u64)]) -> u64 {
+    fn only_in_leaf(&self, line: &Line, at: Where, place: Place, above: &[u32]) -> u64 {
         let weights = line.weights();
         let mut mine: HashMap<u32, Vec<(u64, u64)>> = HashMap::new();
         for entry in line.entries_of(at.version) {
