@@ -1,5 +1,6 @@
 /**
- * `node long-history.ts [--snapshots N] [--writes N] [--area-mib N] [--delete N]`: what a volume with a long history costs.
+ * `node long-history.ts [--snapshots N] [--writes N] [--area-mib N] [--delete N] [--on DIRECTORY]`: what a volume with a long
+ * history costs. `--on`: the history is there already, in a directory of a run that was ended (it is removed afterwards).
  *
  * A volume gets N snapshots with some random 4 KiB writes before each. Beside it lies a volume of the same content without
  * any history, so that reads of the two can be compared in the same run.
@@ -18,6 +19,7 @@ const { values } = parseArgs({
     writes: { type: 'string', default: '8' },
     'area-mib': { type: 'string', default: '1024' },
     delete: { type: 'string', default: '5000' },
+    on: { type: 'string' },
   },
 })
 const snapshotCount = Number(values.snapshots)
@@ -103,23 +105,20 @@ async function makeVolume(stand: Stand, name: string): Promise<string> {
   return row.id
 }
 
-async function takeSnapshots(stand: Stand, id: string, device: Device): Promise<string[]> {
-  const ids: string[] = []
+async function takeSnapshots(stand: Stand, id: string, device: Device): Promise<void> {
   let tookMs: number[] = []
   const data = Buffer.alloc(blockBytes, 2)
   const step = Math.max(1, Math.floor(snapshotCount / 5))
   for (let number = 1; number <= snapshotCount; number++) {
     await Promise.all(Array.from({ length: writesEach }, () => device.write(random(areaBytes / blockBytes) * blockBytes, data)))
     const startedAt = performance.now()
-    const { rows } = await stand.mapper.snapshot([{ volumeId: id, name: `s${number}` }])
+    await stand.mapper.snapshot([{ volumeId: id, name: `s${number}` }])
     tookMs.push(performance.now() - startedAt)
-    ids.push(rows[0]?.id ?? '')
     if (number % step > 0) continue
     const { median, max } = spread(tookMs)
     say(`snapshots up to the ${number}th`, `median ${ms(median)}, largest ${ms(max)}, ${descriptors()} descriptors`)
     tookMs = []
   }
-  return ids
 }
 
 async function usageCosts(stand: Stand, id: string, snapshots: readonly string[], label: string): Promise<void> {
@@ -146,26 +145,37 @@ function sizesOf(directory: string): string {
   return mib(bytes)
 }
 
-const first = await openStand()
-say('the history', `${snapshotCount} snapshots, ${writesEach} random 4 KiB writes before each, over ${mib(areaBytes)}`)
-const plain = await makeVolume(first, 'plain')
-const volume = await makeVolume(first, 'volume')
-for (const id of [plain, volume]) {
-  const { device } = await first.mapper.open(id, { holder: 'cost', readOnly: false })
-  await fill(device)
-  await first.mapper.close(id)
+/** Makes the volume with the history and the one without, and reads through both before anything was closed. */
+async function makeHistory(first: Stand): Promise<void> {
+  say('the history', `${snapshotCount} snapshots, ${writesEach} random 4 KiB writes before each, over ${mib(areaBytes)}`)
+  const plain = await makeVolume(first, 'plain')
+  const volume = await makeVolume(first, 'volume')
+  for (const id of [plain, volume]) {
+    const { device } = await first.mapper.open(id, { holder: 'cost', readOnly: false })
+    await fill(device)
+    await first.mapper.close(id)
+  }
+  const { device } = await first.mapper.open(volume, { holder: 'cost', readOnly: false })
+  const { device: plainDevice } = await first.mapper.open(plain, { holder: 'cost', readOnly: false })
+  await takeSnapshots(first, volume, device)
+  say('memory', memory(first))
+  await compareReads('never closed', device, plainDevice)
+  say('descriptors after reading', String(descriptors()))
+  await first.mapper.close(volume)
+  await first.mapper.close(plain)
 }
-const { device } = await first.mapper.open(volume, { holder: 'cost', readOnly: false })
-const { device: plainDevice } = await first.mapper.open(plain, { holder: 'cost', readOnly: false })
-const snapshots = await takeSnapshots(first, volume, device)
-say('memory', memory(first))
-await compareReads('never closed', device, plainDevice)
-say('descriptors after reading', String(descriptors()))
-await first.mapper.close(volume)
-await first.mapper.close(plain)
 
+const first = await openStand(values.on)
+if (values.on === undefined) await makeHistory(first)
 const stand = await timed('process start (mapper opened)', () => first.reopen())
 say('catalog', sizesOf(stand.directory))
+const rows = await timed('rows of all resources', () =>
+  stand.catalog.db.selectFrom('resources').selectAll().orderBy('created_at').orderBy('id').execute(),
+)
+const idOf = (name: string): string => rows.find((row) => row.name === name)?.id ?? ''
+const volume = idOf('volume')
+const plain = idOf('plain')
+const snapshots = rows.filter((row) => row.kind === 'snapshot').map((row) => row.id)
 const { device: reopened } = await timed('open', () => stand.mapper.open(volume, { holder: 'cost', readOnly: false }))
 const { device: plainAgain } = await stand.mapper.open(plain, { holder: 'cost', readOnly: false })
 say('descriptors after the open', String(descriptors()))

@@ -2,7 +2,7 @@
 import { mkdir, mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { adminProject, openCatalog, silentLog } from '@atoll/core'
+import { adminProject, type Catalog, openCatalog, silentLog } from '@atoll/core'
 import { openMapper, type Mapper } from '@atoll/mapper'
 import { Engine } from '@atoll/native'
 import { drivers } from '@atoll/southbound'
@@ -10,6 +10,7 @@ import { drivers } from '@atoll/southbound'
 export interface Stand {
   readonly mapper: Mapper
   readonly engine: Engine
+  readonly catalog: Catalog
   readonly poolId: string
   /** Where everything lies. */
   readonly directory: string
@@ -43,6 +44,7 @@ export async function openStand(directory?: string): Promise<Stand> {
   return {
     mapper,
     engine,
+    catalog,
     poolId: pool.id,
     directory: root,
     async close() {
