@@ -9,7 +9,8 @@
  * - Each subject is a file, and one line below. What changes meanwhile is dealt with by order: the files are listed, then the
  *   pages are pinned, then the rows are read, all in one transaction; and what looks missing is looked for again.
  */
-import { AtollError, Mutex, toAtollError, type LayerRow, type ResourceRow, type VolumeRow } from '@atoll/core'
+import { setImmediate as nextTurn } from 'node:timers/promises'
+import { AtollError, Mutex, toAtollError, type CatalogTransaction, type ReplicaRow } from '@atoll/core'
 import type { LayerListing } from '@atoll/southbound'
 import { checkCatalog } from './check-catalog.ts'
 import type { CheckContext, CheckFinding, CheckState, Found } from './check-finding.ts'
@@ -45,6 +46,9 @@ export interface CheckReport {
   readonly notes: number
   readonly repaired: number
 }
+
+/** Rows read in one turn of the event loop. */
+const rowBatch = 2000
 
 /** Findings that one check tells; more are counted only. */
 export const checkFindingsMax = 1000
@@ -175,14 +179,41 @@ async function readState(
   { catalog }: MapperContext,
   listings: ReadonlyMap<string, ReadonlyMap<string, LayerListing>>,
 ): Promise<CheckState> {
+  // One state of all tables. Read in pieces: a catalog of a hundred thousand files must not hold the event loop meanwhile.
   const rows = await catalog.read(async (tx) => ({
-    resources: (await tx.selectFrom('resources').selectAll().orderBy('created_at').execute()) as ResourceRow[],
-    volumes: (await tx.selectFrom('volumes').selectAll().execute()) as VolumeRow[],
-    layers: (await tx.selectFrom('layers').selectAll().orderBy('alias').execute()) as LayerRow[],
-    replicas: await tx.selectFrom('replicas').selectAll().execute(),
-    leases: await tx.selectFrom('leases').selectAll().execute(),
+    resources: await inPieces(
+      async (after, limit) =>
+        await tx.selectFrom('resources').selectAll().where('id', '>', after).orderBy('id').limit(limit).execute(),
+      (row) => row.id,
+      '',
+    ),
+    volumes: await inPieces(
+      async (after, limit) =>
+        await tx.selectFrom('volumes').selectAll().where('id', '>', after).orderBy('id').limit(limit).execute(),
+      (row) => row.id,
+      '',
+    ),
+    layers: await inPieces(
+      async (after, limit) =>
+        await tx.selectFrom('layers').selectAll().where('alias', '>', after).orderBy('alias').limit(limit).execute(),
+      (row) => row.alias,
+      0,
+    ),
+    replicas: await inPieces(
+      async (after, limit) => await replicasAfter(tx, after, limit),
+      (row) => ({ layer_alias: row.layer_alias, pool_id: row.pool_id }),
+      { layer_alias: 0, pool_id: '' },
+    ),
+    leases: await inPieces(
+      async (after, limit) =>
+        await tx.selectFrom('leases').selectAll().where('volume_id', '>', after).orderBy('volume_id').limit(limit).execute(),
+      (row) => row.volume_id,
+      '',
+    ),
     pools: await tx.selectFrom('pools').selectAll().orderBy('name').execute(),
   }))
+  // The first in a message are the ones that were there first.
+  rows.resources.sort((a, b) => a.created_at - b.created_at)
   const homes = new Map<number, string[]>()
   for (const row of rows.replicas) {
     if (row.state === 'complete') homes.set(row.layer_alias, [...(homes.get(row.layer_alias) ?? []), row.pool_id])
@@ -194,5 +225,43 @@ async function readState(
     layersByAlias: new Map(rows.layers.map((row) => [row.alias, row])),
     homes,
     listings,
+  }
+}
+
+/** A layer may have several. */
+async function replicasAfter(
+  tx: CatalogTransaction,
+  after: Pick<ReplicaRow, 'layer_alias' | 'pool_id'>,
+  limit: number,
+): Promise<ReplicaRow[]> {
+  return await tx
+    .selectFrom('replicas')
+    .selectAll()
+    .where((query) =>
+      query.or([
+        query('layer_alias', '>', after.layer_alias),
+        query.and([query('layer_alias', '=', after.layer_alias), query('pool_id', '>', after.pool_id)]),
+      ]),
+    )
+    .orderBy('layer_alias')
+    .orderBy('pool_id')
+    .limit(limit)
+    .execute()
+}
+
+/** All rows that `read` gives, by their keys; the event loop turns after each piece. */
+async function inPieces<Row, Key>(
+  read: (after: Key, limit: number) => Promise<Row[]>,
+  keyOf: (row: Row) => Key,
+  before: Key,
+): Promise<Row[]> {
+  const rows: Row[] = []
+  for (let after = before; ;) {
+    const piece = await read(after, rowBatch)
+    rows.push(...piece)
+    const last = piece.at(-1)
+    if (last === undefined || piece.length < rowBatch) return rows
+    after = keyOf(last)
+    await nextTurn()
   }
 }
