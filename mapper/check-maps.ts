@@ -37,17 +37,24 @@ export interface WalkedMaps {
 /** @param boundary pages from here on may be of checkpoints under way (`PageIds.boundary`, asked before the rows were read) */
 export async function checkMaps(check: CheckContext, boundary: number): Promise<WalkedMaps> {
   const { state } = check
-  const rooted = state.resources.filter((row) => hasRoot(check, row))
   const walk = new MapCheck()
-  const fixed = rooted.filter((row) => !state.volumesById.has(row.id))
-  await walkRoots(check, walk, fixed)
+  const rootless = new Set<ResourceRow>()
+  const onRootless = (row: ResourceRow, error: unknown): void => {
+    rootless.add(row)
+    const message = `the root of ${row.kind} "${row.name}" is none (${toAtollError(error).message}): bring the catalog back from a backup`
+    check.add({ severity: 'error', kind: 'root-invalid', object: row.id, message })
+  }
+  const fixed = state.resources.filter((row) => !state.volumesById.has(row.id))
+  await walkRoots(check, walk, fixed, onRootless)
   // Before the volumes' own: a snapshot or an image that names a layer which is still written would change.
   const shared = Array.from(walk.layers()).filter((alias) => state.layersByAlias.get(alias)?.state === 'active')
   await walkRoots(
     check,
     walk,
-    rooted.filter((row) => state.volumesById.has(row.id)),
+    state.resources.filter((row) => state.volumesById.has(row.id)),
+    onRootless,
   )
+  const rooted = rootless.size === 0 ? state.resources : state.resources.filter((row) => !rootless.has(row))
   const faults = walk.faults()
   const named = faults.slice(0, attributedMax)
   const leading = await findReferring(check, rooted, { pages: named.map((fault) => fault.pageId), layers: [] })
@@ -66,25 +73,23 @@ export async function checkMaps(check: CheckContext, boundary: number): Promise<
   const referring = async (aliases: readonly number[]) =>
     (await findReferring(check, rooted, { pages: [], layers: aliases.slice(0, attributedMax) })).layers
   await checkNamedLayers(check, walk, referring, { shared, fixed })
-  const isComplete = walk.faultCount() === 0 && rooted.length === state.resources.length
+  const isComplete = walk.faultCount() === 0 && rootless.size === 0
   if (isComplete) await checkGarbage(check, walk, boundary)
   return { walk, isComplete, referring }
 }
 
-function hasRoot({ add }: CheckContext, row: ResourceRow): boolean {
-  try {
-    new MapCheck().addRoot(rootOf(row))
-    return true
-  } catch (error) {
-    const message = `the root of ${row.kind} "${row.name}" is none (${toAtollError(error).message}): bring the catalog back from a backup`
-    add({ severity: 'error', kind: 'root-invalid', object: row.id, message })
-    return false
-  }
-}
-
-async function walkRoots(check: CheckContext, walk: MapCheck, rows: readonly ResourceRow[]): Promise<void> {
+async function walkRoots(
+  check: CheckContext,
+  walk: MapCheck,
+  rows: readonly ResourceRow[],
+  onRootless: (row: ResourceRow, error: unknown) => void = () => undefined,
+): Promise<void> {
   for (const [index, row] of rows.entries()) {
-    walk.addRoot(rootOf(row))
+    try {
+      walk.addRoot(rootOf(row))
+    } catch (error) {
+      onRootless(row, error)
+    }
     if (index % sweepBatch === sweepBatch - 1) await nextTurn()
   }
   for (;;) {
@@ -102,6 +107,7 @@ async function findReferring(
   rows: readonly ResourceRow[],
   wanted: { pages: readonly number[]; layers: readonly number[] },
 ): Promise<{ pages: Map<number, ResourceRow[]>; layers: Map<number, ResourceRow[]> }> {
+  if (wanted.pages.length === 0 && wanted.layers.length === 0) return { pages: new Map(), layers: new Map() }
   const pagesOfLayers = new Map<number, number[]>()
   const parents = new Map<number, Set<number>>()
   const watched = new Set(wanted.pages)
