@@ -21,7 +21,7 @@ export { listingLimitMax, type ListingOptions } from './file-listing.ts'
 export { imageFormats, type ImageFormat } from './image-format.ts'
 export type { CatalogService } from './catalog-service.ts'
 export type { CheckParams, CheckResult, CheckService } from './check-job.ts'
-export type { PoolService, PoolState, PoolView } from './pool-service.ts'
+export type { PoolExportView, PoolImportView, PoolService, PoolState, PoolView } from './pool-service.ts'
 export {
   activityIntervalMsMax,
   activityIntervalMsMin,

@@ -1,7 +1,16 @@
 /** Pools: places on a backend. Seen by every project. */
 import { AtollError, checkName, toAtollError, type ErrorData, type PoolRow } from '@atoll/core'
-import { noTotals, shownSettings, type DeviceTotals, type PoolSpace } from '@atoll/mapper'
 import type { Finding, PoolCapabilities } from '@atoll/southbound'
+import {
+  cannotOpen,
+  noTotals,
+  shownSettings,
+  type DeviceTotals,
+  type ExportStatus,
+  type PoolImport,
+  type PoolImportReport,
+  type PoolSpace,
+} from '@atoll/mapper'
 import type { JobView } from './job-kind.ts'
 import type { ProjectScope } from './resolve.ts'
 import type { ServiceContext } from './service-context.ts'
@@ -38,6 +47,8 @@ export interface PoolView {
   /** logicalBytes / storedBytes. */
   dedupRatio: number
   layers: number
+  /** What the pool says of itself for the case that the catalog is lost; null: the backend cannot be reached. */
+  export: PoolExportView | null
   /** Why the backend cannot be reached; null if it can. */
   error: Pick<ErrorData, 'code' | 'message'> | null
   createdAt: number
@@ -53,6 +64,15 @@ export interface PoolState {
   slow: boolean
   /** What its devices have done since the daemon was started. */
   totals: DeviceTotals
+}
+
+export type PoolImportView = Omit<PoolImportReport, 'exportedAt'> & { readonly exportedAt: string | null }
+
+export interface PoolExportView {
+  /** behind: it cannot be written, see `error`; ahead: it is of a newer catalog than this one and is left as it is. */
+  state: 'current' | 'behind' | 'ahead'
+  behindSince: string | null
+  error: Pick<ErrorData, 'code' | 'message'> | null
 }
 
 export class PoolService {
@@ -86,8 +106,25 @@ export class PoolService {
 
   /** Makes the pool if there is none of any name: what a first start does. */
   async createFirst(options: { name: string; driver: string; options: Record<string, string> }): Promise<void> {
-    const any = await this.context.catalog.db.selectFrom('pools').select('id').limit(1).executeTakeFirst()
-    if (any === undefined) await this.create(options)
+    const { catalog, log, mapper, resolver } = this.context
+    const any = await catalog.db.selectFrom('pools').select('id').limit(1).executeTakeFirst()
+    if (any !== undefined) return
+    const project = await resolver.project({})
+    // The catalog was lost: the daemon starts all the same, so that the pool can be imported.
+    const row = await mapper.pools.create({ projectId: project.id, ...options, keepForeign: true })
+    const failure = mapper.pools.failure(row.id)
+    if (failure !== undefined) log.error({ err: failure, poolId: row.id, pool: row.name }, cannotOpen(row.name, failure))
+  }
+
+  /**
+   * Brings back what a pool of a lost catalog holds; see pool-import.ts of the mapper. Durable when it returns.
+   * @throws AtollError NAME_INVALID, POOL_NOT_FOUND, NAME_TAKEN, POOL_OWNED_BY_OTHER, POOL_LOCKED, POOL_UNAVAILABLE,
+   * POOL_EXPORT_MISSING, POOL_IMPORT_CONFLICT, EXPORT_CORRUPT, FORMAT_VERSION
+   */
+  async import(options: PoolImport): Promise<PoolImportView> {
+    checkName('pool', options.name)
+    const { exportedAt, ...report } = await this.context.mapper.importPool(options)
+    return { ...report, exportedAt: exportedAt === null ? null : new Date(exportedAt).toISOString() }
   }
 
   /** Every pool by name; one whose backend cannot be reached is shown with its error. */
@@ -155,27 +192,23 @@ export class PoolService {
       const { capabilities } = await mapper.pools.open(row)
       const room = await mapper.pools.space(row.id)
       const lowSpace = space.observe(row, room)
-      const { totalBytes, freeBytes, storedBytes, logicalBytes, dedupRatio, layers } = await mapper.pools.status(row.id)
-      return {
-        ...common,
-        ...room,
-        lowSpace,
-        slow: activity.isSlow(row.id),
-        capabilities,
-        totalBytes,
-        freeBytes,
-        storedBytes,
-        logicalBytes,
-        dedupRatio,
-        layers,
-        error: null,
-      }
+      const { export: exported, ...numbers } = await mapper.pools.status(row.id)
+      const slow = activity.isSlow(row.id)
+      return { ...common, ...room, lowSpace, slow, capabilities, ...numbers, export: exportView(exported), error: null }
     } catch (error) {
       const { code, message } = toAtollError(error)
       const room = { totalBytes: 0, freeBytes: 0, storedBytes: 0, reserveBytes: 0, lowSpaceBytes: 0, provisionedMaxBytes: null }
       const nothing = { ...room, provisionedBytes: 0, lowSpace: false, slow: false, logicalBytes: 0, dedupRatio: 1, layers: 0 }
-      return { ...common, ...nothing, capabilities: null, error: { code, message } }
+      return { ...common, ...nothing, capabilities: null, export: null, error: { code, message } }
     }
+  }
+}
+
+function exportView({ state, behindSince, error }: ExportStatus): PoolExportView {
+  return {
+    state,
+    behindSince: behindSince === null ? null : new Date(behindSince).toISOString(),
+    error: error === null ? null : { code: error.code, message: error.message },
   }
 }
 

@@ -205,6 +205,21 @@ export const errorCatalogue = {
     'A record of the pool cannot be read.',
     'Restore the named record from a backup, or delete it if you are sure whose pool it is.',
   ),
+  EXPORT_CORRUPT: entry(
+    500,
+    "A record of a pool's export is damaged.",
+    'While the catalog is there the export is written anew; for `atoll pool import` bring the record back from a backup.',
+  ),
+  POOL_EXPORT_MISSING: entry(
+    409,
+    'The pool holds no export, so nothing can be brought back from it.',
+    'Check that it is the right pool; without an export, restore a backup of the catalog.',
+  ),
+  POOL_IMPORT_CONFLICT: entry(
+    409,
+    'The pool cannot be imported beside what this home has already.',
+    'Import it into a fresh home: `atoll serve --home DIR` with a new folder, then `atoll pool import`.',
+  ),
   POOL_CLOSED: entry(503, 'The pool is closed.', 'Start the daemon again, or open the pool.', true),
   POOL_UNAVAILABLE: entry(
     503,

@@ -10,6 +10,9 @@
  * - A size that the device was shrunk to is committed with the map that has no slots beyond it.
  * - Pages that were replaced and were never shared (id >= shared_below_page) are deleted in the same transaction; while
  *   somebody walks over trees they wait for the last pin. So a checkpoint leaves no garbage.
+ * - Journal segments behind a checkpoint, and the frames of a layer that was closed, go only when the pool's export has the
+ *   checkpoint: until then an import (pool-import.ts) begins with an older one and needs them. Where the export cannot be
+ *   written they stay, for a later checkpoint or reclaim to remove. What a shrink left is freed under the same condition.
  * - A failed checkpoint takes its pages back and leaves the volume as it was; the next one tries again.
  *
  * Everything here is called by who holds the volume's lock.
@@ -20,6 +23,7 @@ import type { Checkpoint } from '@atoll/native'
 import type { MapperContext } from './context.ts'
 import type { Spare } from './layers.ts'
 import type { LayerName, OpenVolume } from './open-table.ts'
+import { notePages } from './exporter.ts'
 import { reservedPagesMax } from './page-ids.ts'
 import { leaseLostError } from './rows.ts'
 import { deleteBatch, finishStaged, stagePages, unstagePages, type StagedPages } from './staged-pages.ts'
@@ -186,7 +190,8 @@ export async function commitCheckpoints(
     deletePagesLater(context, rest)
     if (options.share) part.volume.sharedBelowPage = sharedBelowPage
   }
-  for (const part of parts) await applyOne(context, part)
+  const exported = await context.exporter.flushed(parts.map((part) => part.volume.poolId))
+  for (const part of parts) await applyOne(context, part, exported)
 }
 
 function ownReplaced({ volume, staged }: PreparedCheckpoint): number[] {
@@ -219,6 +224,8 @@ async function commitOne(
     .where('id', '=', volume.id)
     .execute()
   await finishStaged(context, tx, staged)
+  const { firstPageId } = staged.reservation
+  if (checkpoint.pageCount > 0) await notePages(tx, volume.poolId, firstPageId, firstPageId + checkpoint.pageCount)
   if (spare === null) return
   await context.layers.move(tx, volume.active.alias, ['active'], 'closing')
   await context.layers.move(tx, volume.next.alias, ['spare'], 'active')
@@ -226,7 +233,7 @@ async function commitOne(
 }
 
 /** After the commit nothing may fail any more: what goes wrong here is logged, and done again later. */
-async function applyOne(context: MapperContext, part: PreparedCheckpoint): Promise<void> {
+async function applyOne(context: MapperContext, part: PreparedCheckpoint, exported: boolean): Promise<void> {
   const { volume, checkpoint, spare } = part
   volume.mapLsn = checkpoint.lsn
   if (volume.pendingSizeBytes !== null) {
@@ -234,7 +241,7 @@ async function applyOne(context: MapperContext, part: PreparedCheckpoint): Promi
     volume.pendingSizeBytes = null
   }
   try {
-    await volume.device.checkpointCommitted(checkpoint)
+    await volume.device.checkpointCommitted(checkpoint, exported)
   } catch (error) {
     context.log.warn({ err: error, volumeId: volume.id }, 'journal segments behind a checkpoint stay for now')
   }
@@ -243,12 +250,14 @@ async function applyOne(context: MapperContext, part: PreparedCheckpoint): Promi
   volume.active = volume.next
   volume.next = spare
   volume.swapUncommitted = false
-  await sealClosed(context, volume, closed)
+  volume.nextExported = exported
+  await sealClosed(context, volume, closed, exported)
 }
 
-async function sealClosed(context: MapperContext, volume: OpenVolume, closed: LayerName): Promise<void> {
+async function sealClosed(context: MapperContext, volume: OpenVolume, closed: LayerName, exported: boolean): Promise<void> {
   try {
-    await volume.device.swapCommitted()
+    await volume.device.swapCommitted(exported)
+    if (!exported) return
     await context.catalog.write(async (tx) => await context.layers.move(tx, closed.alias, ['closing'], 'sealed'), {
       durable: false,
     })
@@ -261,6 +270,11 @@ async function sealClosed(context: MapperContext, volume: OpenVolume, closed: La
 /** Frees what a committed shrink left beyond the end; what fails is found again as orphans. */
 async function punchBeyond(context: MapperContext, volume: OpenVolume): Promise<void> {
   try {
+    // The shrink is in no journal: an export from before it names what lies beyond.
+    if (!(await context.exporter.flushedForPunch(volume.poolId))) {
+      volume.orphansPossible = true
+      return
+    }
     await volume.device.shrinkPunch()
   } catch (error) {
     volume.orphansPossible = true

@@ -61,6 +61,8 @@ async function tryCheckpoint(context: MapperContext, volume: OpenVolume): Promis
 export async function punchOrphansLocked(context: MapperContext, volume: OpenVolume): Promise<number> {
   try {
     if (volume.pendingSizeBytes !== null) await checkpointLocked(context, volume)
+    // They may be what a shrink left, which an export from before it still names.
+    if (!(await context.exporter.flushedForPunch(volume.poolId))) return 0
     const freedBytes = await volume.device.punchOrphans()
     volume.orphansPossible = false
     return freedBytes

@@ -8,6 +8,7 @@
  */
 import type { Catalog, Clock, NewId } from '@atoll/core'
 import type { Engine } from '@atoll/native'
+import type { Exporter } from './exporter.ts'
 import type { KeyedMutex } from './keyed-mutex.ts'
 import type { Layers } from './layers.ts'
 import type { OpenTable } from './open-table.ts'
@@ -36,6 +37,7 @@ export interface MapperContext {
   readonly open: OpenTable
   readonly pageIds: PageIds
   readonly pins: PagePins
+  readonly exporter: Exporter
   readonly locks: KeyedMutex
   /** Work that nobody waits for (spare layers, deferred deletes, automatic checkpoints); `close` waits for it. */
   readonly background: Background

@@ -12,6 +12,7 @@
 import { AtollError, checkVolumeSize, type CatalogTransaction, type ResourceKind, type ResourceRow } from '@atoll/core'
 import type { RootRef } from '@atoll/native'
 import type { MapperContext } from './context.ts'
+import { noteForeignTree } from './exporter.ts'
 import type { Spare } from './layers.ts'
 import { overcommitLimit, requireProvisionable, type OvercommitLimit } from './overcommit.ts'
 import { rootOf, uniformRoot } from './root.ts'
@@ -71,6 +72,8 @@ export async function createVolume(context: MapperContext, wanted: NewVolume): P
     throw error
   }
   context.open.setNew(id)
+  // I9: what is promised is in the export, too; and nobody writes into an active layer that it does not name.
+  await context.exporter.flushed([wanted.poolId])
   return row as ResourceRow
 }
 
@@ -93,6 +96,7 @@ export async function createImage(context: MapperContext, wanted: NewImage): Pro
       status: 'available',
     })
   })
+  if (row !== undefined) await context.exporter.flushed([row.home_pool_id])
   return row as ResourceRow
 }
 
@@ -142,6 +146,7 @@ async function insertVolume(
     parentId: source?.row.id ?? null,
     status: 'available',
   })
+  if (source !== null && source.row.home_pool_id !== wanted.poolId) await noteForeignTree(tx, wanted.poolId, id)
   // Every page of a shared root has a smaller number than the next one; a fresh volume has no pages.
   await insertWritable(context, tx, row, spare, source === null ? 0 : context.pageIds.next)
   return row

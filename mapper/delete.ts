@@ -65,6 +65,7 @@ export async function deleteLocked(context: MapperContext, row: ResourceRow, opt
     { emergency: true },
   )
   for (const id of gone) context.open.forget(id)
+  await context.exporter.flushed([row.home_pool_id])
 }
 
 async function snapshotsOf(tx: CatalogTransaction, volumeId: string): Promise<ResourceRow[]> {

@@ -180,6 +180,7 @@ export async function createFile(
     )
   }
   for (const id of dropped) context.open.forget(id)
+  if (row !== undefined) await context.exporter.flushed([row.home_pool_id])
   return row as ResourceRow
 }
 
@@ -203,6 +204,7 @@ export async function dropFiles(
     )
     for (const id of dropped) context.open.forget(id)
   })
+  await context.exporter.flush()
 }
 
 async function dropInside(context: MapperContext, tx: CatalogTransaction, id: string, dropped: string[]): Promise<void> {

@@ -133,8 +133,10 @@ export async function becomeAvailable(
     .executeTakeFirstOrThrow()
 }
 
-/** Seals the layer of what became available; one that cannot be sealed now stays `closing` until the next start. */
+/** Seals the layer of what became available; one that cannot be sealed now stays `closing` until the next reclaim or start. */
 export async function sealFinished(context: MapperContext, row: ResourceRow, volume: VolumeRow): Promise<void> {
+  // I9; and the frames go with the seal, while an export from before the commit needs them.
+  if (!(await context.exporter.flushed([row.home_pool_id]))) return
   try {
     const active = await context.layers.ref({ alias: volume.active_alias, id: '' })
     const seal = { volumeId: row.id, epoch: volume.epoch, finalLsn: volume.map_lsn, successor: null }

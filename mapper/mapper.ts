@@ -7,6 +7,8 @@
  */
 import {
   checkName,
+  isAtollError,
+  Mutex,
   newId as randomId,
   systemClock,
   type AtollError,
@@ -26,6 +28,7 @@ import { Background, type MapperContext, type MapperLog } from './context.ts'
 import { createImage, createVolume, type NewImage, type NewVolume } from './create.ts'
 import { deleteResource, type DeleteOptions } from './delete.ts'
 import { diff, type DiffRange } from './diff.ts'
+import { Exporter } from './exporter.ts'
 import {
   abortImport,
   beginImport,
@@ -52,6 +55,7 @@ import { openLocked, type OpenOptions } from './open.ts'
 import { OpenTable, type OpenEntry } from './open-table.ts'
 import { PageIds } from './page-ids.ts'
 import { PagePins } from './page-pins.ts'
+import { importPool, type PoolImport, type PoolImportReport } from './pool-import.ts'
 import { PoolService } from './pool-service.ts'
 import { Pools } from './pools.ts'
 import { Reclaimer, type ReclaimOptions, type ReclaimResult } from './reclaim.ts'
@@ -102,10 +106,16 @@ export async function openMapper(options: MapperOptions): Promise<Mapper> {
     try {
       await mapper.pools.open(row)
     } catch (error) {
-      log.error({ err: error, poolId: row.id, pool: row.name }, 'the pool cannot be opened')
+      log.error({ err: error, poolId: row.id, pool: row.name }, cannotOpen(row.name, error))
     }
   }
   return mapper
+}
+
+/** What the log says of a pool that cannot be opened, with the way back if its catalog was lost. */
+export function cannotOpen(name: string, error: unknown): string {
+  if (!isAtollError(error, 'POOL_OWNED_BY_OTHER')) return 'the pool cannot be opened'
+  return `the pool belongs to another catalog; if that one is lost, bring its content back with: atoll pool import ${name} --take-over`
 }
 
 export class Mapper {
@@ -115,6 +125,7 @@ export class Mapper {
   readonly #reclaimer: Reclaimer
   readonly #usage: Usage
   readonly #checker: Checker
+  readonly #importing = new Mutex()
 
   /** Use `openMapper`. */
   constructor(options: MapperOptions, nextPageId: number) {
@@ -124,18 +135,22 @@ export class Mapper {
     const background = new Background(log)
     const pools = new Pools({ catalog, engine, drivers: options.drivers, clock })
     const layers = new Layers({ catalog, pools, clock, newId, background })
+    const setTimer = options.setTimer ?? systemTimer
+    const pageIds = new PageIds(nextPageId)
+    const pins = new PagePins((ids) => deletePagesLater(context, ids))
     const context: MapperContext = {
       catalog,
       engine,
       log,
       clock,
-      setTimer: options.setTimer ?? systemTimer,
+      setTimer,
       newId,
       pools,
       layers,
       open: new OpenTable(),
-      pageIds: new PageIds(nextPageId),
-      pins: new PagePins((pageIds) => deletePagesLater(context, pageIds)),
+      pageIds,
+      pins,
+      exporter: new Exporter({ background, catalog, clock, engine, log, pageIds, pins, setTimer }),
       locks: new KeyedMutex(),
       background,
       requestCheckpoint: (volumeId) => this.#scheduler.request(volumeId),
@@ -147,6 +162,16 @@ export class Mapper {
     this.#checker = new Checker(context, this.#reclaimer)
     this.pools = new PoolService(context, this.#usage)
     this.#scheduler.start()
+  }
+
+  /** See `importPool` in pool-import.ts. One at a time. */
+  async importPool(wanted: PoolImport): Promise<PoolImportReport> {
+    return await this.#importing.run(async () => await importPool(this.#context, this.pools, wanted))
+  }
+
+  /** Brings what is durable in the catalog into the exports of the pools; false: one of these could not be written. */
+  async flushExports(poolIds: readonly string[]): Promise<boolean> {
+    return await this.#context.exporter.flushed(poolIds)
   }
 
   /** See `createVolume` in create.ts. */
@@ -212,7 +237,7 @@ export class Mapper {
 
   /** Gives a resource another name. @throws AtollError RESOURCE_NOT_FOUND, NAME_INVALID */
   async rename(id: string, name: string): Promise<ResourceRow> {
-    return await this.#context.catalog.write(async (tx) => {
+    const row = await this.#context.catalog.write(async (tx) => {
       const { kind } = await requireResource(tx, id)
       if (kind !== 'file') checkName(kind, name)
       return await tx
@@ -222,6 +247,8 @@ export class Mapper {
         .returningAll()
         .executeTakeFirstOrThrow()
     })
+    await this.#context.exporter.flushed([row.home_pool_id])
+    return row
   }
 
   /** See `resize` in resize.ts. */
@@ -325,7 +352,7 @@ export class Mapper {
   }
 
   async #closeAll(): Promise<void> {
-    const { background, layers, log, open, pools } = this.#context
+    const { background, exporter, layers, log, open, pools } = this.#context
     this.#scheduler.stop()
     layers.close()
     const ids = open.ids()
@@ -336,6 +363,8 @@ export class Mapper {
         if (result.status === 'rejected') log.error({ err: result.reason as unknown }, 'a resource could not be closed cleanly')
       }
     }
+    await background.idle()
+    await exporter.close()
     await background.idle()
     await pools.close()
   }

@@ -45,6 +45,8 @@ export interface OpenVolume {
   sharedBelowPage: number
   active: LayerName
   next: LayerName
+  /** The pool's export is known to name `active` and `next`: without that there is no swap. */
+  nextExported: boolean
   /** The engine made a swap (`next` is the layer that is written) and the catalog does not have it yet. */
   swapUncommitted: boolean
   /** The active layer may hold bytes that no slot owns: after a crash, or a punch that failed. */

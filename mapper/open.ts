@@ -119,6 +119,7 @@ async function openWritable(context: MapperContext, resource: ResourceRow, optio
       sharedBelowPage: lease.sharedBelowPage,
       active,
       next,
+      nextExported: false,
       swapUncommitted: opened.report.promotedNext,
       orphansPossible: lease.wasDirty,
       leaseLost: false,
@@ -174,6 +175,7 @@ async function replaceUsedNext(context: MapperContext, volume: OpenVolume): Prom
     throw error
   }
   volume.next = spare
+  volume.nextExported = false
 }
 
 async function openReader(context: MapperContext, resourceId: string, options: OpenOptions): Promise<OpenReader> {

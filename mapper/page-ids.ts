@@ -38,6 +38,12 @@ export class PageIds {
     return this.#next
   }
 
+  /** From now on only numbers from `next` on are given; nothing if they are anyway. */
+  raise(next: number): void {
+    assert(Number.isSafeInteger(next + reservedPagesMax), `page id counter raised to ${next}`)
+    this.#next = Math.max(this.#next, next)
+  }
+
   /** Pages with a smaller number belong to no checkpoint in flight. */
   boundary(): number {
     let boundary = this.#next

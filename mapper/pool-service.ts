@@ -6,10 +6,11 @@
  * - A pool is deleted only when nothing lies in it: no resource calls it home, and it has no layer but spares. From the
  *   moment that is checked it gives out no spare, so nothing new can start in it.
  */
-import { AtollError, toAtollError, type PoolRow } from '@atoll/core'
+import { AtollError, isAtollError, toAtollError, type PoolRow } from '@atoll/core'
 import type { Finding, PoolHandle } from '@atoll/southbound'
 import type { MapperContext } from './context.ts'
 import type { DeviceTotals } from './device-totals.ts'
+import type { ExportStatus } from './exporter.ts'
 import { provisionedBytes } from './overcommit.ts'
 import { changeSettings, lowSpaceBytes, parsePoolSettings } from './pool-settings.ts'
 import { recoverPool, removeCondemned } from './recover.ts'
@@ -20,6 +21,11 @@ export interface NewPool {
   readonly name: string
   readonly driver: string
   readonly options: Readonly<Record<string, string>>
+  /**
+   * Default false: if the pool cannot be opened, it is not made. True: one that belongs to another catalog is kept, not open, with
+   * that as its reason, so that it can be imported.
+   */
+  readonly keepForeign?: boolean
 }
 
 export interface PoolStatus {
@@ -33,6 +39,7 @@ export interface PoolStatus {
   readonly dedupRatio: number
   /** Layers of the pool, spares included. */
   readonly layers: number
+  readonly export: ExportStatus
 }
 
 /** How much room a pool has, and what its settings make of that. */
@@ -74,12 +81,19 @@ export class PoolService {
         .select('layer_alias')
         .where('pool_id', '=', row.id)
         .executeTakeFirst()
-      const handle = await pools.open(row, { create: replica === undefined })
+      const known = await catalog.db
+        .selectFrom('export_pools')
+        .select('taken_from')
+        .where('pool_id', '=', row.id)
+        .executeTakeFirst()
+      const handle = await pools.open(row, { create: replica === undefined, takeOverFrom: known?.taken_from ?? undefined })
       try {
+        await this.#context.exporter.attach(handle)
         await recoverPool(this.#context, row.id)
         await layers.load(row.id)
       } catch (error) {
         // Half-known is not open: the reason is kept, and the next open tries again.
+        await this.#context.exporter.detach(row.id)
         await pools.drop(row.id, toAtollError(error))
         throw error
       }
@@ -117,6 +131,7 @@ export class PoolService {
     try {
       await this.open(row)
     } catch (error) {
+      if (wanted.keepForeign === true && isAtollError(error, 'POOL_OWNED_BY_OTHER')) return row
       await catalog.write(async (tx) => await tx.deleteFrom('pools').where('id', '=', row.id).execute(), { emergency: true })
       pools.forget(row.id)
       throw error
@@ -152,7 +167,7 @@ export class PoolService {
    * @throws AtollError POOL_NOT_FOUND, POOL_NOT_EMPTY naming how much lies in it, POOL_UNAVAILABLE
    */
   async delete(id: string): Promise<void> {
-    const { catalog, layers, locks, pools } = this.#context
+    const { catalog, exporter, layers, locks, pools } = this.#context
     await locks.run([id], async () => {
       const row = await this.get(id)
       const handle = pools.leave(id)
@@ -180,12 +195,14 @@ export class PoolService {
         pools.stay(id)
         await removeCondemned(this.#context, id)
         pools.leave(id)
+        await exporter.detach(id, { remove: true })
         await handle.destroy()
         await catalog.write(async (tx) => await tx.deleteFrom('pools').where('id', '=', id).execute(), { emergency: true })
         pools.forget(id)
         this.#context.open.forgetPool(id)
       } catch (error) {
         pools.stay(id)
+        if (exporter.status(id) === null) await exporter.attach(handle)
         await layers.load(id)
         throw error
       }
@@ -204,7 +221,9 @@ export class PoolService {
       .where('pool_id', '=', id)
       .executeTakeFirstOrThrow()
     const dedupRatio = usage.storedBytes > 0 ? logicalBytes / usage.storedBytes : 1
-    return { ...usage, logicalBytes, dedupRatio, layers: Number(count) }
+    // Closed meanwhile, it has none; the next question says so.
+    const exported = this.#context.exporter.status(id) ?? { state: 'behind', behindSince: null, error: null }
+    return { ...usage, logicalBytes, dedupRatio, layers: Number(count), export: exported }
   }
 
   /** @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE, IO_ERROR */

@@ -9,7 +9,7 @@
 import { hostname } from 'node:os'
 import { AtollError, toAtollError, type Catalog, type Clock, type PoolRow } from '@atoll/core'
 import type { Engine } from '@atoll/native'
-import type { Driver, PoolHandle } from '@atoll/southbound'
+import type { Driver, PoolContext, PoolHandle, PoolInspection } from '@atoll/southbound'
 import { parsePoolSettings } from './pool-settings.ts'
 
 export interface PoolsOptions {
@@ -47,20 +47,19 @@ export class Pools {
    * Opens the pool of a row; one that is open already is returned as it is. `create`: what is missing on the backend is made.
    * @throws AtollError DRIVER_UNKNOWN, POOL_LOCKED, POOL_OWNED_BY_OTHER, POOL_UNAVAILABLE, POOL_OPTION_INVALID
    */
-  async open(row: PoolRow, { create }: { create: boolean }): Promise<PoolHandle> {
+  async open(
+    row: PoolRow,
+    { create, takeOverFrom }: { create: boolean; takeOverFrom?: string | undefined },
+  ): Promise<PoolHandle> {
     const present = this.#handles.get(row.id)
     if (present !== undefined) return present
     try {
       const { reserveBytes } = parsePoolSettings(row.settings)
       const handle = await this.driver(row.driver).open({
-        engine: this.#options.engine,
-        poolId: row.id,
-        options: row.options,
-        catalogId: this.#options.catalog.id,
-        ownerText: this.#ownerText,
-        now: () => this.#options.clock.nowMs(),
+        ...this.#contextOf(row),
         create,
         ...(reserveBytes === null ? {} : { reserveBytes }),
+        ...(takeOverFrom === undefined ? {} : { takeOverFrom }),
       })
       this.#handles.set(row.id, handle)
       this.#failures.delete(row.id)
@@ -69,6 +68,22 @@ export class Pools {
       const failure = toAtollError(error)
       this.#failures.set(row.id, failure)
       throw failure
+    }
+  }
+
+  /** Looks at a pool that is not open; ends with its `close`. @throws AtollError as `Driver.inspect` */
+  async inspect(row: Pick<PoolRow, 'driver' | 'id' | 'options'>): Promise<PoolInspection> {
+    return await this.driver(row.driver).inspect({ ...this.#contextOf(row), create: false })
+  }
+
+  #contextOf(row: Pick<PoolRow, 'id' | 'options'>): Omit<PoolContext, 'create' | 'takeOverFrom'> {
+    return {
+      engine: this.#options.engine,
+      poolId: row.id,
+      options: row.options,
+      catalogId: this.#options.catalog.id,
+      ownerText: this.#ownerText,
+      now: () => this.#options.clock.nowMs(),
     }
   }
 

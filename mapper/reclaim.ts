@@ -16,6 +16,7 @@
  *  3. The mark: the union of all durable roots, each page visited once.
  *  4. Sealed layers that nothing reaches are condemned, durably. With that commit every earlier one is durable, too: the
  *     delete or checkpoint that freed something cannot be taken back by a power cut any more (I5).
+ *     The pools' exports follow: an import must find what they name, so a pool whose export cannot be written keeps everything.
  *  5. The barrier: reads that looked a slot up before the roots were read have finished (I5).
  *  6. Punch what is not reached in sealed layers; remove condemned ones, the files first, then the rows; sweep pages.
  *
@@ -125,11 +126,14 @@ export class Reclaimer {
       const sealed = await this.#sealedLayers(poolIds)
       const reach = await this.#mark(checkCancelled)
       await this.#condemn(sealed.filter((layer) => reach.slotCount(layer.alias) === 0))
+      const exported = new Set<string>()
+      for (const id of poolIds) if (await context.exporter.flushedForPunch(id)) exported.add(id)
       await context.engine.readBarrier()
       for (let doneLayers = 0; doneLayers < sealed.length;) {
         checkCancelled()
         const part = sealed.slice(doneLayers, doneLayers + layersAtOnce)
-        const freed = await Promise.all(part.map(async (layer) => await this.#punch(layer, reach)))
+        const mayPunch = part.filter((layer) => exported.has(layer.poolId))
+        const freed = await Promise.all(mayPunch.map(async (layer) => await this.#punch(layer, reach)))
         freedBytes += freed.reduce((sum, bytes) => sum + bytes, 0)
         doneLayers += part.length
         options.onProgress?.({ doneLayers, totalLayers: sealed.length, freedBytes })

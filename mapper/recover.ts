@@ -3,6 +3,8 @@
  *
  * Rules (each step may be interrupted and is done again at the next start):
  * - Pages of a range that is still recorded belong to a checkpoint that was not committed: deleted.
+ * - Layers are removed and sealed only when the pool's export has what let them go (`flushed`): until then an import needs them.
+ *   Where the export cannot be written they wait for a later reclaim.
  * - A layer in `making` whose file is empty: nothing refers to it; its file is removed, then its row.
  * - A layer in `making`, or a spare of nobody, whose file is not empty: this catalog is an older one, and in a newer one the
  *   layer is a volume's. The row goes and the file stays, as one without a row.
@@ -25,6 +27,9 @@ const namedUnknownMax = 20
 export const lsnMax = Number.MAX_SAFE_INTEGER - 1
 export const epochMax = Number.MAX_SAFE_INTEGER
 
+/** In the table `meta`: no page id below this is given out. */
+export const pageIdsFromKey = 'page_ids_from'
+
 type CatalogOnly = Pick<MapperContext, 'catalog'>
 
 /** The first page number that was never used, after the pages of unfinished checkpoints were deleted. */
@@ -36,8 +41,10 @@ export async function recoverPages(context: CatalogOnly): Promise<number> {
     .selectFrom('volumes')
     .select((query) => query.fn.max('shared_below_page').as('highest'))
     .executeTakeFirst()
+  // Ids that an import left free for other pools of the same lost catalog.
+  const kept = await db.selectFrom('meta').select('value').where('key', '=', pageIdsFromKey).executeTakeFirst()
   // Not below any shared_below_page either: a new page of a volume is then known to be its own.
-  return Math.max((await pages.maxId()) + 1, Number(shared?.highest ?? 0), 1)
+  return Math.max((await pages.maxId()) + 1, Number(shared?.highest ?? 0), Number(kept?.value ?? 0), 1)
 }
 
 /**
@@ -130,7 +137,9 @@ export async function removeCondemned(
   poolId: string,
 ): Promise<{ freedBytes: number; layerCount: number; aliases: number[] }> {
   const rows = await layersIn(context, poolId, 'condemned')
-  if (rows.length === 0) return { freedBytes: 0, layerCount: 0, aliases: [] }
+  const nothing = { freedBytes: 0, layerCount: 0, aliases: [] }
+  // After the rows were read: the export then has every commit that condemned one of them.
+  if (rows.length === 0 || !(await context.exporter.flushedForPunch(poolId))) return nothing
   const pool = context.pools.handle(poolId)
   const sizes = new Map((await pool.listLayers()).map((layer) => [layer.id, layer.allocatedBytes]))
   const removed = await removeAll(context, pool, rows)
@@ -184,6 +193,7 @@ export async function sealClosing(context: MapperContext, poolId: string): Promi
 async function sealClosingOf(context: MapperContext, poolId: string, volumeId: string | null): Promise<void> {
   const pool = context.pools.handle(poolId)
   const closing = (await layersIn(context, poolId, 'closing')).filter((row) => row.volume_id === volumeId)
+  if (closing.length === 0 || !(await context.exporter.flushed([poolId]))) return
   for (const layer of closing) {
     try {
       if (volumeId !== null) await sealFile(context, pool, volumeId, layer.id)

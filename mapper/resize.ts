@@ -55,6 +55,8 @@ async function grow(context: MapperContext, row: ResourceRow, entry: OpenVolume 
       .where('id', '=', row.id)
       .execute()
   })
+  // Nothing is written into the new space before the export has it.
+  await context.exporter.flushed([row.home_pool_id])
   if (entry === undefined) return
   entry.sizeBytes = sizeBytes
   await entry.device.grow(sizeBytes)

@@ -69,6 +69,8 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
           .executeTakeFirstOrThrow()
       })
       context.open.forget(volumeId)
+      // Before the lock is let go: nobody writes into an active layer that the export does not name.
+      await context.exporter.flushed([row.home_pool_id])
       return row
     } catch (error) {
       layers.giveBack(spare)

@@ -9,6 +9,7 @@
  *   open finds the frames of the next layer and commits the swap without it.
  * - Several volumes are one point in time: the engine closes all gates before it opens one, and closed volumes have no
  *   writer while their lock is held. All of them are in the one transaction, or none is.
+ * - No swap before the export names the volume's active and next layer: an import finds frames in no layer but these.
  * - A closed volume needs no engine: its durable root is its content. Its active layer is sealed if the root may refer to it.
  *
  * Called by who holds the locks of all the volumes.
@@ -70,6 +71,11 @@ export async function shareVolumes(
     // An earlier share or shrink that failed half-way: its commit comes first.
     if (volume.swapUncommitted || volume.pendingSizeBytes !== null) await checkpointLocked(context, volume)
   }
+  const unnamed = open.filter((volume) => !volume.nextExported)
+  if (unnamed.length > 0) {
+    const exported = await context.exporter.flushed(unnamed.map((volume) => volume.poolId))
+    for (const volume of unnamed) volume.nextExported = exported
+  }
   const closed = await findClosed(context, volumeIds, rows)
 
   // Everything that can fail for want of space is in hand before the first gate closes.
@@ -107,7 +113,9 @@ export async function shareVolumes(
     for (const { spare } of replacing) if (spare !== null) context.layers.giveBack(spare)
     throw error
   }
-  for (const part of replacing) await sealReplaced(context, part)
+  // Also what `makeRows` has made is exported before the locks are let go.
+  const exported = await context.exporter.flushed(shared.map(({ volume }) => volume.home_pool_id))
+  if (exported) for (const part of replacing) await sealReplaced(context, part)
   return { pauseMs }
 }
 

@@ -208,6 +208,8 @@ export interface RawStore {
   usage(): Promise<StoreUsage>
   readRecord(name: string): Promise<Uint8Array | null>
   writeRecord(name: string, bytes: Uint8Array): Promise<void>
+  listRecords(prefix: string): Promise<string[]>
+  removeRecord(name: string): Promise<void>
   lock(owner: string): Promise<RawStoreLock>
   releaseReserve(): Promise<void>
   restoreReserve(): Promise<number>
@@ -340,10 +342,10 @@ export interface RawDevice {
   copyIn(path: string, sourceOffsetBytes: number, offsetBytes: number, lengthBytes: number): Promise<CopyReport>
   copyOut(path: string, offsetBytes: number, lengthBytes: number): Promise<CopyReport>
   checkpoint(firstPageId: number): Promise<RawCheckpoint | null>
-  checkpointCommitted(checkpoint: RawCheckpoint): Promise<void>
+  checkpointCommitted(checkpoint: RawCheckpoint, trimJournal: boolean): Promise<void>
   checkpointAborted(checkpoint: RawCheckpoint): void
   syncClosing(): Promise<void>
-  swapCommitted(): Promise<void>
+  swapCommitted(seal: boolean): Promise<void>
   grow(sizeBytes: number): Promise<void>
   shrinkPrepare(sizeBytes: number): Promise<void>
   shrinkPunch(): Promise<void>

@@ -163,9 +163,12 @@ export class Device {
     })
   }
 
-  /** The catalog has pages, root and lsn. */
-  checkpointCommitted(checkpoint: Checkpoint): Promise<void> {
-    return settle(() => this.raw.checkpointCommitted(checkpoint.raw))
+  /**
+   * The catalog has pages, root and lsn. `trimJournal`: the pool's export has them too, and journal segments behind the
+   * checkpoint go; without, they stay for a later one to remove.
+   */
+  checkpointCommitted(checkpoint: Checkpoint, trimJournal: boolean): Promise<void> {
+    return settle(() => this.raw.checkpointCommitted(checkpoint.raw, trimJournal))
   }
 
   /** The catalog has not. */
@@ -178,9 +181,9 @@ export class Device {
     return settle(() => this.raw.syncClosing())
   }
 
-  /** The catalog has the swap: the old layer is sealed and the next swap may come. */
-  swapCommitted(): Promise<void> {
-    return settle(() => this.raw.swapCommitted())
+  /** The catalog has the swap: the next one may come. `seal`: the old layer's journal is sealed, which drops its frames. */
+  swapCommitted(seal: boolean): Promise<void> {
+    return settle(() => this.raw.swapCommitted(seal))
   }
 
   /** The new space reads as zeros. */

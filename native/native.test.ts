@@ -122,6 +122,12 @@ describe('a store', () => {
     expect(await store.readRecord('owner')).toBe(null)
     await store.writeRecord('owner', new TextEncoder().encode('me'))
     expect(new TextDecoder().decode((await store.readRecord('owner'))!)).toBe('me')
+    await store.writeRecord('export.2', new Uint8Array(3))
+    await store.writeRecord('export.1', new Uint8Array())
+    expect(await store.listRecords('export.')).toEqual(['export.1', 'export.2'])
+    await store.removeRecord('export.1')
+    await store.removeRecord('export.1')
+    expect(await store.listRecords('')).toEqual(['export.2', 'owner'])
 
     const lock = await store.lock('pid 1')
     expect(await codeOf(store.lock('pid 2'))).toBe('STORE_LOCKED')
@@ -267,7 +273,7 @@ describe('a device', () => {
     const root = checkpoint.root()
     const frozen = checkpoint.frozen()
     expect(frozen.root()).toBe(null)
-    await device.checkpointCommitted(checkpoint)
+    await device.checkpointCommitted(checkpoint, true)
     expect(() => checkpoint.root()).toThrowError(expect.objectContaining({ code: 'CHECKPOINT_ENDED' }))
     expect(frozen.root()).toEqual(root)
     expect(await device.checkpoint(200)).toBe(null)
@@ -343,10 +349,10 @@ describe('a device', () => {
     await device.write(0, filled(4096, 1))
     const aborted = (await device.checkpoint(1))!
     device.checkpointAborted(aborted)
-    expect(await codeOf(device.checkpointCommitted(aborted))).toBe('CHECKPOINT_ENDED')
+    expect(await codeOf(device.checkpointCommitted(aborted, true))).toBe('CHECKPOINT_ENDED')
     const checkpoint = (await device.checkpoint(50))!
     expect(checkpoint.pageCount).toBe(aborted.pageCount)
-    await device.checkpointCommitted(checkpoint)
+    await device.checkpointCommitted(checkpoint, true)
   })
 
   it('swaps to the next layer, keeps the frozen map as it was, and is replayed after a crash', async () => {
@@ -359,8 +365,8 @@ describe('a device', () => {
     expect(set.pageCount).toBeGreaterThan(0)
     expect(set.root().word >> 60n).toBe(2n)
     const checkpoint = (await device.checkpoint(1))!
-    await device.checkpointCommitted(checkpoint)
-    await device.swapCommitted()
+    await device.checkpointCommitted(checkpoint, true)
+    await device.swapCommitted(true)
     await device.addLayers([layers[2]!])
     await device.flush()
 
@@ -422,7 +428,7 @@ describe('a device', () => {
     await device.write(100 * mebibyte, filled(4096, 3))
     await device.shrinkPrepare(64 * mebibyte)
     const checkpoint = await device.checkpoint(1)
-    if (checkpoint !== null) await device.checkpointCommitted(checkpoint)
+    if (checkpoint !== null) await device.checkpointCommitted(checkpoint, true)
     await device.shrinkPunch()
     await device.grow(128 * mebibyte)
     expect(await device.read(100 * mebibyte, 4096)).toEqual(filled(4096, 0))

@@ -85,6 +85,16 @@ export class Store {
     return settle(() => this.raw.writeRecord(name, bytes))
   }
 
+  /** Names of the records that begin with `prefix`, ascending. */
+  listRecords(prefix: string): Promise<string[]> {
+    return settle(() => this.raw.listRecords(prefix))
+  }
+
+  /** Removes a record; one that is not there is no error. Need not be durable: what a crash brings back is whole. */
+  removeRecord(name: string): Promise<void> {
+    return settle(() => this.raw.removeRecord(name))
+  }
+
   /**
    * Takes the store's exclusive lock for this process; `owner` is what the other side reads.
    *

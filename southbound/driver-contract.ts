@@ -181,6 +181,53 @@ export function describeDriver(name: string, makeSubject: () => Promise<DriverSu
       expect(await again.check()).toEqual([])
     })
 
+    test('a pool is inspected by anybody without being changed, under its lock', async () => {
+      const context = {
+        engine,
+        poolId,
+        options: subject.driver.parseOptions(subject.options),
+        catalogId: otherCatalogId,
+        ownerText: 'pid 4712',
+        now: () => 1_800_000_000_000,
+      }
+      const first = await open()
+      await expect(subject.driver.inspect(context)).rejects.toMatchObject({ code: 'POOL_LOCKED' })
+      await first.store.writeRecord('export.1', Uint8Array.of(7))
+      await first.close()
+      const inspection = await subject.driver.inspect(context)
+      expect(inspection.owner).toMatchObject({ catalogId, epoch: 1 })
+      expect(await inspection.store.listRecords('export.')).toEqual(['export.1'])
+      await expect(open()).rejects.toMatchObject({ code: 'POOL_LOCKED' })
+      await inspection.close()
+      await inspection.close()
+      const again = await subject.driver.inspect(context)
+      expect(again.owner).toMatchObject({ catalogId, epoch: 1 })
+      await again.close()
+      await open()
+    })
+
+    test('a pool is taken over from the catalog that is named, and from no other', async () => {
+      const first = await open()
+      await first.createLayer(layerId(1))
+      await first.close()
+      await expect(open({ catalogId: otherCatalogId, takeOverFrom: otherCatalogId })).rejects.toMatchObject({
+        code: 'POOL_OWNED_BY_OTHER',
+      })
+      const taken = await open({ catalogId: otherCatalogId, takeOverFrom: catalogId })
+      expect(await idsOf(taken)).toEqual([layerId(1)])
+      await taken.close()
+      await expect(open()).rejects.toMatchObject({ code: 'POOL_OWNED_BY_OTHER', values: { ownerCatalogId: otherCatalogId } })
+    })
+
+    test('records are listed by the beginning of their names and removed', async () => {
+      const { store } = await open()
+      for (const name of ['export.b', 'export.a', 'other']) await store.writeRecord(name, Uint8Array.of(1))
+      expect(await store.listRecords('export.')).toEqual(['export.a', 'export.b'])
+      await store.removeRecord('export.a')
+      await store.removeRecord('export.a')
+      expect(await store.listRecords('')).toEqual(['export.b', 'other', 'owner'])
+    })
+
     test('the epoch of the owner rises with each opening', async () => {
       const epochs: unknown[] = []
       for (let count = 0; count < 3; count += 1) {

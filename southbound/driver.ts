@@ -86,6 +86,27 @@ export interface PoolContext {
   readonly create?: boolean
   /** The reserve that the operator set for this pool (at most `reserveBytesMax`), instead of what the options say. */
   readonly reserveBytes?: number
+  /** A pool of this other catalog is taken over instead of refused: its content was brought into the catalog that opens it. */
+  readonly takeOverFrom?: string
+}
+
+/** Which catalog a pool belongs to. */
+export interface PoolOwner {
+  /** null: it was given up. */
+  readonly catalogId: string | null
+  readonly epoch: number
+  /** When this epoch began, ISO 8601. */
+  readonly since: string
+}
+
+/** A pool that is looked at before it is opened. Its lock is held, and nothing of it is changed. */
+export interface PoolInspection {
+  /** For reading records; layers are not to be written. */
+  readonly store: Store
+  /** null: nobody has ever opened it. */
+  readonly owner: PoolOwner | null
+  /** Lets go of the lock. Idempotent. */
+  close(): Promise<void>
 }
 
 /**
@@ -152,4 +173,9 @@ export interface Driver {
    * @throws AtollError POOL_LOCKED naming the holder, POOL_OWNED_BY_OTHER naming the catalog, POOL_UNAVAILABLE, POOL_OPTION_INVALID
    */
   open(context: PoolContext): Promise<PoolHandle>
+  /**
+   * Takes the lock of a pool that is there, whosever it is, so that it can be read: `create` and `takeOverFrom` do not matter.
+   * @throws AtollError POOL_LOCKED naming the holder, POOL_UNAVAILABLE, POOL_OPTION_INVALID, POOL_CORRUPT, FORMAT_VERSION
+   */
+  inspect(context: PoolContext): Promise<PoolInspection>
 }

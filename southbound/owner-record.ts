@@ -61,12 +61,19 @@ function unreadable(poolName: string, cause: unknown): AtollError {
  * Makes the pool this catalog's, or refuses. The caller holds the pool's lock.
  * @throws AtollError POOL_OWNED_BY_OTHER naming the other catalog
  */
-export async function takeOwnership(store: Store, poolName: string, catalogId: string, nowMs: number): Promise<OwnerRecord> {
+export async function takeOwnership(
+  store: Store,
+  poolName: string,
+  catalogId: string,
+  nowMs: number,
+  takeOverFrom?: string,
+): Promise<OwnerRecord> {
   const found = await readOwnerRecord(store, poolName)
-  if (found !== null && found.catalogId !== null && found.catalogId !== catalogId) {
+  const mayOwn: (string | null | undefined)[] = [null, undefined, catalogId, takeOverFrom]
+  if (found !== null && !mayOwn.includes(found.catalogId)) {
     throw new AtollError(
       'POOL_OWNED_BY_OTHER',
-      `${poolName} belongs to the catalog ${found.catalogId} (since ${found.since}), not to this one (${catalogId}): open it there, or delete the pool there first`,
+      `${poolName} belongs to the catalog ${found.catalogId} (since ${found.since}), not to this one (${catalogId}): open it there; if that catalog is lost, bring its content back with \`atoll pool import\``,
       { values: { pool: poolName, ownerCatalogId: found.catalogId, catalogId, since: found.since } },
     )
   }

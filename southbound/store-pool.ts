@@ -5,7 +5,16 @@
  */
 import { AtollError, isAtollError } from '@atoll/core'
 import type { Store, StoreLock } from '@atoll/native'
-import type { Finding, LayerListing, LayerSeal, PoolCapabilities, PoolContext, PoolHandle, PoolUsage } from './driver.ts'
+import type {
+  Finding,
+  LayerListing,
+  LayerSeal,
+  PoolCapabilities,
+  PoolContext,
+  PoolHandle,
+  PoolInspection,
+  PoolUsage,
+} from './driver.ts'
 import { guardPool } from './guard.ts'
 import { giveUpOwnership, type OwnerRecord, readOwnerRecord, takeOwnership } from './owner-record.ts'
 
@@ -35,10 +44,30 @@ export async function openStorePool(options: StorePoolOptions): Promise<PoolHand
   const { context, poolName, store } = options
   const lock = await takeLock(options)
   try {
-    const owner = await withReserve(store, () => takeOwnership(store, poolName, context.catalogId, context.now()))
+    const owner = await withReserve(store, () =>
+      takeOwnership(store, poolName, context.catalogId, context.now(), context.takeOverFrom),
+    )
     // A reserve that was given up on a full disk comes back when there is space again; without it the pool works too.
     await store.restoreReserve()
     return guardPool(new StorePool(options, lock, owner))
+  } catch (error) {
+    lock.release()
+    throw error
+  }
+}
+
+/**
+ * Takes the store's lock and reads whose pool it is.
+ * @throws AtollError POOL_LOCKED naming the holder, POOL_CORRUPT, FORMAT_VERSION
+ */
+export async function inspectStorePool(
+  options: Pick<StorePoolOptions, 'context' | 'poolName' | 'store'>,
+): Promise<PoolInspection> {
+  const { poolName, store } = options
+  const lock = await takeLock(options)
+  try {
+    const owner = await readOwnerRecord(store, poolName)
+    return { store, owner, close: async () => lock.release() }
   } catch (error) {
     lock.release()
     throw error
@@ -56,7 +85,11 @@ async function withReserve<T>(store: Store, fn: () => Promise<T>): Promise<T> {
   }
 }
 
-async function takeLock({ store, poolName, context }: StorePoolOptions): Promise<StoreLock> {
+async function takeLock({
+  store,
+  poolName,
+  context,
+}: Pick<StorePoolOptions, 'context' | 'poolName' | 'store'>): Promise<StoreLock> {
   try {
     return await store.lock(context.ownerText)
   } catch (error) {

@@ -1,5 +1,5 @@
 import type { Command } from 'commander'
-import type { JobDocument, PoolDocument } from '../admin-types.ts'
+import type { JobDocument, PoolDocument, PoolImportDocument } from '../admin-types.ts'
 import { segment } from '../client/admin-client.ts'
 import { usageError } from '../client/cli-error.ts'
 import { formatBytes } from '../terminal/format-bytes.ts'
@@ -7,6 +7,13 @@ import { formatFields, formatTable } from '../terminal/table.ts'
 import { contextOf, withExample } from './command-context.ts'
 import { readOptions } from './key-value.ts'
 import { waitForJob } from './wait-for-job.ts'
+
+interface ImportOptions {
+  readonly driver?: string
+  readonly option: string[]
+  readonly takeOver: boolean
+  readonly dryRun: boolean
+}
 
 export function register(pool: Command): void {
   withExample(
@@ -28,6 +35,29 @@ export function register(pool: Command): void {
         context.print(document, () => document.id)
       }),
     'atoll pool create fast --driver file --option path=/mnt/nvme/atoll',
+  )
+  withExample(
+    pool
+      .command('import')
+      .description('bring back what is in a pool whose catalog is lost')
+      .argument('<name>', 'a pool that is not open because it belongs to another catalog; with --driver, the name that it gets')
+      .option('--driver <driver>', 'where the pool lies, if this home does not know it')
+      .option('--option <key=value>', 'option of the driver; KEY=@FILE reads the value from a file', collect, [])
+      .option('--take-over', 'the pool belongs to another catalog, which is lost and will not come back', false)
+      .option('--dry-run', 'say what would be brought back, and change nothing', false)
+      .action(async (name: string, options: ImportOptions, command: Command) => {
+        const context = contextOf(command)
+        const place =
+          options.driver === undefined
+            ? {}
+            : { driver: options.driver, options: await readOptions(options.driver, options.option) }
+        if (options.driver === undefined && options.option.length > 0) throw usageError('--option needs --driver')
+        const { takeOver, dryRun } = options
+        const report = await context.client.post<PoolImportDocument>('/v1/pool-imports', { name, ...place, takeOver, dryRun })
+        context.print(report, () => importText(report))
+        if (report.failed.length + report.damages.length > 0) process.exitCode = 1
+      }),
+    'atoll pool import default --take-over',
   )
   withExample(
     pool
@@ -122,6 +152,33 @@ export function register(pool: Command): void {
   )
 }
 
+/** The parts of a report that are lists: what is named in each, and what it means. */
+const listsOfImport = {
+  failed: 'could not be brought back',
+  uncertain: 'may be out of date, since records of the export are damaged or missing',
+  damages: 'damaged or missing in the export',
+} as const
+
+function importText(report: PoolImportDocument): string {
+  const { volume, snapshot, image, file } = report.broughtBack
+  const counts = `${volume} volumes, ${snapshot} snapshots, ${image} images and ${file} files`
+  const time = report.exportedAt === null ? '' : `, exported last at ${report.exportedAt}`
+  const lines = [`${report.dryRun ? 'would bring' : 'brought'} back ${counts}${time}`]
+  const entries = {
+    failed: report.failed.map((entry) => `${entry.kind} ${entry.name} (${entry.id}): ${entry.code}: ${entry.reason}`),
+    uncertain: report.uncertain.map((entry) => `${entry.kind} ${entry.name} (${entry.id})`),
+    damages: report.damages.map((entry) => `${entry.record}: ${entry.message}`),
+  }
+  for (const [list, meaning] of Object.entries(listsOfImport)) {
+    const found = entries[list as keyof typeof entries]
+    if (found.length > 0) lines.push(`${meaning}:`, ...found.map((entry) => `  ${entry}`))
+  }
+  const { length } = report.unknownLayers
+  if (length > 0)
+    lines.push(`${length} layers in the pool that nothing refers to are left alone: ${report.unknownLayers.join(', ')}`)
+  return [...lines, ...report.notes].join('\n')
+}
+
 export interface PoolFinding {
   readonly severity: 'note' | 'warning' | 'error'
   readonly kind: string
@@ -177,8 +234,15 @@ function poolText(pool: PoolDocument): string {
     ['dedup ratio', pool.dedupRatio.toFixed(2)],
     ['layers', String(pool.layers)],
     ...Object.entries(pool.capabilities ?? {}).map(([name, value]) => [name, value === null ? null : String(value)] as const),
+    ['export', pool.export === null ? null : exportText(pool.export)],
     ...(pool.error === null ? [] : [['error', `${pool.error.code}: ${pool.error.message}`] as const]),
   ])
+}
+
+function exportText({ state, behindSince, error }: NonNullable<PoolDocument['export']>): string {
+  if (state === 'ahead') return 'ahead: it is of a newer catalog than this one, and is left as it is'
+  if (state === 'current') return 'current'
+  return `behind since ${behindSince ?? 'now'}${error === null ? '' : `: ${error.code}: ${error.message}`}`
 }
 
 function checkText(check: PoolCheck): string {

@@ -204,6 +204,29 @@ export interface FilesTable {
   created_at: number
 }
 
+/** The outbox of the pools' exports; written by triggers (migration 0003). */
+export interface ExportChangesTable {
+  /** AUTOINCREMENT, without gaps. */
+  seq: Generated<number>
+  /** A table; or `pages`, whose key is FIRST:END, and `tree`, whose key is the resource whose pages lie in other pools' exports. */
+  table_name: string
+  row_key: string
+  /** The pool whose export has the row; null: every one. */
+  pool_id: string | null
+}
+
+export interface ExportPoolsTable {
+  pool_id: string
+  /** Number of the last delta record that is known to be there. */
+  record_number: number
+  /** With that record the export is complete up to this change. */
+  outbox_seq: number
+  /** 1: the export was found to be newer than this catalog, so it is not written. */
+  is_ahead: number
+  /** The catalog that the pool was taken over from; null: it was always ours. */
+  taken_from: string | null
+}
+
 export interface Schema {
   meta: MetaTable
   projects: ProjectsTable
@@ -219,6 +242,8 @@ export interface Schema {
   page_ranges: PageRangesTable
   containers: ContainersTable
   files: FilesTable
+  export_changes: ExportChangesTable
+  export_pools: ExportPoolsTable
 }
 
 export type ProjectRow = Selectable<ProjectsTable>

@@ -14,6 +14,10 @@ export const faultOperations = [
   'create',
   'remove',
   'open',
+  'record-read',
+  'record-write',
+  'record-list',
+  'record-remove',
 ] as const
 
 const errnoNumber = z.union([

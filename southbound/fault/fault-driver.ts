@@ -39,6 +39,11 @@ export function withFaults(inner: Driver, plan?: FaultPlanInput): Driver {
       store.setFaults(inForce)
       return guardPool(overStore(name, pool, store))
     },
+
+    async inspect(context) {
+      const { faults: _, ...options } = context.options
+      return await inner.inspect({ ...context, options })
+    },
   }
 }
 

@@ -2,8 +2,8 @@
 import { stat } from 'node:fs/promises'
 import { AtollError, isAtollError } from '@atoll/core'
 import type { Store } from '@atoll/native'
-import type { Driver, PoolContext, PoolHandle } from '../driver.ts'
-import { openStorePool } from '../store-pool.ts'
+import type { Driver, PoolContext, PoolHandle, PoolInspection } from '../driver.ts'
+import { inspectStorePool, openStorePool } from '../store-pool.ts'
 import { type FileConfig, parseFileConfig } from './file-config.ts'
 
 export const fileDriver: Driver = {
@@ -30,6 +30,13 @@ export const fileDriver: Driver = {
       // An OFD lock: the kernel drops it with the process, so who gets it may write at once.
       capabilities: { fence: 'lock', offloadDomain: `file:${dev}`, sharedByNodes: false },
     })
+  },
+
+  async inspect(context: PoolContext): Promise<PoolInspection> {
+    const config = parseFileConfig(context.options)
+    const poolName = `the pool at ${config.path}`
+    const store = await openStore({ ...context, create: false }, config, poolName)
+    return inspectStorePool({ poolName, context, store })
   },
 }
 

@@ -4,7 +4,7 @@
  */
 import type { Engine, Store } from '@atoll/native'
 import type { Driver, PoolContext } from '../driver.ts'
-import { openStorePool } from '../store-pool.ts'
+import { inspectStorePool, openStorePool } from '../store-pool.ts'
 import { parseMemoryConfig } from './memory-config.ts'
 
 /** Stores by engine and pool: a store must not outlive its engine. */
@@ -55,6 +55,11 @@ export function makeMemoryDriver(
         capabilities: { fence: 'lock', offloadDomain: 'memory', sharedByNodes: false },
         onDestroyed: async () => onDestroyed?.(context),
       })
+    },
+
+    async inspect(context) {
+      parseMemoryConfig(context.options)
+      return inspectStorePool({ poolName: `the memory pool ${context.poolId}`, context, store: storeOf(context) })
     },
   }
 }

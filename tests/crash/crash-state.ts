@@ -12,6 +12,8 @@ export interface CrashState {
   /** Makes the image of the store in the engine that will use it. */
   readonly image: (engine: Engine) => Store
   readonly context: string
+  /** What the pool's export had when it was written last, while it cannot be; undefined: it has all that `model` has. */
+  readonly exported: Model | undefined
   /** The last event of the store before the crash. */
   readonly sequence: number
 }
@@ -24,6 +26,8 @@ interface Revived {
 }
 
 export interface CheckDepth {
+  /** Also: the catalog is lost, and the pool is imported into a fresh one. */
+  readonly import: boolean
   /** Also: reclaim, then allocated == reachable, and everything as before. */
   readonly reclaim: boolean
   /** Also: a partial write to every slot, a snapshot, a flush and a second life. */
@@ -45,6 +49,7 @@ export async function checkCrashState(state: CrashState, model: Model, depth: Ch
         setTimer: () => () => {},
       })
       try {
+        await checkExports(state, mapper)
         const { findings } = await mapper.check()
         assert.deepEqual(
           findings.filter(({ severity }) => severity !== 'note'),
@@ -67,6 +72,48 @@ export async function checkCrashState(state: CrashState, model: Model, depth: Ch
     if (error instanceof assert.AssertionError) throw error
     throw new assert.AssertionError({ message: `${state.context}: ${String((error as Error).stack)}` })
   } finally {
+    await engine.close()
+  }
+  if (depth.import) await checkImport(state, state.exported ?? model)
+}
+
+/** An export is written from what is durable only, so no crash leaves one that is ahead of its catalog. */
+async function checkExports(state: CrashState, mapper: Mapper): Promise<void> {
+  for (const pool of await mapper.pools.list()) {
+    const { export: exported } = await mapper.pools.status(pool.id)
+    assert.notEqual(exported.state, 'ahead', `${state.context}: the export is ahead of the catalog`)
+  }
+}
+
+/** What an operation promised is in the pool's export, too: the same must be found without the catalog. */
+async function checkImport(state: CrashState, model: Model): Promise<void> {
+  const imported = { ...state, context: `${state.context}, imported` }
+  const engine = new Engine()
+  const catalog = await openCatalog(':memory:')
+  try {
+    const store = state.image(engine)
+    const log = silentLog()
+    const mapper = await openMapper({ catalog, engine, drivers: [givenStoreDriver(store)], log, setTimer: () => () => {} })
+    try {
+      const wanted = { name: 'crash', driver: 'memory', options: {}, takeOver: true, dryRun: false }
+      const report = await mapper.importPool(wanted)
+      // What was being written as a whole and was not finished does not come back.
+      const failed = report.failed.filter(({ code }) => code !== 'RESOURCE_STATUS')
+      assert.deepEqual(failed, [], `${imported.context}: not brought back`)
+      const all = await catalog.db.selectFrom('resources').selectAll().execute()
+      // Of an older export only what never changes is compared: it must be whole, also what was deleted and reclaimed since.
+      const rows = state.exported === undefined ? all : all.filter((row) => row.kind === 'snapshot')
+      checkExistence(imported, model, rows)
+      const found = await readAll(mapper, rows)
+      for (const row of rows) checkContent(imported, model, row, found)
+    } finally {
+      await mapper.close()
+    }
+  } catch (error) {
+    if (error instanceof assert.AssertionError) throw error
+    throw new assert.AssertionError({ message: `${imported.context}: ${String((error as Error).stack)}` })
+  } finally {
+    await catalog.close()
     await engine.close()
   }
 }

@@ -1,8 +1,25 @@
 /** A driver whose one pool lies in a store that the test made: the recorder's, or an image of it after a crash. */
+import { AtollError } from '@atoll/core'
 import type { Driver, PoolHandle } from '@atoll/southbound'
 import type { Store } from '@atoll/native'
 
-export function givenStoreDriver(store: Store): Driver {
+/** Whether records can be written: a pool's export is made of them. */
+export interface RecordSwitch {
+  areFailing: boolean
+}
+
+export function givenStoreDriver(given: Store, records: RecordSwitch = { areFailing: false }): Driver {
+  const store = new Proxy(given, {
+    get(target, key) {
+      if (key === 'writeRecord' && records.areFailing) {
+        return async () => {
+          throw new AtollError('IO_ERROR', 'the test lets no record be written')
+        }
+      }
+      const value: unknown = Reflect.get(target, key, target)
+      return typeof value === 'function' ? (value.bind(target) as unknown) : value
+    },
+  })
   return {
     name: 'memory',
     summary: 'a store made by a test',
@@ -29,5 +46,6 @@ export function givenStoreDriver(store: Store): Driver {
         close: async () => {},
       }
     },
+    inspect: async () => ({ store, owner: null, close: async () => {} }),
   }
 }

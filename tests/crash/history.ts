@@ -10,7 +10,7 @@ import { adminProject, openCatalog, silentLog } from '@atoll/core'
 import { openMapper, type FileTarget, type Mapper } from '@atoll/mapper'
 import { type Device, Engine, type Store } from '@atoll/native'
 import { checkCrashState } from './crash-state.ts'
-import { givenStoreDriver } from './given-store-driver.ts'
+import { givenStoreDriver, type RecordSwitch } from './given-store-driver.ts'
 import { Model, type ModelResource } from './model.ts'
 import { PossibleContent } from './possible-content.ts'
 import { Random } from './random.ts'
@@ -50,6 +50,8 @@ const fileBytesMax = 6 * slotBytes
 /** One in so many states is also reclaimed, and one in so many lives on. */
 const reclaimEvery = 13
 const liveEvery = 11
+/** In one of so many the catalog is lost. */
+const importEvery = 3
 const statesAtOnce = 5
 /** Of the moments after an operation without a sync or a commit, one in so many is looked at. */
 const quietMomentEvery = 4
@@ -59,15 +61,16 @@ export async function runHistory(options: HistoryOptions): Promise<HistoryReport
   const store = engine.memoryStore({ capacityBytes: 1 << 30, record: true })
   const inner = await openCatalog(':memory:')
   const recording = recordCommits(inner, store)
+  const records: RecordSwitch = { areFailing: false }
   const mapper = await openMapper({
     catalog: recording.catalog,
     engine,
-    drivers: [givenStoreDriver(store)],
+    drivers: [givenStoreDriver(store, records)],
     log: silentLog(),
     setTimer: () => () => {},
   })
   try {
-    const history = new History(options, store, recording, mapper)
+    const history = new History(options, store, recording, mapper, records)
     await history.run()
     return history.report
   } finally {
@@ -84,6 +87,7 @@ class History {
   readonly #store: Store
   readonly #recording: RecordingCatalog
   readonly #mapper: Mapper
+  readonly #records: RecordSwitch
   readonly #model = new Model()
   readonly #ids = new Map<string, string>()
   readonly #devices = new Map<string, Device>()
@@ -93,13 +97,16 @@ class History {
   /** Commits that a state may begin with: the last durable one before the boundary, and those after it. */
   #commits: RecordedCommit[] = []
   #checkedSequence = 0
+  /** While the export cannot be written: what it had before. */
+  #exported: Model | undefined
 
-  constructor(options: HistoryOptions, store: Store, recording: RecordingCatalog, mapper: Mapper) {
+  constructor(options: HistoryOptions, store: Store, recording: RecordingCatalog, mapper: Mapper, records: RecordSwitch) {
     this.#options = options
     this.#random = new Random(options.seed)
     this.#store = store
     this.#recording = recording
     this.#mapper = mapper
+    this.#records = records
   }
 
   async run(): Promise<void> {
@@ -135,7 +142,8 @@ class History {
     if (roll < 959) return snapshots.length > 0 ? 'rollback' : 'flush'
     if (roll < 970) return snapshots.length > 0 ? 'delete-snapshot' : 'flush'
     if (roll < 974) return volumes.length > 1 ? 'delete-volume' : 'flush'
-    if (roll < 988) return 'reopen'
+    if (roll < 986) return 'reopen'
+    if (roll < 990) return snapshots.length > 0 ? 'reclaim-unexported' : 'reclaim'
     return 'reclaim'
   }
 
@@ -194,6 +202,8 @@ class History {
         return this.#reopen()
       case 'reclaim':
         return this.#reclaim()
+      case 'reclaim-unexported':
+        return this.#reclaimUnexported()
       default:
         throw new Error(`no operation ${operation}`)
     }
@@ -511,6 +521,23 @@ class History {
     if (source.kind === 'volume') content.flushed()
   }
 
+  /** A delete and a reclaim while the export cannot be written: what it names must stay, since the catalog may be lost just then. */
+  async #reclaimUnexported(): Promise<void> {
+    await this.#mapper.flushExports([this.#poolId])
+    await this.#examine('flush of the export')
+    const exported = new Model()
+    for (const snapshot of this.#model.of('snapshot')) exported.add({ ...snapshot, contents: [...snapshot.contents] })
+    this.#exported = exported
+    this.#records.areFailing = true
+    await this.#delete(this.#random.pick(this.#model.of('snapshot')))
+    await this.#mapper.reclaim(null)
+    await this.#examine('reclaim without an export')
+    this.#records.areFailing = false
+    await this.#mapper.flushExports([this.#poolId])
+    this.#exported = undefined
+    await this.#examine('flush of the export', true)
+  }
+
   #shuffled<T>(items: readonly T[]): T[] {
     const rest = [...items]
     const out: T[] = []
@@ -587,11 +614,16 @@ class History {
       {
         catalogBytes: commit.bytes,
         sequence,
+        exported: this.#exported,
         image: () => this.#store.crashImage(sequence, seed, { keepOf256: keep, tear: draw > 2, reorder: draw > 2 }),
         context: `seed ${this.#options.seed}, operation ${this.report.operations} (${what}), event ${sequence}, commit ${candidates.indexOf(commit) + 1} of ${candidates.length}, draw ${draw}`,
       },
       this.#model,
-      { reclaim: stateNumber % reclaimEvery === 0, live: stateNumber % liveEvery === 0 },
+      {
+        reclaim: stateNumber % reclaimEvery === 0,
+        live: stateNumber % liveEvery === 0,
+        import: stateNumber % importEvery === 0,
+      },
     )
   }
 }

@@ -39,9 +39,16 @@ export function recordCommits(inner: Catalog, store: Store): RecordingCatalog {
     tail = run.catch(() => undefined)
     return run
   }
+  // Whoever reads a commit and writes what it says elsewhere must not be ahead of its record.
+  const read = <T>(fn: (tx: CatalogTransaction) => Promise<T>): Promise<T> => {
+    const run = tail.then(async () => await inner.read(fn))
+    tail = run.catch(() => undefined)
+    return run
+  }
   const catalog = new Proxy(inner, {
     get(target, property) {
       if (property === 'write') return write
+      if (property === 'read') return read
       const value: unknown = Reflect.get(target, property, target)
       return typeof value === 'function' ? value.bind(target) : value
     },

@@ -100,7 +100,7 @@ export async function runKills(options: KillOptions): Promise<KillReport> {
   }
 }
 
-async function readAll(connection: NbdConnection): Promise<Uint8Array> {
+export async function readAll(connection: NbdConnection): Promise<Uint8Array> {
   const content = new Uint8Array(connection.sizeBytes)
   const step = 1 << 20
   for (let at = 0; at < content.length; at += step)
@@ -148,7 +148,7 @@ async function checkSnapshot(
   if (found !== snapshot.sha256) throw new Error(`snapshot ${snapshot.name} changed: ${snapshot.sha256} was ${found}`)
 }
 
-function sha256(content: Uint8Array): string {
+export function sha256(content: Uint8Array): string {
   return createHash('sha256').update(content).digest('hex')
 }
 
@@ -163,7 +163,7 @@ async function checkNothingLeaks(home: TestHome): Promise<void> {
 }
 
 /** Four connections at depth 16, each worker on slots of its own. Ends when the connections are lost. */
-class Load {
+export class Load {
   writes = 0
   readonly #connections: NbdConnection[]
   readonly #oracle: SlotOracle

@@ -8,6 +8,60 @@ const fileHistory = ['--files', '--seed', '21', '--operations', '300', '--draws'
 
 export const controlPlaneBugs: PlantedBug[] = [
   {
+    name: 'journal segments and frames go before the export has the checkpoint',
+    edits: [
+      {
+        file: 'mapper/checkpoint.ts',
+        find: 'const exported = await context.exporter.flushed(parts.map((part) => part.volume.poolId))',
+        replace: 'const exported = true',
+      },
+    ],
+    tests: history,
+  },
+  {
+    name: 'reclaim punches and removes what an export that cannot be written still names',
+    edits: [
+      {
+        file: 'mapper/reclaim.ts',
+        find: 'if (await context.exporter.flushedForPunch(id)) exported.add(id)',
+        replace: 'exported.add(id)',
+      },
+      {
+        file: 'mapper/recover.ts',
+        find: 'if (rows.length === 0 || !(await context.exporter.flushedForPunch(poolId))) return nothing',
+        replace: 'if (rows.length === 0) return nothing',
+      },
+    ],
+    tests: history,
+  },
+  {
+    name: 'a volume is swapped before the export names its next layer',
+    edits: [{ file: 'mapper/share.ts', find: 'if (unnamed.length > 0) {', replace: 'if (unnamed.length < 0) {' }],
+    tests: history,
+  },
+  {
+    name: 'the export has what a power cut can still take back from the catalog',
+    edits: [
+      {
+        file: 'mapper/exporter.ts',
+        find: '(this.#isDurable ? { value: await fn(tx) } : null)',
+        replace: '({ value: await fn(tx) })',
+      },
+    ],
+    tests: history,
+  },
+  {
+    name: 'the pages of a checkpoint are missing in the export',
+    edits: [
+      {
+        file: 'mapper/checkpoint.ts',
+        find: 'if (checkpoint.pageCount > 0) await notePages',
+        replace: 'if (checkpoint.pageCount < 0) await notePages',
+      },
+    ],
+    tests: history,
+  },
+  {
     name: 'reclaim does not look at the roots of snapshots',
     edits: [
       {

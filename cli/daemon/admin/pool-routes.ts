@@ -13,6 +13,13 @@ const creation = z.strictObject({
 })
 
 const setting = z.strictObject({ settings: z.record(typedText, typedText) })
+const importation = z.strictObject({
+  name: typedText,
+  driver: typedText.optional(),
+  options: z.record(typedText, z.string().max(65_536)).optional(),
+  takeOver: z.boolean(),
+  dryRun: z.boolean(),
+})
 
 export function addPoolRoutes(server: FastifyInstance, { composer }: AdminContext): void {
   const { pools } = composer
@@ -20,6 +27,11 @@ export function addPoolRoutes(server: FastifyInstance, { composer }: AdminContex
   server.post('/v1/pools', async (request, reply) => {
     const created = await pools.create(checkRequest(creation, request.body))
     return reply.code(201).send(toDocument(created))
+  })
+  server.post('/v1/pool-imports', async (request) => {
+    const { driver, options, ...wanted } = checkRequest(importation, request.body)
+    const place = driver === undefined ? {} : { driver, options: options ?? {} }
+    return await pools.import({ ...wanted, ...place })
   })
   server.get('/v1/pools', async () => {
     const found = await pools.list()

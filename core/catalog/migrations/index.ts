@@ -9,6 +9,7 @@ import type { Kysely } from 'kysely'
 import { createTables } from './0001-create-tables.ts'
 import { createFiles } from './0002-files.ts'
 import { addPoolSettings } from './0004-pool-settings.ts'
+import { exportOutbox } from './0003-export-outbox.ts'
 
 export interface Migration {
   readonly name: string
@@ -16,4 +17,4 @@ export interface Migration {
   up(tx: Kysely<unknown>): Promise<void>
 }
 
-export const migrations: readonly Migration[] = [createTables, createFiles, addPoolSettings]
+export const migrations: readonly Migration[] = [createTables, createFiles, exportOutbox, addPoolSettings]

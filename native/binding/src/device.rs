@@ -374,9 +374,9 @@ impl JsDevice {
     }
 
     #[napi]
-    pub fn checkpoint_committed<'env>(&self, env: &'env Env, checkpoint: &JsCheckpoint) -> napi::Result<Object<'env>> {
+    pub fn checkpoint_committed<'env>(&self, env: &'env Env, checkpoint: &JsCheckpoint, trim_journal: bool) -> napi::Result<Object<'env>> {
         match checkpoint.take(&self.device) {
-            Ok(checkpoint) => self.run(env, self.engine.control(), move |device| device.checkpoint_committed(checkpoint)),
+            Ok(checkpoint) => self.run(env, self.engine.control(), move |device| device.checkpoint_committed(checkpoint, trim_journal)),
             Err(error) => rejected::<()>(env, error),
         }
     }
@@ -395,8 +395,8 @@ impl JsDevice {
     }
 
     #[napi]
-    pub fn swap_committed<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.control(), |device| device.swap_committed())
+    pub fn swap_committed<'env>(&self, env: &'env Env, seal: bool) -> napi::Result<Object<'env>> {
+        self.run(env, self.engine.control(), move |device| device.swap_committed(seal))
     }
 
     #[napi]

@@ -236,6 +236,16 @@ impl JsStore {
     }
 
     #[napi]
+    pub fn list_records<'env>(&self, env: &'env Env, prefix: String) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| Ok(store.list_records(&prefix)?))
+    }
+
+    #[napi]
+    pub fn remove_record<'env>(&self, env: &'env Env, name: String) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| Ok(store.remove_record(&name)?))
+    }
+
+    #[napi]
     pub fn lock<'env>(&self, env: &'env Env, owner: String) -> napi::Result<Object<'env>> {
         self.run(env, move |store| Ok(JsStoreLock { lock: Mutex::new(Some(store.lock(&owner)?)) }))
     }

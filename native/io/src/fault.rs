@@ -22,8 +22,8 @@ const SECTOR_BYTES: u64 = 512;
 #[derive(Debug, Clone)]
 pub struct FaultRule {
     /// "read" (layers and segments), "write", "punch", "zero", "sync", "append", "truncate", "segment-sync", "create" and "remove"
-    /// (layers and segments), "open" (layers and segments), "record-read", "record-write". A rule for "read-now" makes every read of
-    /// a layer one that has to wait, and nothing else.
+    /// (layers and segments), "open" (layers and segments), "record-read", "record-write", "record-list", "record-remove". A rule
+    /// for "read-now" makes every read of a layer one that has to wait, and nothing else.
     pub operation: String,
     /// Only for this layer (or its journal), if given.
     pub layer: Option<crate::LayerId>,
@@ -223,6 +223,16 @@ impl Store for FaultStore {
     fn write_record(&self, name: &str, bytes: &[u8]) -> Result<()> {
         self.faults.check("record-write", None, || format!("record {name}"))?;
         self.inner.write_record(name, bytes)
+    }
+
+    fn list_records(&self, prefix: &str) -> Result<Vec<String>> {
+        self.faults.check("record-list", None, || format!("records {prefix}*"))?;
+        self.inner.list_records(prefix)
+    }
+
+    fn remove_record(&self, name: &str) -> Result<()> {
+        self.faults.check("record-remove", None, || format!("record {name}"))?;
+        self.inner.remove_record(name)
     }
 
     fn lock(&self, owner: &str) -> Result<StoreLock> {
@@ -502,7 +512,8 @@ mod tests {
     fn a_failed_call_does_not_reach_the_store() {
         let (store, layer) = store();
         write(&*layer, 0, &[1; 4096]).unwrap();
-        for operation in ["read", "punch", "zero", "create", "open", "remove", "record-read", "record-write"] {
+        let of_records = ["record-read", "record-write", "record-list", "record-remove"];
+        for operation in ["read", "punch", "zero", "create", "open", "remove"].into_iter().chain(of_records) {
             store.set_plan(FaultPlan { seed: 1, rules: vec![rule(operation)] });
             let mut byte = [0];
             let failed = [
@@ -514,6 +525,8 @@ mod tests {
                 store.remove_layer(LayerId([3; 16])).is_err(),
                 store.read_record("a").is_err(),
                 store.write_record("a", b"b").is_err(),
+                store.list_records("a").is_err(),
+                store.remove_record("c").is_err(),
             ];
             assert_eq!(failed.iter().filter(|failed| **failed).count(), 1, "{operation}");
             assert_eq!(store.injected_count(), 1);

@@ -151,6 +151,10 @@ pub trait Store: Send + Sync + 'static {
     fn read_record(&self, name: &str) -> Result<Option<Vec<u8>>>;
     /// Replaces a record atomically; durable on return.
     fn write_record(&self, name: &str, bytes: &[u8]) -> Result<()>;
+    /// Names of the records that begin with `prefix`, ascending. Whole records only: one whose writing a crash interrupted has no name.
+    fn list_records(&self, prefix: &str) -> Result<Vec<String>>;
+    /// Removes a record; one that is not there is no error. Need not be durable: what comes back after a crash is whole.
+    fn remove_record(&self, name: &str) -> Result<()>;
     /// Takes the store's exclusive lock for this process; `Locked` with the owner's text if somebody has it.
     /// `owner` is what the other side will read (pid, catalog id). Dropping the lock releases it.
     fn lock(&self, owner: &str) -> Result<StoreLock>;

@@ -57,6 +57,7 @@ store_contract!(
     a_segment_holds_what_was_appended,
     removing_a_layer_removes_its_segments,
     records_are_replaced_whole,
+    records_are_listed_by_prefix_and_removed,
     record_names_are_checked,
     the_lock_excludes_and_names_its_owner,
     usage_counts_what_layers_hold,
@@ -341,6 +342,20 @@ fn records_are_replaced_whole((store, _guard): Opened) {
     store.write_record("export.1", b"").unwrap();
     assert_eq!(store.read_record("owner").unwrap().as_deref(), Some(&b"second"[..]));
     assert_eq!(store.read_record("export.1").unwrap().as_deref(), Some(&b""[..]));
+}
+
+fn records_are_listed_by_prefix_and_removed((store, _guard): Opened) {
+    for name in ["export.2", "owner", "export.10", "exp"] {
+        store.write_record(name, b"x").unwrap();
+    }
+    assert_eq!(store.list_records("export.").unwrap(), ["export.10", "export.2"]);
+    assert_eq!(store.list_records("").unwrap(), ["exp", "export.10", "export.2", "owner"]);
+    store.remove_record("export.2").unwrap();
+    store.remove_record("export.2").unwrap();
+    assert_eq!(store.list_records("export.").unwrap(), ["export.10"]);
+    assert_eq!(store.read_record("export.2").unwrap(), None);
+    assert!(store.remove_record("../owner").is_err());
+    assert_eq!(store.list_records("none").unwrap(), [""; 0]);
 }
 
 fn record_names_are_checked((store, _guard): Opened) {

@@ -73,9 +73,10 @@ impl Device {
         batch.open_delta_count() == 0 && batch.last_lsn == checkpoints.durable_lsn && self.shrink.lock().is_none()
     }
 
-    /// The catalog has pages, root and lsn: nodes are marked persisted, journal segments behind it removed. An error here concerns
-    /// only the removal; the checkpoint stands.
-    pub fn checkpoint_committed(&self, checkpoint: Checkpoint) -> Result<()> {
+    /// The catalog has pages, root and lsn: nodes are marked persisted. `trim_journal`: so has whatever else a lost catalog would
+    /// be made anew from, and journal segments behind the checkpoint are removed; otherwise they stay for a later checkpoint to
+    /// remove. An error here concerns only the removal; the checkpoint stands.
+    pub fn checkpoint_committed(&self, checkpoint: Checkpoint, trim_journal: bool) -> Result<()> {
         let Checkpoint { lsn, pages, frozen } = checkpoint;
         pages.commit();
         {
@@ -91,10 +92,11 @@ impl Device {
         let Some(active) = self.layers.load().active.clone() else { return Ok(()) };
         let mut journal = active.journal.lock();
         // A volume whose map never changed has no journal and needs no floor.
-        if journal.length_bytes() > 0 {
+        if journal.length_bytes() > 0 && trim_journal {
             journal.remove_behind(lsn)?;
         }
-        self.journal_bytes.store(journal.length_bytes(), Ordering::Relaxed);
+        // What stays for another reason than this device's own asks for no checkpoint: none would make it go.
+        self.journal_bytes.store(if trim_journal { journal.length_bytes() } else { 0 }, Ordering::Relaxed);
         Ok(())
     }
 

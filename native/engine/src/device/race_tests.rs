@@ -96,6 +96,12 @@ impl Store for Slow {
     fn write_record(&self, name: &str, bytes: &[u8]) -> atoll_io::Result<()> {
         self.inner.write_record(name, bytes)
     }
+    fn list_records(&self, prefix: &str) -> atoll_io::Result<Vec<String>> {
+        self.inner.list_records(prefix)
+    }
+    fn remove_record(&self, name: &str) -> atoll_io::Result<()> {
+        self.inner.remove_record(name)
+    }
     fn lock(&self, owner: &str) -> atoll_io::Result<atoll_io::StoreLock> {
         self.inner.lock(owner)
     }

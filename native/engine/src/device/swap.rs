@@ -101,10 +101,11 @@ impl Device {
         self.flush_completed()
     }
 
-    /// The catalog has the swap and the checkpoint that belongs to it: the closing layer's journal is sealed and the next swap
-    /// may come. `SWAP_NOT_CHECKPOINTED` if the swap's map is not committed. An error of the seal itself leaves the swap
-    /// committed: the mark only helps to detect an older catalog.
-    pub fn swap_committed(&self) -> Result<()> {
+    /// The catalog has the swap and the checkpoint that belongs to it: the next swap may come, and with `seal` the closing
+    /// layer's journal is sealed, which drops its frames; otherwise it stays as it is, to be sealed through its store.
+    /// `SWAP_NOT_CHECKPOINTED` if the swap's map is not committed. An error of the seal itself leaves the swap committed: the
+    /// mark only helps to detect an older catalog.
+    pub fn swap_committed(&self, seal: bool) -> Result<()> {
         let swap = {
             let mut checkpoints = self.checkpoints.lock();
             match &checkpoints.swap {
@@ -120,8 +121,9 @@ impl Device {
             }
             checkpoints.swap.take()
         };
-        if let Some(swap) = swap {
-            self.read_through_own_handle(&swap.predecessor);
+        let Some(swap) = swap else { return Ok(()) };
+        self.read_through_own_handle(&swap.predecessor);
+        if seal {
             let mark = SealMark { final_lsn: swap.lsn, successor: swap.successor };
             swap.predecessor.journal.lock().seal(mark)?;
         }

@@ -96,7 +96,7 @@ impl World {
             self.catalog.next_page_id += checkpoint.pages.pages.len() as u64;
             self.catalog.map = checkpoint.frozen().clone();
             self.catalog.lsn = checkpoint.lsn;
-            self.device.checkpoint_committed(checkpoint).unwrap();
+            self.device.checkpoint_committed(checkpoint, true).unwrap();
         }
     }
 
@@ -110,8 +110,8 @@ impl World {
         self.catalog.next = self.catalog.last_alias;
         self.store.create_layer(layer_id(self.catalog.next)).unwrap();
         self.device.add_layers(specs(&self.store, self.catalog.last_alias));
-        self.device.checkpoint_committed(checkpoint).unwrap();
-        self.device.swap_committed().unwrap();
+        self.device.checkpoint_committed(checkpoint, true).unwrap();
+        self.device.swap_committed(true).unwrap();
     }
 
     fn next_spec(&self) -> LayerSpec {

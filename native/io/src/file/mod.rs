@@ -268,6 +268,25 @@ impl Store for FileStore {
         })
     }
 
+    fn list_records(&self, prefix: &str) -> Result<Vec<String>> {
+        let folder = self.root.join("records");
+        let failed = |error: std::io::Error| path_error("list", &folder, &error);
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&folder).map_err(failed)? {
+            // A copy on its way (`~name`) and what somebody else left there have no name of a record.
+            let Ok(name) = entry.map_err(failed)?.file_name().into_string() else { continue };
+            if name.starts_with(prefix) && is_record_name(&name) {
+                names.push(name);
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn remove_record(&self, name: &str) -> Result<()> {
+        remove_file(&self.record_path(name, "")?)
+    }
+
     fn lock(&self, owner: &str) -> Result<StoreLock> {
         let lock = lock::take(&self.root.join("lock"), owner)?;
         // Whoever held the lock before may have changed the folder since it was read.

@@ -104,6 +104,14 @@ impl Store for RawFileStore {
         self.read_only("write-record")
     }
 
+    fn list_records(&self, _prefix: &str) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    fn remove_record(&self, _name: &str) -> Result<()> {
+        self.read_only("remove-record")
+    }
+
     fn lock(&self, _owner: &str) -> Result<StoreLock> {
         self.read_only("lock")
     }

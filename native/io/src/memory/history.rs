@@ -1,7 +1,7 @@
 //! The crash recorder: the ordered history of every mutating operation, and the states a power cut could leave behind.
 //!
 //! What survives a power cut:
-//! - `create_layer`, `remove_layer` and `write_record` are durable when they return.
+//! - `create_layer`, `remove_layer`, `write_record` and (here, if nowhere else) `remove_record` are durable when they return.
 //! - An operation on a layer survives for certain once a later sync of that layer has returned. Until then it may survive or not,
 //!   whole or torn, whatever happens to its neighbours.
 //! - A write to a segment or a cut of it survives for certain once the segment was synced. Until then the segment may end
@@ -54,12 +54,14 @@ pub(super) enum Event {
     Segment { object: ObjectNumber, operation: Arc<SegmentOperation> },
     SyncSegment { object: ObjectNumber },
     WriteRecord { name: String, bytes: Arc<[u8]> },
+    RemoveRecord { name: String },
 }
 
 impl Event {
     /// Whether what a crash may leave behind shrinks or changes for certain here.
     fn is_boundary(&self) -> bool {
-        !matches!(self, Event::Layer { .. } | Event::Segment { .. } | Event::CreateSegment { .. })
+        // The removal of a record waits for the next one: by then whatever counted on it is there.
+        !matches!(self, Event::Layer { .. } | Event::Segment { .. } | Event::CreateSegment { .. } | Event::RemoveRecord { .. })
     }
 }
 
@@ -221,6 +223,9 @@ impl Moment {
             Event::SyncSegment { object } => self.sync_segment(*object),
             Event::WriteRecord { name, bytes } => {
                 self.records.insert(name.clone(), Arc::clone(bytes));
+            }
+            Event::RemoveRecord { name } => {
+                self.records.remove(name);
             }
         }
     }

@@ -326,6 +326,21 @@ impl Store for MemoryStore {
         Ok(())
     }
 
+    fn list_records(&self, prefix: &str) -> Result<Vec<String>> {
+        let names = self.shared.names.lock();
+        Ok(names.records.keys().filter(|name| name.starts_with(prefix)).cloned().collect())
+    }
+
+    fn remove_record(&self, name: &str) -> Result<()> {
+        check_record_name(name)?;
+        let mut names = self.shared.names.lock();
+        if let Some(old) = names.records.remove(name) {
+            self.shared.account.give_back(old.len() as u64);
+            self.shared.record(|| Event::RemoveRecord { name: name.to_owned() });
+        }
+        Ok(())
+    }
+
     fn lock(&self, owner: &str) -> Result<StoreLock> {
         let mut held = self.shared.owner.lock();
         if let Some(owner) = &*held {

@@ -1,0 +1,595 @@
+/**
+ * Bringing the content of a pool back whose catalog is lost: rows and map pages from the pool's export, and then the journals of
+ * its volumes.
+ *
+ * Rules:
+ * - Nothing of the pool is changed before its rows are committed, all of them in one transaction; with it the catalog that the
+ *   pool is taken from is recorded, so that a start after a crash opens the pool as ours. Every step may be done again.
+ * - The export may be older than the journals, never newer (exporter.ts): volumes get an epoch far above the exported one and a
+ *   lease that nobody released, so that the ordinary open replays them from the exported lsn on.
+ * - Aliases and page ids stay as they are, since maps name them. New ones are given far above, so that another pool of the same
+ *   lost catalog still fits in afterwards.
+ * - What cannot be brought back is named with the reason. While anything is missing or damaged, layers that nothing here refers
+ *   to get no row: their files are kept (I11), because what is missing may be what refers to them.
+ */
+import {
+  adminProject,
+  AtollError,
+  type CatalogTransaction,
+  columnsOf,
+  type ErrorCode,
+  type ExportedRow,
+  type ExportedTable,
+  insertExportedRow,
+  lastLayerAlias,
+  presentTables,
+  type PoolRow,
+  raiseLayerAliases,
+  type ResourceKind,
+  toAtollError,
+} from '@atoll/core'
+import { mapBytesMax, type Reach, type RootRef } from '@atoll/native'
+import type { PoolInspection } from '@atoll/southbound'
+import type { MapperContext } from './context.ts'
+import { type ExportDamage, loadExport, type LoadedExport } from './export-load.ts'
+import { loadMap } from './maps.ts'
+import { settleLocked } from './open.ts'
+import type { PoolService } from './pool-service.ts'
+import { pageIdsFromKey, removeCondemned, unknownLayers } from './recover.ts'
+import { rootOf } from './root.ts'
+
+export interface PoolImport {
+  /** A pool of this catalog that is not open because it belongs to another one; or, with `driver`, the name it gets. */
+  readonly name: string
+  readonly driver?: string
+  readonly options?: Readonly<Record<string, string>>
+  /** The pool may be another catalog's, which is lost. */
+  readonly takeOver: boolean
+  /** Says what would be brought back and changes nothing. */
+  readonly dryRun: boolean
+}
+
+export interface ImportFailure {
+  readonly kind: ResourceKind
+  readonly id: string
+  readonly name: string
+  readonly code: ErrorCode
+  readonly reason: string
+}
+
+export interface PoolImportReport {
+  readonly poolId: string
+  readonly name: string
+  /** The catalog that the pool belonged to; null: nobody's. */
+  readonly catalogId: string | null
+  readonly dryRun: boolean
+  /** When the last record of the export was written, milliseconds since 1970. Journals may go on after it. */
+  readonly exportedAt: number | null
+  /** What is here now and can be opened, by kind. */
+  readonly broughtBack: Record<ResourceKind, number>
+  readonly failed: readonly ImportFailure[]
+  /** Resources that a damaged or missing record may have changed or deleted. */
+  readonly uncertain: readonly { readonly kind: ResourceKind; readonly id: string; readonly name: string }[]
+  readonly damages: readonly ExportDamage[]
+  /** Layers in the pool that nothing refers to; they are left alone. */
+  readonly unknownLayers: readonly string[]
+  readonly notes: readonly string[]
+}
+
+/** Far above whatever the lost catalog gave out after its last export. */
+const epochsAhead = 2 ** 32
+const aliasesAhead = 2 ** 16
+const pageIdsAhead = 2 ** 32
+const importHolder = 'import'
+/** Pages inserted, and looked up, at a time. */
+const pageBatch = 512
+const notBroughtBack = 'attachments, jobs and leases are not in an export: attach the volumes again'
+
+/** The rows that go into the catalog, and what does not. */
+interface Plan {
+  readonly loaded: LoadedExport
+  readonly resources: readonly ExportedRow[]
+  readonly rows: ReadonlyMap<ExportedTable, readonly ExportedRow[]>
+  readonly pageIds: readonly number[]
+  readonly failed: readonly ImportFailure[]
+}
+
+/**
+ * Imports a pool. Runs again after a crash or a failure at any point; of a pool that was imported before it says what is there.
+ * @throws AtollError POOL_NOT_FOUND, NAME_TAKEN, POOL_OWNED_BY_OTHER without `takeOver`, POOL_LOCKED, POOL_UNAVAILABLE,
+ * POOL_EXPORT_MISSING, POOL_IMPORT_CONFLICT, EXPORT_CORRUPT, FORMAT_VERSION
+ */
+export async function importPool(context: MapperContext, service: PoolService, wanted: PoolImport): Promise<PoolImportReport> {
+  const { catalog, pools } = context
+  const present = await catalog.db.selectFrom('pools').selectAll().where('name', '=', wanted.name).executeTakeFirst()
+  const known = present === undefined ? undefined : await takenFrom(context, present.id)
+  if (present !== undefined && (known !== undefined || pools.find(present.id) !== undefined)) {
+    if (known === undefined) {
+      throw new AtollError(
+        'POOL_IMPORT_CONFLICT',
+        `pool "${wanted.name}" is this home's own and open: there is nothing to import`,
+        {
+          values: { poolId: present.id },
+        },
+      )
+    }
+    return await finish(context, service, present, wanted, null, known)
+  }
+  if (present === undefined && wanted.driver === undefined) {
+    throw new AtollError('POOL_NOT_FOUND', `there is no pool "${wanted.name}": say where it lies with --driver and --option`, {
+      values: { name: wanted.name },
+    })
+  }
+  if (present !== undefined && wanted.driver !== undefined) {
+    throw new AtollError(
+      'NAME_TAKEN',
+      `there is a pool "${wanted.name}" already (${present.id}): leave --driver out, or take another name`,
+      {
+        values: { name: wanted.name, id: present.id },
+      },
+    )
+  }
+  const place = present ?? {
+    id: context.newId(),
+    driver: wanted.driver ?? '',
+    options: pools.driver(wanted.driver ?? '').parseOptions(wanted.options ?? {}),
+  }
+  const inspection = await pools.inspect(place)
+  let plan: Plan
+  let owner: string | null
+  try {
+    plan = await planImport(context, await loadChecked(context, inspection, wanted))
+    owner = inspection.owner?.catalogId ?? null
+    requireTakeOver(context, inspection, plan, wanted)
+    if (wanted.dryRun) return reportPlan(plan, wanted, owner)
+    await insertAll(
+      context,
+      plan,
+      { name: wanted.name, driver: place.driver, options: place.options },
+      present?.id ?? null,
+      owner,
+    )
+  } finally {
+    await inspection.close()
+  }
+  const row = await service.get(plan.loaded.header.poolId)
+  return await finish(context, service, row, wanted, plan, owner)
+}
+
+async function takenFrom(context: MapperContext, poolId: string): Promise<string | undefined> {
+  const { db } = context.catalog
+  const known = await db.selectFrom('export_pools').select('taken_from').where('pool_id', '=', poolId).executeTakeFirst()
+  return known?.taken_from ?? undefined
+}
+
+async function loadChecked(context: MapperContext, inspection: PoolInspection, wanted: PoolImport): Promise<LoadedExport> {
+  const loaded = await loadExport(inspection.store)
+  if (loaded === null) {
+    throw new AtollError('POOL_EXPORT_MISSING', `the pool "${wanted.name}" holds no export that can be read`, {
+      values: { name: wanted.name },
+    })
+  }
+  const { formatVersion } = loaded.header
+  if (formatVersion > context.catalog.formatVersion) {
+    throw new AtollError(
+      'FORMAT_VERSION',
+      `the export is of a catalog of format version ${formatVersion}, this build knows up to ${context.catalog.formatVersion}: use the version of Atoll that wrote it`,
+      { values: { foundVersion: formatVersion, knownVersion: context.catalog.formatVersion } },
+    )
+  }
+  return loaded
+}
+
+function requireTakeOver(context: MapperContext, inspection: PoolInspection, plan: Plan, wanted: PoolImport): void {
+  const { owner } = inspection
+  if (owner === null || owner.catalogId === null || owner.catalogId === context.catalog.id) return
+  if (wanted.takeOver || wanted.dryRun) return
+  const kinds = count(plan.resources)
+  throw new AtollError(
+    'POOL_OWNED_BY_OTHER',
+    `the pool "${wanted.name}" belongs to the catalog ${owner.catalogId} (since ${owner.since}); its export of ${new Date(plan.loaded.header.writtenAt).toISOString()} has ${kinds.volume} volumes, ${kinds.snapshot} snapshots, ${kinds.image} images and ${kinds.file} files. If that catalog is lost, import it with --take-over; after that the other catalog cannot open it any more`,
+    { values: { ownerCatalogId: owner.catalogId, since: owner.since, poolId: plan.loaded.header.poolId } },
+  )
+}
+
+function count(resources: Iterable<ExportedRow>): Record<ResourceKind, number> {
+  const kinds: Record<ResourceKind, number> = { volume: 0, snapshot: 0, image: 0, file: 0 }
+  for (const row of resources) kinds[row['kind'] as ResourceKind] += 1
+  return kinds
+}
+
+function failure(row: ExportedRow, code: ErrorCode, reason: string): ImportFailure {
+  return { kind: row['kind'] as ResourceKind, id: String(row['id']), name: String(row['name']), code, reason }
+}
+
+/** Decides which rows and pages go in. Changes nothing. */
+async function planImport(context: MapperContext, loaded: LoadedExport): Promise<Plan> {
+  const { poolId } = loaded.header
+  const failed: ImportFailure[] = []
+  const rowsOf = (table: ExportedTable): ExportedRow[] => [...(loaded.rows.get(table)?.values() ?? [])].map(({ row }) => row)
+  const replicas = rowsOf('replicas').filter((row) => row['pool_id'] === poolId)
+  const here = new Set(replicas.map((row) => row['layer_alias']))
+  const layers = rowsOf('layers').filter((row) => here.has(row['alias'] ?? null))
+  const aliases = new Set(layers.map((row) => row['alias']))
+  const volumes = new Map(rowsOf('volumes').map((row) => [row['id'], row]))
+  const files = new Map(rowsOf('files').map((row) => [row['id'], row]))
+  const containers = new Set(rowsOf('containers').map((row) => row['id']))
+  const all = rowsOf('resources').filter((row) => row['home_pool_id'] === poolId)
+
+  const kept = new Map<unknown, ExportedRow>()
+  for (const row of all.filter((each) => each['kind'] !== 'snapshot')) {
+    const volume = volumes.get(row['id'] ?? null)
+    const isWritten = row['kind'] === 'volume'
+    if (!isWritten && row['status'] === 'creating') {
+      failed.push(failure(row, 'RESOURCE_STATUS', 'it was being imported and was not finished: import it again'))
+    } else if (isWritten && volume === undefined) {
+      failed.push(failure(row, 'EXPORT_CORRUPT', 'the record that says which layers it writes is damaged or missing'))
+    } else if (isWritten && !aliases.has(volume?.['active_alias'] ?? null)) {
+      failed.push(failure(row, 'LAYER_MISSING', `the layer that it writes (${volume?.['active_alias']}) is not in the export`))
+    } else if (
+      row['kind'] === 'file' &&
+      files.has(row['id'] ?? null) &&
+      !containers.has(files.get(row['id'] ?? null)?.['container_id'])
+    ) {
+      failed.push(failure(row, 'EXPORT_CORRUPT', 'the record with its container is damaged or missing'))
+    } else {
+      kept.set(row['id'], row)
+    }
+  }
+  for (const row of all.filter((each) => each['kind'] === 'snapshot')) {
+    if (kept.has(row['volume_id'])) kept.set(row['id'], row)
+    else failed.push(failure(row, 'VOLUME_NOT_FOUND', `its volume ${row['volume_id']} could not be brought back`))
+  }
+  const resources = [...kept.values()]
+  const reached = await reachOf(context, loaded, resources)
+  const isWhole = failed.length === 0 && loaded.damages.length === 0 && reached.isWhole
+  const keptVolumes = [...volumes.values()].filter((row) => kept.get(row['id'])?.['kind'] === 'volume')
+  const written = new Set(keptVolumes.flatMap((row) => [row['active_alias'], row['next_alias']]))
+  const keptLayers = layers.filter((row) => {
+    const volumeId = row['volume_id'] ?? null
+    // It may hold what nobody here knows of; only a sealed one means the same without its volume.
+    if (volumeId !== null && !kept.has(volumeId) && row['state'] !== 'sealed') return false
+    return isWhole || written.has(row['alias']) || reached.aliases.has(Number(row['alias']))
+  })
+  const keptAliases = new Set(keptLayers.map((row) => row['alias']))
+  const rows = new Map<ExportedTable, readonly ExportedRow[]>([
+    ['projects', rowsOf('projects')],
+    [
+      'layers',
+      keptLayers.map((row) => changed(row, { volume_id: kept.has(row['volume_id']) ? (row['volume_id'] ?? null) : null })),
+    ],
+    ['replicas', replicas.filter((row) => keptAliases.has(row['layer_alias']))],
+    ['containers', rowsOf('containers')],
+    ['resources', resources],
+    ['volumes', keptVolumes.map((row) => (keptAliases.has(row['next_alias']) ? row : changed(row, { next_alias: null })))],
+    ['files', [...files.values()].filter((row) => kept.has(row['id']))],
+  ])
+  return { loaded, resources, rows, pageIds: reached.pageIds, failed }
+}
+
+interface Reached {
+  readonly aliases: ReadonlySet<number>
+  readonly pageIds: readonly number[]
+  /** Every map can be read. */
+  readonly isWhole: boolean
+}
+
+/** What the maps refer to, by the pages of the export alone. A page that is damaged or missing ends the walk of its map. */
+async function reachOf(context: MapperContext, loaded: LoadedExport, resources: readonly ExportedRow[]): Promise<Reached> {
+  const roots = new Map(resources.map((row) => [String(row['root_word']), rootOfRow(row)]))
+  const aliases = new Set<number>()
+  const pageIds = new Set<number>()
+  let isWhole = true
+  const walk = (reach: Reach, root: RootRef): void => {
+    reach.addRoot(root, mapBytesMax)
+    for (let ids = reach.pending(pageBatch); ids.length > 0; ids = reach.pending(pageBatch)) {
+      for (const id of ids) {
+        const body = loaded.pages.get(id)
+        if (body === undefined)
+          throw new AtollError('PAGE_MISSING', `map page ${id} is not in the export`, { values: { pageId: id } })
+        reach.supply(Float64Array.of(id), [body])
+        pageIds.add(id)
+      }
+    }
+  }
+  let reach = context.engine.reach()
+  for (const root of roots.values()) {
+    try {
+      walk(reach, root)
+    } catch {
+      // What it has reached so far counts. Each resource says for itself what is wrong, once it is here.
+      isWhole = false
+      for (const alias of reach.layers()) aliases.add(alias)
+      reach = context.engine.reach()
+    }
+  }
+  for (const alias of reach.layers()) aliases.add(alias)
+  return { aliases, pageIds: [...pageIds], isWhole }
+}
+
+function changed(row: ExportedRow, columns: ExportedRow): ExportedRow {
+  return Object.assign({}, row, columns)
+}
+
+function rootOfRow(row: ExportedRow): RootRef {
+  return rootOf({ root_word: BigInt(String(row['root_word'])), root_crc: Number(row['root_crc']) })
+}
+
+interface PlaceOfPool {
+  readonly name: string
+  readonly driver: string
+  readonly options: Readonly<Record<string, string>>
+}
+
+/** One transaction; what stands in its way and is nobody's is removed before. */
+async function insertAll(
+  context: MapperContext,
+  plan: Plan,
+  place: PlaceOfPool,
+  placeholderId: string | null,
+  owner: string | null,
+): Promise<void> {
+  const { catalog, clock, pageIds } = context
+  const { header, aliasMax, pageIdMax, pages } = plan.loaded
+  const firstAlias = aliasMax + aliasesAhead
+  const firstPageId = pageIdMax + pageIdsAhead
+  // From here on nothing is given out that a pool of the lost catalog may name.
+  pageIds.raise(firstPageId)
+  await catalog.write(async (tx) => {
+    await raiseLayerAliases(tx, firstAlias)
+    const value = String(firstPageId)
+    await tx
+      .insertInto('meta')
+      .values({ key: pageIdsFromKey, value })
+      .onConflict((conflict) => conflict.column('key').doUpdateSet({ value }))
+      .execute()
+  })
+  await dropSpares(context, new Set((plan.rows.get('layers') ?? []).map((row) => Number(row['alias']))))
+  await catalog.write(async (tx) => {
+    await requireNoConflict(context, tx, plan)
+    if (placeholderId !== null && placeholderId !== header.poolId) {
+      await tx.deleteFrom('pools').where('id', '=', placeholderId).execute()
+    }
+    const exported = plan.loaded.rows.get('pools')?.get(header.poolId)?.row ?? {}
+    const project = { project_id: adminProject.id, created_at: clock.nowMs() }
+    const present = new Set(await presentTables(tx))
+    const projects = new Set<unknown>([adminProject.id])
+    const put = async (
+      table: ExportedTable,
+      rows: readonly ExportedRow[],
+      options: { orIgnore?: boolean } = {},
+    ): Promise<void> => {
+      if (!present.has(table)) return
+      const columns = await columnsOf(tx, table)
+      for (const row of rows) {
+        const known = Object.fromEntries(Object.entries(row).filter(([name]) => columns.has(name)))
+        if (columns.has('project_id') && !projects.has(row['project_id'])) known['project_id'] = adminProject.id
+        try {
+          await insertExportedRow(tx, table, known, options)
+        } catch (error) {
+          const reason = toAtollError(error).message
+          throw new AtollError('EXPORT_CORRUPT', `the export has a row of ${table} that cannot be: ${reason}`, { cause: error })
+        }
+      }
+    }
+    await put('projects', plan.rows.get('projects') ?? [], { orIgnore: true })
+    for (const row of await tx.selectFrom('projects').select('id').execute()) projects.add(row.id)
+    await put('pools', [{ ...project, ...exported, id: header.poolId, ...place, options: { ...place.options } }])
+    await put('containers', plan.rows.get('containers') ?? [], { orIgnore: true })
+    const ids = new Set(plan.resources.map((row) => row['id']))
+    const others = new Set((await tx.selectFrom('resources').select('id').execute()).map((row) => row.id))
+    const parentOf = (row: ExportedRow) =>
+      ids.has(row['parent_id'] ?? null) || others.has(String(row['parent_id'])) ? row['parent_id'] : null
+    await put(
+      'resources',
+      plan.resources.map((row) => changed(row, { parent_id: parentOf(row) ?? null })),
+    )
+    await put('layers', plan.rows.get('layers') ?? [])
+    await put('replicas', plan.rows.get('replicas') ?? [])
+    const volumes = (plan.rows.get('volumes') ?? []).map((row) =>
+      changed(row, {
+        epoch: Number(row['epoch']) + epochsAhead,
+        // Which pages are the volume's alone is not asked again: old ones are left to reclaim.
+        shared_below_page: firstPageId,
+      }),
+    )
+    await put('volumes', volumes)
+    await put('files', plan.rows.get('files') ?? [])
+    for (const row of volumes) {
+      const { project_id: projectId } = await tx
+        .selectFrom('volumes')
+        .select('project_id')
+        .where('id', '=', String(row['id']))
+        .executeTakeFirstOrThrow()
+      await tx
+        .insertInto('leases')
+        .values({
+          volume_id: String(row['id']),
+          project_id: projectId,
+          holder: importHolder,
+          epoch: Number(row['epoch']),
+          acquired_at: clock.nowMs(),
+          released_at: null,
+        })
+        .execute()
+    }
+    for (let start = 0; start < plan.pageIds.length; start += pageBatch) {
+      const batch = plan.pageIds.slice(start, start + pageBatch)
+      const there = await catalog.pages.get(batch)
+      const missing = batch.filter((_, index) => there[index] === undefined)
+      await catalog.pages.insert(
+        missing,
+        missing.map((id) => pages.get(id) as Uint8Array),
+      )
+    }
+    await tx
+      .insertInto('export_pools')
+      .values({ pool_id: header.poolId, record_number: 0, outbox_seq: 0, is_ahead: 0, taken_from: owner ?? header.catalogId })
+      .execute()
+  })
+}
+
+/** Spares of nobody have aliases that the pool's own layers may have, too: others are made, with aliases above. */
+async function dropSpares(context: MapperContext, wanted: ReadonlySet<number>): Promise<void> {
+  const { catalog, layers, pools } = context
+  const spares = await catalog.db
+    .selectFrom('layers')
+    .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
+    .select(['layers.alias', 'replicas.pool_id'])
+    .where('layers.state', '=', 'spare')
+    .where('layers.volume_id', 'is', null)
+    .execute()
+  const inTheWay = new Set(spares.filter((row) => wanted.has(row.alias)).map((row) => row.pool_id))
+  for (const poolId of inTheWay) {
+    if (pools.find(poolId) === undefined) continue
+    await context.locks.run([poolId], async () => {
+      layers.unload(poolId)
+      const aliases = spares.filter((row) => row.pool_id === poolId).map((row) => row.alias)
+      await catalog.write(async (tx) => {
+        await tx
+          .updateTable('layers')
+          .set({ state: 'condemned' })
+          .where('alias', 'in', aliases)
+          .where('state', '=', 'spare')
+          .where('volume_id', 'is', null)
+          .execute()
+      })
+      await removeCondemned(context, poolId)
+      await layers.load(poolId)
+    })
+  }
+}
+
+async function requireNoConflict(context: MapperContext, tx: CatalogTransaction, plan: Plan): Promise<void> {
+  const conflict = (what: string): AtollError =>
+    new AtollError('POOL_IMPORT_CONFLICT', `${what}: import the pool into a fresh home`, {
+      values: { poolId: plan.loaded.header.poolId },
+    })
+  const layers = plan.rows.get('layers') ?? []
+  const taken = new Set((await tx.selectFrom('layers').select('alias').execute()).map((row) => row.alias))
+  const layer = layers.find((row) => taken.has(Number(row['alias'])))
+  if (layer !== undefined) throw conflict(`this home uses layer number ${layer['alias']} already`)
+  for (let start = 0; start < plan.pageIds.length; start += pageBatch) {
+    const batch = plan.pageIds.slice(start, start + pageBatch)
+    const there = await context.catalog.pages.get(batch)
+    for (const [index, body] of there.entries()) {
+      const id = batch[index] as number
+      // The same page of another pool of the same catalog is the same page.
+      if (body !== undefined && Buffer.compare(body, plan.loaded.pages.get(id) as Uint8Array) !== 0)
+        throw conflict(`this home uses map page ${id} already`)
+    }
+  }
+  if ((await lastLayerAlias(tx)) >= 2 ** 32 - 1 - aliasesAhead) throw conflict('the numbers of layers are used up')
+}
+
+/** Opens the pool, replays every volume, and looks whether everything that the maps name is there. */
+async function finish(
+  context: MapperContext,
+  service: PoolService,
+  row: PoolRow,
+  wanted: PoolImport,
+  plan: Plan | null,
+  owner: string | null,
+): Promise<PoolImportReport> {
+  const { catalog, locks } = context
+  await service.open(row)
+  const failed: ImportFailure[] = [...(plan?.failed ?? [])]
+  const broughtBack: Record<ResourceKind, number> = { volume: 0, snapshot: 0, image: 0, file: 0 }
+  const resources = await catalog.db.selectFrom('resources').selectAll().where('home_pool_id', '=', row.id).execute()
+  // A journal that is replayed here may concern what others share, so all of them come before anything is looked at.
+  const broken = new Map<string, AtollError>()
+  for (const { id } of resources.filter((each) => each.kind === 'volume')) {
+    try {
+      await locks.run([id], async () => await settleLocked(context, id))
+    } catch (error) {
+      broken.set(id, toAtollError(error))
+    }
+  }
+  const files = await layerFiles(context)
+  for (const resource of await catalog.db.selectFrom('resources').selectAll().where('home_pool_id', '=', row.id).execute()) {
+    try {
+      const known = broken.get(resource.id)
+      if (known !== undefined) throw known
+      await requireLayers(context, files, resource.id, rootOf(resource))
+      broughtBack[resource.kind] += 1
+    } catch (error) {
+      const { code, message } = toAtollError(error)
+      failed.push({ kind: resource.kind, id: resource.id, name: resource.name, code, reason: message })
+    }
+  }
+  const report = {
+    ...reportPlan(plan, wanted, owner),
+    poolId: row.id,
+    broughtBack,
+    failed,
+    unknownLayers: await unknownLayers(context, row.id),
+  }
+  context.log.info(
+    { poolId: row.id, pool: row.name, takenFrom: owner, broughtBack, failed: failed.length, damages: report.damages.length },
+    'the pool was imported',
+  )
+  return report
+}
+
+/** Ids of the layers whose files are there, by the alias that maps name them by; undefined: the alias has no row. */
+async function layerFiles(context: MapperContext): Promise<Map<number, { id: string; isThere: boolean }>> {
+  const { catalog, pools } = context
+  const rows = await catalog.db
+    .selectFrom('layers')
+    .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
+    .select(['layers.alias', 'layers.id', 'replicas.pool_id'])
+    .execute()
+  const there = new Set<string>()
+  for (const poolId of pools.openIds()) for (const { id } of await pools.handle(poolId).listLayers()) there.add(id)
+  return new Map(rows.map((row) => [row.alias, { id: row.id, isThere: there.has(row.id) }]))
+}
+
+async function requireLayers(
+  context: MapperContext,
+  files: ReadonlyMap<number, { id: string; isThere: boolean }>,
+  resourceId: string,
+  root: RootRef,
+): Promise<void> {
+  const map = await loadMap(context, resourceId, root)
+  for (const alias of map.layers(mapBytesMax)) {
+    const layer = files.get(alias)
+    if (layer === undefined) {
+      throw new AtollError(
+        'LAYER_MISSING',
+        `its map refers to layer ${alias}, which no pool that is here knows: import the other pools of the lost catalog, too`,
+        { values: { alias } },
+      )
+    }
+    if (!layer.isThere) {
+      throw new AtollError(
+        'LAYER_MISSING',
+        `the file of layer ${layer.id} (alias ${alias}) is missing: bring it back from a backup`,
+        {
+          values: { alias, layerId: layer.id },
+        },
+      )
+    }
+  }
+}
+
+function reportPlan(plan: Plan | null, wanted: PoolImport, owner: string | null): PoolImportReport {
+  const uncertain: { kind: ResourceKind; id: string; name: string }[] = []
+  for (const { row, step } of plan?.loaded.rows.get('resources')?.values() ?? []) {
+    if (step < (plan?.loaded.uncertainBefore ?? 0)) {
+      uncertain.push({ kind: row['kind'] as ResourceKind, id: String(row['id']), name: String(row['name']) })
+    }
+  }
+  return {
+    poolId: plan?.loaded.header.poolId ?? '',
+    name: wanted.name,
+    catalogId: owner,
+    dryRun: wanted.dryRun,
+    exportedAt: plan?.loaded.header.writtenAt ?? null,
+    broughtBack: count(plan?.resources ?? []),
+    failed: plan?.failed ?? [],
+    uncertain,
+    damages: plan?.loaded.damages ?? [],
+    unknownLayers: [],
+    notes: [notBroughtBack],
+  }
+}
