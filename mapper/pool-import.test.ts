@@ -1,6 +1,9 @@
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { adminProject, openCatalog, type Catalog } from '@atoll/core'
 import { Engine, type Store } from '@atoll/native'
-import { makeMemoryDriver } from '@atoll/southbound'
+import { fileDriver, makeMemoryDriver } from '@atoll/southbound'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { type Mapper, openMapper } from './mapper.ts'
 import { Bench, bytes, LogLines, slot } from './test-bench.ts'
@@ -13,18 +16,22 @@ interface Fresh {
   close(): Promise<void>
 }
 
-async function freshHome(store: Store): Promise<Fresh> {
-  const engine = new Engine()
-  const catalog = await openCatalog(':memory:')
-  const log = new LogLines()
-  const lockless = new Proxy(store, {
+/** The store as a process finds it whose predecessor died without letting go of its lock. */
+function lockless(store: Store): Store {
+  return new Proxy(store, {
     get(target, key) {
       if (key === 'lock') return async () => ({ release: () => undefined })
       const value: unknown = Reflect.get(target, key, target)
       return typeof value === 'function' ? (value.bind(target) as unknown) : value
     },
   })
-  const drivers = [makeMemoryDriver(() => lockless)]
+}
+
+async function freshHome(store: Store): Promise<Fresh> {
+  const engine = new Engine()
+  const catalog = await openCatalog(':memory:')
+  const log = new LogLines()
+  const drivers = [makeMemoryDriver(() => lockless(store))]
   const mapper = await openMapper({ catalog, engine, drivers, log, setTimer: () => () => undefined })
   return {
     catalog,
@@ -104,5 +111,221 @@ describe('importing a pool whose catalog is lost', () => {
     expect(await read(mapper, volume.id, 3 * slot, slot)).toEqual(bytes(9))
     await mapper.reclaim(null)
     expect(await read(mapper, snap.id, 0, 4 * slot)).toEqual(bytes(1, 4 * slot))
+  })
+
+  /** A record of the export is overwritten with rubbish, or (null) gone. */
+  const damage = async (name: string, bytesOf: string | null): Promise<void> => {
+    if (bytesOf === null) await bench.store.removeRecord(name)
+    else await bench.store.writeRecord(name, new TextEncoder().encode(bytesOf))
+  }
+
+  const deltas = async (): Promise<string[]> => await bench.store.listRecords('export.delta.')
+
+  test.each(['rubbish', null])('names a record that is damaged (%s) and what may be out of date for that', async (bytesOf) => {
+    const early = await bench.volume('early', 16 * slot)
+    const doomed = await bench.volume('doomed', 16 * slot)
+    const before = await deltas()
+    await bench.mapper.deleteResource(doomed.id)
+    const [lost = ''] = (await deltas()).slice(before.length)
+    const late = await bench.volume('late', 16 * slot)
+    await damage(lost, bytesOf)
+    fresh = await freshHome(bench.store)
+    const report = await fresh.mapper.importPool(wanted)
+    expect(report.damages.length).toBeGreaterThan(0)
+    if (bytesOf !== null) expect(report.damages[0]?.record).toBe(lost)
+    expect(report.uncertain.map(({ name }) => name).toSorted()).toEqual(['doomed', 'early'])
+    const { db } = fresh.catalog
+    const names = (await db.selectFrom('resources').select('id').execute()).map(({ id }) => id)
+    expect(names).toEqual(expect.arrayContaining([early.id, late.id]))
+  })
+
+  test('without a base brings back what changed since, and keeps the files of everything else', async () => {
+    const volume = await bench.volume('disk', 16 * slot)
+    const device = await bench.attach(volume.id)
+    await device.write(0, bytes(7))
+    await device.flush()
+    const files = (await bench.store.listLayers()).length
+    for (const name of await bench.store.listRecords('export.base.')) await damage(name, null)
+    fresh = await freshHome(bench.store)
+    const report = await fresh.mapper.importPool(wanted)
+    expect(report.damages[0]).toMatchObject({ record: 'export.base' })
+    await fresh.mapper.reclaim(null)
+    expect((await bench.store.listLayers()).length).toBeGreaterThanOrEqual(files)
+  })
+
+  test('says what it would bring back and changes nothing, and refuses a pool that another catalog owns', async () => {
+    await bench.volume('disk', 16 * slot)
+    const owner = await bench.store.readRecord('owner')
+    const before = await bench.store.listRecords('')
+    fresh = await freshHome(bench.store)
+    const dry = await fresh.mapper.importPool({ ...wanted, takeOver: false, dryRun: true })
+    expect(dry).toMatchObject({ broughtBack: { volume: 1 }, failed: [], catalogId: bench.inner.id })
+    await expect(fresh.mapper.importPool({ ...wanted, takeOver: false })).rejects.toMatchObject({
+      code: 'POOL_OWNED_BY_OTHER',
+      values: { ownerCatalogId: bench.inner.id },
+    })
+    expect(await bench.store.listRecords('')).toEqual(before)
+    expect(await bench.store.readRecord('owner')).toEqual(owner)
+    expect(await fresh.mapper.pools.list()).toEqual([])
+  })
+
+  test('that a crash interrupts at any write of the catalog is done again', async () => {
+    const volume = await bench.volume('disk', 64 * slot)
+    const device = await bench.attach(volume.id)
+    await device.write(0, bytes(1, 8 * slot))
+    await bench.snapshot(volume.id)
+    await device.write(0, bytes(2))
+    await device.flush()
+    const engine = new Engine()
+    const catalog = await openCatalog(':memory:')
+    try {
+      for (let allowed = 0; ; allowed += 1) {
+        let left = allowed
+        const dying = new Proxy(catalog, {
+          get(target, key) {
+            const value: unknown = Reflect.get(target, key, target)
+            if (key === 'write') {
+              return async (...args: Parameters<Catalog['write']>) => {
+                left -= 1
+                if (left < 0) throw new Error('this process is dead')
+                return await target.write(...args)
+              }
+            }
+            return typeof value === 'function' ? (value.bind(target) as unknown) : value
+          },
+        })
+        const mapper = await openMapper({
+          catalog: dying,
+          engine,
+          drivers: [makeMemoryDriver(() => lockless(bench.store))],
+          log: new LogLines(),
+          setTimer: () => () => undefined,
+        }).catch(() => null)
+        if (mapper === null) continue
+        const { driver: _, options: __, ...again } = wanted
+        const isKnown = (await mapper.pools.list()).length > 0
+        const report = await mapper.importPool(isKnown ? again : wanted).catch(() => null)
+        if (report !== null && report.failed.length === 0) {
+          expect(report.broughtBack).toMatchObject({ volume: 1, snapshot: 1 })
+          expect(await read(mapper, volume.id, 0, 2 * slot)).toEqual(Buffer.concat([bytes(2), bytes(1)]))
+          left = Infinity
+          await mapper.close()
+          return
+        }
+        await mapper.close()
+        expect(allowed).toBeLessThan(60)
+      }
+    } finally {
+      await engine.close()
+      await catalog.close()
+    }
+  })
+})
+
+describe('importing the pools of one lost catalog one after the other', () => {
+  let folder: string
+  const closing: (() => Promise<void>)[] = []
+
+  beforeEach(async () => {
+    folder = await mkdtemp(join(tmpdir(), 'atoll-import-'))
+  })
+
+  afterEach(async () => {
+    for (const close of closing.splice(0).toReversed()) await close()
+    await rm(folder, { recursive: true })
+  })
+
+  async function home(): Promise<{ mapper: Mapper; catalog: Catalog; close: () => Promise<void> }> {
+    const engine = new Engine()
+    const catalog = await openCatalog(':memory:')
+    const mapper = await openMapper({
+      catalog,
+      engine,
+      drivers: [fileDriver],
+      log: new LogLines(),
+      setTimer: () => () => undefined,
+    })
+    let isClosed = false
+    const close = async (): Promise<void> => {
+      if (isClosed) return
+      isClosed = true
+      await mapper.close()
+      await engine.close()
+      await catalog.close()
+    }
+    closing.push(close)
+    return { mapper, catalog, close }
+  }
+
+  const place = (name: string) => ({ driver: 'file', options: { path: join(folder, name), reserve: '0' } })
+  const importOf = (name: string) => ({ name, ...place(name), takeOver: true, dryRun: false })
+
+  test('says what lies in a pool that is not here yet, and has it when that one was imported, too', async () => {
+    const lost = await home()
+    const projectId = adminProject.id
+    const first = await lost.mapper.pools.create({ projectId, name: 'first', ...place('first') })
+    const second = await lost.mapper.pools.create({ projectId, name: 'second', ...place('second') })
+    const volume = await lost.mapper.createVolume({ projectId, name: 'disk', sizeBytes: 64 * slot, poolId: first.id })
+    const { device } = await lost.mapper.open(volume.id, { holder: 'test', readOnly: false })
+    for (let index = 0; index < 8; index += 1) await device.write(8 * index * slot, bytes(index + 1))
+    const { rows } = await lost.mapper.snapshot([{ volumeId: volume.id, name: 'snap' }])
+    await device.write(0, bytes(99))
+    const clone = await lost.mapper.createVolume({
+      projectId,
+      name: 'clone',
+      sizeBytes: 64 * slot,
+      poolId: second.id,
+      fromId: rows[0]?.id ?? '',
+    })
+    const cloned = await lost.mapper.open(clone.id, { holder: 'test', readOnly: false })
+    await cloned.device.write(slot, bytes(42))
+    await lost.close()
+
+    const fresh = await home()
+    await fresh.mapper.pools.create({ projectId, name: 'own', ...place('own') })
+    await fresh.mapper.idle()
+    const partly = await fresh.mapper.importPool(importOf('second'))
+    expect(partly.failed).toMatchObject([{ id: clone.id, name: 'clone', code: 'LAYER_MISSING' }])
+    expect(partly.failed[0]?.reason).toContain('import the other pools')
+    // What is missing is missed by nobody who reclaims meanwhile.
+    await fresh.mapper.reclaim(null)
+
+    const whole = await fresh.mapper.importPool(importOf('first'))
+    expect(whole).toMatchObject({ failed: [], broughtBack: { volume: 1, snapshot: 1 } })
+    expect(await read(fresh.mapper, clone.id, 0, 2 * slot)).toEqual(Buffer.concat([bytes(1), bytes(42)]))
+    expect(await read(fresh.mapper, clone.id, 56 * slot, slot)).toEqual(bytes(8))
+    expect(await read(fresh.mapper, volume.id, 0, slot)).toEqual(bytes(99))
+    // Asked again, it says the same of what is here.
+    expect(
+      await fresh.mapper.importPool({ ...importOf('second'), driver: 'file' }).catch((error: unknown) => error),
+    ).toMatchObject({
+      broughtBack: { volume: 1 },
+      failed: [],
+    })
+  })
+
+  test('a pool of the home itself, one without an export, and one whose numbers are taken are refused', async () => {
+    const { mapper } = await home()
+    const projectId = adminProject.id
+    await mapper.pools.create({ projectId, name: 'own', ...place('own') })
+    await expect(mapper.importPool({ name: 'own', takeOver: true, dryRun: false })).rejects.toMatchObject({
+      code: 'POOL_IMPORT_CONFLICT',
+    })
+    await expect(mapper.importPool({ name: 'none', takeOver: true, dryRun: false })).rejects.toMatchObject({
+      code: 'POOL_NOT_FOUND',
+    })
+    await expect(mapper.importPool(importOf('nothing'))).rejects.toMatchObject({ code: 'POOL_UNAVAILABLE' })
+    const engine = new Engine()
+    await engine.openFileStore({ path: join(folder, 'empty'), create: true, reserveBytes: 0 })
+    await engine.close()
+    await expect(mapper.importPool(importOf('empty'))).rejects.toMatchObject({ code: 'POOL_EXPORT_MISSING' })
+
+    const other = await home()
+    const pool = await other.mapper.pools.create({ projectId, name: 'other', ...place('other') })
+    await other.mapper.createVolume({ projectId, name: 'a', sizeBytes: slot, poolId: pool.id })
+    await other.close()
+    const own = await mapper.pools.list()
+    await mapper.createVolume({ projectId, name: 'b', sizeBytes: slot, poolId: own[0]?.id ?? '' })
+    await expect(mapper.importPool(importOf('other'))).rejects.toMatchObject({ code: 'POOL_IMPORT_CONFLICT' })
   })
 })

@@ -344,7 +344,7 @@ async function insertAll(
       .onConflict((conflict) => conflict.column('key').doUpdateSet({ value }))
       .execute()
   })
-  await dropSpares(context, new Set((plan.rows.get('layers') ?? []).map((row) => Number(row['alias']))))
+  await dropSpares(context, aliasMax, header.catalogId)
   await catalog.write(async (tx) => {
     await requireNoConflict(context, tx, plan)
     if (placeholderId !== null && placeholderId !== header.poolId) {
@@ -429,18 +429,32 @@ async function insertAll(
   })
 }
 
-/** Spares of nobody have aliases that the pool's own layers may have, too: others are made, with aliases above. */
-async function dropSpares(context: MapperContext, wanted: ReadonlySet<number>): Promise<void> {
-  const { catalog, layers, pools } = context
-  const spares = await catalog.db
+/**
+ * Layers with an alias that the lost catalog gave out, too, also one of a pool that is not imported yet: a map of that catalog which
+ * names it would read theirs. Those that came from the same catalog are the ones that are meant.
+ */
+async function layersInTheWay(
+  tx: CatalogTransaction,
+  aliasMax: number,
+  catalogId: string,
+): Promise<{ alias: number; pool_id: string; isUnused: boolean }[]> {
+  const rows = await tx
     .selectFrom('layers')
     .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
-    .select(['layers.alias', 'replicas.pool_id'])
-    .where('layers.state', '=', 'spare')
-    .where('layers.volume_id', 'is', null)
+    .leftJoin('export_pools', 'export_pools.pool_id', 'replicas.pool_id')
+    .select(['layers.alias', 'layers.state', 'layers.volume_id', 'replicas.pool_id', 'export_pools.taken_from'])
+    .where('layers.alias', '<=', aliasMax)
     .execute()
-  const inTheWay = new Set(spares.filter((row) => wanted.has(row.alias)).map((row) => row.pool_id))
-  for (const poolId of inTheWay) {
+  return rows
+    .filter((row) => row.taken_from !== catalogId)
+    .map((row) => ({ alias: row.alias, pool_id: row.pool_id, isUnused: row.state === 'spare' && row.volume_id === null }))
+}
+
+/** Spares of nobody make room: others are made, with aliases above. */
+async function dropSpares(context: MapperContext, aliasMax: number, catalogId: string): Promise<void> {
+  const { catalog, layers, pools } = context
+  const spares = (await layersInTheWay(catalog.db, aliasMax, catalogId)).filter((layer) => layer.isUnused)
+  for (const poolId of new Set(spares.map((layer) => layer.pool_id))) {
     if (pools.find(poolId) === undefined) continue
     await context.locks.run([poolId], async () => {
       layers.unload(poolId)
@@ -465,6 +479,9 @@ async function requireNoConflict(context: MapperContext, tx: CatalogTransaction,
     new AtollError('POOL_IMPORT_CONFLICT', `${what}: import the pool into a fresh home`, {
       values: { poolId: plan.loaded.header.poolId },
     })
+  const { aliasMax, header } = plan.loaded
+  const [other] = await layersInTheWay(tx, aliasMax, header.catalogId)
+  if (other !== undefined) throw conflict(`this home uses layer number ${other.alias}, which the lost catalog has used, too`)
   const layers = plan.rows.get('layers') ?? []
   const taken = new Set((await tx.selectFrom('layers').select('alias').execute()).map((row) => row.alias))
   const layer = layers.find((row) => taken.has(Number(row['alias'])))
@@ -508,9 +525,10 @@ async function finish(
   const files = await layerFiles(context)
   for (const resource of await catalog.db.selectFrom('resources').selectAll().where('home_pool_id', '=', row.id).execute()) {
     try {
+      // First: what it says of a missing layer says what to do.
+      await requireLayers(context, files, resource.id, rootOf(resource))
       const known = broken.get(resource.id)
       if (known !== undefined) throw known
-      await requireLayers(context, files, resource.id, rootOf(resource))
       broughtBack[resource.kind] += 1
     } catch (error) {
       const { code, message } = toAtollError(error)
