@@ -43,6 +43,9 @@ export type CheckKind =
   | 'journal-version'
   | 'journal-ahead'
   | 'catalog-behind'
+  | 'catalog-older'
+  | 'export-behind'
+  | 'export-damaged'
   | 'backend-failed'
   | 'pool-unavailable'
   // Of drivers: southbound/store-pool.ts.

@@ -10,6 +10,7 @@ import { toAtollError, type LayerRow, type ResourceRow } from '@atoll/core'
 import { MapCheck } from '@atoll/native'
 import { nameResources, type CheckContext, type CheckKind, type Found } from './check-finding.ts'
 import { pageBatch } from './maps.ts'
+import { findExportedPages, findUsable, replacePage } from './page-restore.ts'
 import { pageOfRoot, rootOf, uniformOwner } from './root.ts'
 
 /** Page ids looked at in one turn of the event loop. */
@@ -58,13 +59,31 @@ export async function checkMaps(check: CheckContext, boundary: number): Promise<
   const faults = walk.faults()
   const named = faults.slice(0, attributedMax)
   const leading = await findReferring(check, rooted, { pages: named.map((fault) => fault.pageId), layers: [] })
+  const exported =
+    faults.length === 0
+      ? null
+      : await findExportedPages(
+          check.mapper,
+          named.map((fault) => fault.pageId),
+        )
   for (const fault of faults) {
     const rows = leading.pages.get(fault.pageId)
+    const bodies = exported?.get(fault.pageId) ?? []
+    const [row] = rows ?? []
+    const body = row === undefined ? undefined : await findUsable(check.mapper, fault.pageId, bodies, rootOf(row))
     check.add({
       severity: 'error',
       kind: pageKinds[fault.code] ?? 'page-corrupt',
       object: `page ${fault.pageId}`,
-      message: `${fault.message}; it is part of ${rows === undefined ? 'a map' : nameResources(rows)}: bring the catalog back from a backup`,
+      message: `${fault.message}; it is part of ${rows === undefined ? 'a map' : nameResources(rows)}: ${body !== undefined ? 'a repair takes it from what the pool says of itself' : 'bring the catalog back from a backup'}`,
+      ...(body === undefined
+        ? {}
+        : {
+            mend: async () => {
+              await replacePage(check.mapper, fault.pageId, body)
+              return 'the page was taken from the export of the pool'
+            },
+          }),
     })
   }
   const rest = walk.faultCount() - faults.length

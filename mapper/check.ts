@@ -14,6 +14,7 @@ import { AtollError, Mutex, toAtollError, type CatalogTransaction, type ReplicaR
 import type { LayerListing } from '@atoll/southbound'
 import { checkCatalog } from './check-catalog.ts'
 import type { CheckContext, CheckFinding, CheckState, Found } from './check-finding.ts'
+import { checkExports } from './check-exports.ts'
 import { checkJournals } from './check-journals.ts'
 import { checkLayers } from './check-layers.ts'
 import { checkMaps } from './check-maps.ts'
@@ -22,7 +23,7 @@ import { checkReferences } from './check-references.ts'
 import type { MapperContext } from './context.ts'
 import type { Reclaimer } from './reclaim.ts'
 
-export const checkSubjects = ['pools', 'catalog', 'references', 'maps', 'layers', 'journals'] as const
+export const checkSubjects = ['pools', 'catalog', 'references', 'maps', 'layers', 'journals', 'exports'] as const
 export type CheckSubject = (typeof checkSubjects)[number]
 
 export interface CheckOptions {
@@ -118,6 +119,7 @@ export class Checker {
         if (subjects.has('layers')) await checkLayers(check, maps)
       })
       await look('journals', async () => await checkJournals(check))
+      await look('exports', async () => await checkExports(check))
     })
   }
 

@@ -11,6 +11,7 @@ import type { Engine } from '@atoll/native'
 import type { Exporter } from './exporter.ts'
 import type { KeyedMutex } from './keyed-mutex.ts'
 import type { Layers } from './layers.ts'
+import type { OlderCatalog } from './older-catalog.ts'
 import type { OpenTable } from './open-table.ts'
 import type { PageIds } from './page-ids.ts'
 import type { PagePins } from './page-pins.ts'
@@ -38,6 +39,8 @@ export interface MapperContext {
   readonly pageIds: PageIds
   readonly pins: PagePins
   readonly exporter: Exporter
+  /** What must not be used because this catalog is older than a pool. */
+  readonly olderCatalog: OlderCatalog
   readonly locks: KeyedMutex
   /** Work that nobody waits for (spare layers, deferred deletes, automatic checkpoints); `close` waits for it. */
   readonly background: Background

@@ -123,6 +123,7 @@ export async function shareFrom(
     await context.catalog.write(async (tx) => {
       const row = await requireResource(tx, fromId)
       requireAvailable(row)
+      context.olderCatalog.requireNewest(row)
       await makeRows(tx, { row, root: rootOf(row), sizeBytes: row.size_bytes })
     })
   })

@@ -57,6 +57,8 @@ export interface LoadedExport {
 export interface LoadOptions {
   /** Default false. True: of a base only its last record is read, so there are no rows and pages; for whoever goes on writing. */
   readonly chainOnly?: boolean
+  /** Default false. True: every record is read, but pages are not kept. */
+  readonly rowsOnly?: boolean
 }
 
 /** Null if the pool has no export at all. @throws AtollError IO_ERROR if the records cannot be listed, FORMAT_VERSION */
@@ -77,6 +79,7 @@ class Loader {
   readonly #store: Store
   readonly #names: readonly RecordName[]
   readonly #chainOnly: boolean
+  readonly #rowsOnly: boolean
   readonly #rows = new Map<ExportedTable, Map<string, LoadedRow>>(exportedTableNames.map((name) => [name, new Map()]))
   readonly #pages = new Map<number, Uint8Array>()
   readonly #damages: ExportDamage[] = []
@@ -94,6 +97,7 @@ class Loader {
     this.#store = store
     this.#names = names
     this.#chainOnly = options.chainOnly ?? false
+    this.#rowsOnly = options.rowsOnly ?? false
   }
 
   async load(): Promise<LoadedExport | null> {
@@ -236,6 +240,7 @@ class Loader {
     for (const [table, rows] of Object.entries(upserts) as [ExportedTable, ExportedRow[]][]) {
       for (const row of rows) this.#rows.get(table)?.set(String(keyOfRow(table, row)), { row, step: this.#step })
     }
+    if (this.#rowsOnly) return
     for (const page of pages) this.#pages.set(page.id, page.body)
   }
 

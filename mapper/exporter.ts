@@ -115,7 +115,10 @@ interface Changes {
   readonly rows: ReadonlyMap<string, readonly PoolRowOf[]>
 }
 
-type Context = Pick<MapperContext, 'background' | 'catalog' | 'clock' | 'engine' | 'log' | 'pageIds' | 'pins' | 'setTimer'>
+type Context = Pick<
+  MapperContext,
+  'background' | 'catalog' | 'clock' | 'engine' | 'log' | 'olderCatalog' | 'pageIds' | 'pins' | 'setTimer'
+>
 
 export class Exporter {
   readonly #context: Context
@@ -190,7 +193,8 @@ export class Exporter {
     }))
     if (known?.is_ahead === 1 || found.reachedSeq > last) {
       state.isAhead = true
-      await this.#remember(state)
+      if (known?.is_ahead === 1) await catalog.read(async (tx) => await this.#context.olderCatalog.recall(tx, poolId))
+      else await this.#noticeOlder(state)
       log.error(
         { poolId, catalogSeq: last, exportSeq: found.reachedSeq },
         'the export in the pool is newer than this catalog: the catalog is an older copy; the export is left as it is, and nothing of the pool is freed',
@@ -216,6 +220,29 @@ export class Exporter {
       deltaBytes: found.deltaBytes,
       deltaCount: found.deltaCount,
     })
+  }
+
+  /** From here on this catalog knows that it is older, and what of the pool it must not use. */
+  async #noticeOlder(state: PoolExport): Promise<void> {
+    const { catalog, olderCatalog } = this.#context
+    const newer = await loadExport(state.pool.store, { rowsOnly: true })
+    await catalog.write(
+      async (tx) => {
+        if (newer !== null) await olderCatalog.compare(tx, state.poolId, newer)
+        await rememberIn(tx, state)
+      },
+      { emergency: true },
+    )
+  }
+
+  /** Writes the export of a pool from the beginning; returns when it is whole. @throws AtollError why it cannot be written */
+  async renew(poolId: string): Promise<void> {
+    const state = this.#pools.get(poolId)
+    if (state === undefined || state.isAhead) return
+    await state.basing
+    this.#startBase(state)
+    await state.basing
+    if (state.error !== null) throw state.error
   }
 
   /** The pool is closed or deleted; with `remove` its export goes with it. */
@@ -618,10 +645,6 @@ export class Exporter {
       durable: false,
     })
     this.#trimmedSeq = last
-  }
-
-  async #remember(state: PoolExport): Promise<void> {
-    await this.#context.catalog.write(async (tx) => await rememberIn(tx, state))
   }
 }
 

@@ -51,6 +51,7 @@ import {
 } from './file-target.ts'
 import { KeyedMutex } from './keyed-mutex.ts'
 import { Layers } from './layers.ts'
+import { OlderCatalog } from './older-catalog.ts'
 import { openLocked, type OpenOptions } from './open.ts'
 import { OpenTable, type OpenEntry } from './open-table.ts'
 import { PageIds } from './page-ids.ts'
@@ -138,6 +139,7 @@ export class Mapper {
     const setTimer = options.setTimer ?? systemTimer
     const pageIds = new PageIds(nextPageId)
     const pins = new PagePins((ids) => deletePagesLater(context, ids))
+    const olderCatalog = new OlderCatalog()
     const context: MapperContext = {
       catalog,
       engine,
@@ -150,7 +152,8 @@ export class Mapper {
       open: new OpenTable(),
       pageIds,
       pins,
-      exporter: new Exporter({ background, catalog, clock, engine, log, pageIds, pins, setTimer }),
+      olderCatalog,
+      exporter: new Exporter({ background, catalog, clock, engine, log, olderCatalog, pageIds, pins, setTimer }),
       locks: new KeyedMutex(),
       background,
       requestCheckpoint: (volumeId) => this.#scheduler.request(volumeId),

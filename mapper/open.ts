@@ -50,6 +50,7 @@ const recoveryHolder = 'recovery'
 export async function openLocked(context: MapperContext, resource: ResourceRow, options: OpenOptions): Promise<OpenEntry> {
   context.open.requireClosed(resource.id)
   try {
+    context.olderCatalog.requireNewest(resource)
     if (!options.readOnly) return await openWritable(context, resource, options)
     if (resource.kind === 'volume') await settleLocked(context, resource.id)
     return await openReader(context, resource.id, options)

@@ -30,6 +30,7 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
       const row = await catalog.write(async (tx) => {
         const snapshot = await requireKind(tx, snapshotId, 'snapshot')
         requireAvailable(snapshot)
+        context.olderCatalog.requireNewest(snapshot)
         if (snapshot.volume_id !== volumeId) {
           throw new AtollError(
             'SNAPSHOT_MISMATCH',
@@ -41,7 +42,9 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
         }
         const present = await requireVolumeRow(tx, volumeId)
         const epoch = present.epoch + 1
-        const dropNext = dirty && present.next_alias !== null
+        // What a newer state of the catalog has written is none of this content either.
+        const isUnsure = dirty || context.olderCatalog.isRefused(volume)
+        const dropNext = isUnsure && present.next_alias !== null
         await tx
           .updateTable('volumes')
           .set({ active_alias: spare.alias, epoch, shared_below_page: pageIds.next, ...(dropNext ? { next_alias: null } : {}) })
@@ -53,6 +56,7 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
           .where('volume_id', '=', volumeId)
           .where('released_at', 'is', null)
           .execute()
+        await context.olderCatalog.forgetIn(tx, volume)
         await layers.assign(tx, spare, { volumeId, projectId: volume.project_id, epoch }, 'active')
         await layers.move(tx, present.active_alias, ['active'], 'condemned')
         if (dropNext && present.next_alias !== null) await layers.move(tx, present.next_alias, ['spare'], 'condemned')
@@ -69,6 +73,7 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
           .executeTakeFirstOrThrow()
       })
       context.open.forget(volumeId)
+      context.olderCatalog.forget(volume)
       // Before the lock is let go: nobody writes into an active layer that the export does not name.
       await context.exporter.flushed([row.home_pool_id])
       return row

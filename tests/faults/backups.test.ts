@@ -5,7 +5,7 @@ import { TestHome } from '../test-home.ts'
 import { attach, expectOnlyBroken, expectServed, layersOf, makeOther, mebibyte, pattern, type Finding } from './broken-home.ts'
 
 // Every step starts a process, and other tests run beside this.
-vi.setConfig({ testTimeout: 180_000 })
+vi.setConfig({ testTimeout: 600_000 })
 
 const look = (home: TestHome): Finding[] =>
   // Exit code 1 says that there are errors; the document is there either way.
@@ -52,5 +52,82 @@ describe('a backup of the catalog', () => {
     expect(await back.read(2 * mebibyte, mebibyte)).toEqual(pattern(2, mebibyte))
     await expectServed(home)
     expect(look(home).filter(({ severity }) => severity === 'error')).toEqual([])
+  })
+
+  test('restored uses nothing that was deleted since, and everything else', async () => {
+    await using home = await TestHome.create()
+    await home.start()
+    await makeOther(home)
+    const write = async (volume: string, at: number, seed: number): Promise<void> => {
+      await using client = await attach(home, volume)
+      await client.write(at, pattern(seed, mebibyte))
+      await client.flush()
+    }
+    const read = async (resource: string): Promise<Buffer> => {
+      await using client = await attach(home, resource)
+      return Buffer.from(await client.read(0, mebibyte))
+    }
+    home.cli('volume', 'create', 'disk', '--size', '16M')
+    await write('disk', 0, 1)
+    home.cli('snapshot', 'create', 'disk@kept')
+    await write('disk', 0, 2)
+    home.cli('snapshot', 'create', 'disk@doomed')
+    await write('disk', 0, 3)
+    home.cli('snapshot', 'create', 'disk@last')
+    home.cli('image', 'create', 'golden', '--from', 'disk@kept')
+    home.cli('volume', 'create', 'clone', '--from', 'image:golden')
+    home.cli('volume', 'create', 'gone', '--from', 'snapshot:disk@kept')
+    for (const volume of ['disk', 'other']) home.cli('volume', 'detach', volume)
+    const backup = join(home.path, 'backup')
+    home.cli('catalog', 'backup', backup)
+
+    home.cli('snapshot', 'delete', 'disk@doomed')
+    home.cli('volume', 'delete', 'gone')
+    // Attached and not written: nothing of it is newer but its epoch.
+    expect(await read('clone')).toEqual(pattern(1, mebibyte))
+    home.cli('volume', 'detach', 'clone')
+    home.cli('volume', 'create', 'made', '--size', '16M')
+    await write('made', 0, 4)
+    home.cli('pool', 'reclaim', 'default')
+    // The one that the deletes have started by themselves may have been faster.
+    const jobs = home.json<{ kind: string; result: { freedBytes: number } | null }[]>('job', 'list')
+    const freed = jobs.filter(({ kind }) => kind === 'reclaim').map(({ result }) => result?.freedBytes ?? 0)
+    expect(Math.max(...freed)).toBeGreaterThanOrEqual(mebibyte)
+    await home.end()
+    home.cli('catalog', 'restore', backup)
+
+    for (const life of ['first', 'second']) {
+      await home.start()
+      const older = look(home).find(({ kind }) => kind === 'catalog-older')
+      expect(older).toMatchObject({ severity: 'error', message: expect.stringContaining('2 resources') as string })
+      for (const command of [
+        ['volume', 'attach', 'disk@doomed'],
+        ['volume', 'attach', 'gone'],
+        ['volume', 'create', 'copy', '--from', 'snapshot:disk@doomed'],
+        ['image', 'create', 'copy', '--from', 'disk@doomed'],
+        ['snapshot', 'rollback', 'disk@doomed'],
+        ['snapshot', 'create', 'gone@now'],
+      ]) {
+        expect(home.fail(...command), command.join(' ')).toBe('CATALOG_BEHIND')
+      }
+      expect(await read('disk@kept')).toEqual(pattern(1, mebibyte))
+      expect(await read('disk@last')).toEqual(pattern(3, mebibyte))
+      expect(await read('clone')).toEqual(pattern(1, mebibyte))
+      expect(await read('disk')).toEqual(pattern(3, mebibyte))
+      expect(home.fail('volume', 'show', 'made')).toBe('VOLUME_NOT_FOUND')
+      // What is made now is this catalog's own.
+      home.cli('volume', 'create', life, '--from', 'image:golden')
+      expect(await read(life)).toEqual(pattern(1, mebibyte))
+      await write(life, 0, 5)
+      home.cli('snapshot', 'create', `${life}@now`)
+      home.cli('pool', 'reclaim', 'default')
+      expect(await read(`${life}@now`)).toEqual(pattern(5, mebibyte))
+      home.cli('volume', 'detach', 'disk')
+      await home.end()
+    }
+    await home.start()
+    home.cli('snapshot', 'delete', 'disk@doomed')
+    home.cli('volume', 'delete', 'gone')
+    expect(await read('first@now')).toEqual(pattern(5, mebibyte))
   })
 })

@@ -213,6 +213,7 @@ const damages: readonly Damage[] = [
     kind: 'page-corrupt',
     severity: 'error',
     names: (ground) => [`page ${leafOf(ground)}`, 'volume "disk"'],
+    repaired: true,
   },
   {
     what: 'a page that several share is cut short',
@@ -224,6 +225,7 @@ const damages: readonly Damage[] = [
     kind: 'page-corrupt',
     severity: 'error',
     names: (ground) => [`page ${ground.rootPage('golden')}`, 'image "golden"', 'volume "clone"', 'snapshot "second"'],
+    repaired: true,
   },
   {
     what: 'a page is gone',
@@ -232,6 +234,7 @@ const damages: readonly Damage[] = [
     kind: 'page-missing',
     severity: 'error',
     names: (ground) => [`page ${leafOf(ground)}`, 'volume "disk"'],
+    repaired: true,
   },
   {
     what: 'a page has the content of another',
@@ -241,6 +244,7 @@ const damages: readonly Damage[] = [
     kind: 'page-corrupt',
     severity: 'error',
     names: (ground) => [`page ${ground.rootPage('golden')}`],
+    repaired: true,
   },
   {
     what: 'a page is of a newer version',
@@ -632,6 +636,31 @@ const damages: readonly Damage[] = [
     kind: 'owner-record-unreadable',
     severity: 'error',
     names: () => [join(home, 'pool')],
+  },
+  {
+    what: 'a record that a pool keeps about itself is damaged',
+    plant: async () => {
+      const records = join(home, 'pool', 'records')
+      const name = (await readdir(records)).find((record) => record.startsWith('export.base'))
+      await flip(join(records, name ?? ''), 200)
+    },
+    by: 'exports',
+    kind: 'export-damaged',
+    severity: 'warning',
+    names: () => ['export.base'],
+    repaired: true,
+  },
+  {
+    what: 'the catalog is older than what a pool says about itself',
+    plant: (ground) => {
+      ground.database.exec('delete from export_changes')
+      ground.sql("update sqlite_sequence set seq = 1 where name = 'export_changes'")
+    },
+    by: 'exports',
+    kind: 'catalog-older',
+    severity: 'error',
+    names: (ground) => [ground.value('select id from pools'), 'pool "default"'],
+    isOld: true,
   },
 ]
 
