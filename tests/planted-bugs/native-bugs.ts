@@ -120,9 +120,9 @@ export const nativeBugs: PlantedBug[] = [
     edits: [
       {
         file: 'native/engine/src/device/write.rs',
-        find: '            active\n                .writer()?\n                .write(',
+        find: '            if offset_bytes.is_multiple_of(SLOT_BYTES) &&',
         replace:
-          '            self.change_owner(active, runs, alias)?;\n            active\n                .writer()?\n                .write(',
+          '            self.change_owner(active, runs, alias)?;\n            if offset_bytes.is_multiple_of(SLOT_BYTES) &&',
       },
     ],
     tests: deviceTests,

@@ -71,29 +71,43 @@ impl Device {
         let _lock = self.ranges.lock(start_slot, end_slot);
         with_runs(|runs| {
             self.map.lookup_runs(start_slot, end_slot - start_slot, runs)?;
-            let first_owner = runs[0].owner;
-            let last_owner = runs[runs.len() - 1].owner;
             let alias = active.alias();
-
-            let mut head = [0u8; SLOT];
-            let head_length = (offset_bytes % SLOT_BYTES) as usize;
-            let complete_head = head_length > 0 && first_owner != alias;
-            if complete_head {
-                self.read_from(first_owner, start_slot * SLOT_BYTES, &mut head[..head_length])?;
+            if offset_bytes.is_multiple_of(SLOT_BYTES) && end_bytes.is_multiple_of(SLOT_BYTES) {
+                active.writer()?.write(offset_bytes, &[IoSlice::new(data)])?;
+            } else {
+                self.write_completed(active, offset_bytes, data, runs)?;
             }
-            let mut tail = [0u8; SLOT];
-            let tail_length = (end_slot * SLOT_BYTES - end_bytes) as usize;
-            let complete_tail = tail_length > 0 && last_owner != alias;
-            if complete_tail {
-                self.read_from(last_owner, end_bytes, &mut tail[..tail_length])?;
-            }
-            let head_part = if complete_head { &head[..head_length] } else { &[] };
-            let tail_part = if complete_tail { &tail[..tail_length] } else { &[] };
-            active
-                .writer()?
-                .write(offset_bytes - head_part.len() as u64, &[IoSlice::new(head_part), IoSlice::new(data), IoSlice::new(tail_part)])?;
             self.change_owner(active, runs, alias)
         })
+    }
+
+    /// Writes together with what completes the first and the last slot. Apart from the whole slots, which need no room for that.
+    #[inline(never)]
+    fn write_completed(&self, active: &ActiveLayer, offset_bytes: u64, data: &[u8], runs: &[Run]) -> Result<()> {
+        let end_bytes = offset_bytes + data.len() as u64;
+        let (start_slot, end_slot) = slots_touched(offset_bytes, data.len() as u64);
+        let first_owner = runs[0].owner;
+        let last_owner = runs[runs.len() - 1].owner;
+        let alias = active.alias();
+
+        let mut head = [0u8; SLOT];
+        let head_length = (offset_bytes % SLOT_BYTES) as usize;
+        let complete_head = head_length > 0 && first_owner != alias;
+        if complete_head {
+            self.read_from(first_owner, start_slot * SLOT_BYTES, &mut head[..head_length])?;
+        }
+        let mut tail = [0u8; SLOT];
+        let tail_length = (end_slot * SLOT_BYTES - end_bytes) as usize;
+        let complete_tail = tail_length > 0 && last_owner != alias;
+        if complete_tail {
+            self.read_from(last_owner, end_bytes, &mut tail[..tail_length])?;
+        }
+        let head_part = if complete_head { &head[..head_length] } else { &[] };
+        let tail_part = if complete_tail { &tail[..tail_length] } else { &[] };
+        active
+            .writer()?
+            .write(offset_bytes - head_part.len() as u64, &[IoSlice::new(head_part), IoSlice::new(data), IoSlice::new(tail_part)])?;
+        Ok(())
     }
 
     /// Gives the runs that `owner` does not have yet to it: in the live map, in the open batch and among what waits for the batch

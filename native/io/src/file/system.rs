@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind, IoSlice, IoSliceMut, Result};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -126,6 +127,12 @@ pub(super) fn read_cached_at(file: &File, offset_bytes: u64, buffer: &mut [u8]) 
 
 /// Writes all buffers from `offset_bytes` on.
 pub(super) fn write_all_at(file: &File, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()> {
+    if let [buffer] = buffers {
+        // The common case, without a list of buffers for the kernel to copy and check.
+        libc::off_t::try_from(offset_bytes).map_err(|_| Error::from_raw_os_error(libc::EFBIG))?;
+        let written = FileExt::write_all_at(file, buffer, offset_bytes);
+        return written.map_err(|error| if error.raw_os_error().is_some() { error } else { Error::from_raw_os_error(libc::EIO) });
+    }
     let descriptor = file.as_raw_fd();
     let end = transfer_all(
         buffers.len(),
