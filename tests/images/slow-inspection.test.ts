@@ -24,7 +24,6 @@ const alwaysLate: Partial<ComposerOptions> = {
 const sectorBytes = 512
 const tableSpacingSectors = 8
 const directorySector = 2048
-const firstTableSector = 8192
 
 /**
  * A vmdk of holes with so many grain tables, none beside another, so that each is read by itself. The very last of them names a
@@ -39,6 +38,8 @@ async function writeScatteredVmdk(path: string, tableCount: number): Promise<voi
   header.writeBigUInt64LE(8n, 20)
   header.writeUInt32LE(512, 44)
   header.writeBigUInt64LE(BigInt(directorySector), 56)
+  const directorySectors = Math.ceil((tableCount * 4) / sectorBytes)
+  const firstTableSector = directorySector + Math.ceil(directorySectors / tableSpacingSectors) * tableSpacingSectors
   const sectors = Array.from({ length: tableCount }, (_, index) => firstTableSector + index * tableSpacingSectors)
   const last = sectors.at(-1) ?? 0
   const handle = await open(path, 'w')
