@@ -39,6 +39,17 @@ export const nativeBugs: PlantedBug[] = [
     tests: deviceTests,
   },
   {
+    name: 'what somebody else could not keep counts as kept',
+    edits: [
+      {
+        file: 'native/engine/src/device/batch_log.rs',
+        find: ' && (since >= mine || !log.is_behind.load(Ordering::SeqCst))',
+        replace: '',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
     name: 'writes are answered together before they are settled',
     edits: [{ file: 'native/engine/src/nbd/serve.rs', find: '        self.settle(batch);\n', replace: '' }],
     tests: ['-p', 'atoll-engine', 'nbd::'],

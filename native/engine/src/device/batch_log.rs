@@ -114,11 +114,16 @@ struct LogWriter {
     taken: [Waiting; 2],
     /// Entries could not be written: only a flush settles what comes next.
     must_flush: bool,
-    /// The last that could not be settled either way, until a flush succeeds: after how many entries, up to how many, and why.
+    /// Those that could not be settled either way, until a flush succeeds: after how many entries, up to how many, and why at last.
     failed: Option<(u64, u64, EngineError)>,
     /// The device is closed.
     is_retired: bool,
 }
+
+/// What had been settled before the first of some mutations that are answered together. Whatever of them is settled by the time
+/// of the answer came after it, and it may have been given up.
+#[derive(Debug, Default)]
+pub struct SettleMark(Option<u64>);
 
 /// The log of one open volume. The files are made at the first entry.
 pub(super) struct BatchLog {
@@ -150,6 +155,12 @@ impl BatchLog {
             settled_count: AtomicU64::new(0),
             is_behind: AtomicBool::new(false),
         }
+    }
+
+    /// Before a mutation.
+    #[inline]
+    pub(super) fn mark(&self, mark: &mut SettleMark) {
+        mark.0.get_or_insert_with(|| self.settled_count.load(Ordering::SeqCst));
     }
 
     /// Adds an entry to those that wait. Before anybody can see the owner change.
@@ -261,24 +272,26 @@ impl BatchLog {
 }
 
 impl Device {
-    /// After this every mutation that completed before the call outlives the process and may be answered: the entries that wait
-    /// are in the batch log or, where they cannot be, in the journal. Costs two loads where nothing waits.
+    /// After this every mutation under the mark outlives the process and may be answered: the entries that wait are in the batch
+    /// log or, where they cannot be, in the journal. Costs three loads where nothing waits.
     #[inline]
-    pub fn settle(&self) -> Result<()> {
-        let Some(log) = &self.batch_log else { return Ok(()) };
+    pub fn settle(&self, mark: SettleMark) -> Result<()> {
+        let (Some(log), SettleMark(Some(since))) = (&self.batch_log, mark) else { return Ok(()) };
         let mine = log.made_count.load(Ordering::SeqCst);
-        if log.settled_count.load(Ordering::SeqCst) >= mine {
+        // In this order: whoever gives entries up says so before they count as settled.
+        if log.settled_count.load(Ordering::SeqCst) >= mine && (since >= mine || !log.is_behind.load(Ordering::SeqCst)) {
             return Ok(());
         }
-        self.unwind_guard("settle", || self.settle_waiting(log, mine))
+        self.unwind_guard("settle", || self.settle_waiting(log, since, mine))
     }
 
-    /// `mine`: what the caller wants settled.
-    fn settle_waiting(&self, log: &BatchLog, mine: u64) -> Result<()> {
+    /// The caller wants settled what was made after `since` and up to `mine`.
+    fn settle_waiting(&self, log: &BatchLog, since: u64, mine: u64) -> Result<()> {
         let mut writer = log.writer.lock();
         let LogWriter { taken, must_flush, failed, is_retired } = &mut *writer;
         match failed {
-            Some((after, up_to, error)) if *after < mine && mine <= *up_to => return Err(error.clone()),
+            // Somebody else tried for this one.
+            Some((after, up_to, error)) if *after < mine && since < *up_to && mine <= *up_to => return Err(error.clone()),
             _ => {}
         }
         let settled_count = log.settled_count.load(Ordering::SeqCst);
@@ -301,7 +314,10 @@ impl Device {
                 *failed = None;
             }
             // Who waits for these hears of it. Others go on: a full disk must not keep anybody from writing what is his already.
-            Err(error) => *failed = Some((settled_count, made_count, error.clone())),
+            Err(error) => {
+                let after = failed.as_ref().map_or(settled_count, |(after, ..)| *after);
+                *failed = Some((after, made_count, error.clone()));
+            }
         }
         log.is_behind.store(result.is_err(), Ordering::SeqCst);
         log.settled_count.store(made_count, Ordering::SeqCst);

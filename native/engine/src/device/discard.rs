@@ -3,6 +3,7 @@
 //! A whole slot that the active layer owns is punched there; one that another layer owns becomes a HOLE in the map; both
 //! under the range lock, so that no first write of the same slot is between its data and its owner change (F19 of every
 //! identity-addressed design: a late punch must not hit a slot written anew).
+use super::batch_log::SettleMark;
 use super::layers::ActiveLayer;
 use super::read::with_runs;
 use super::write::read_only_error;
@@ -19,6 +20,8 @@ const ZEROS: [u8; SLOT_BYTES as usize] = [0; SLOT_BYTES as usize];
 impl Device {
     /// Advisory: whole slots of the range read as zeros afterwards, the rest is untouched.
     pub fn discard(&self, offset_bytes: u64, length_bytes: u64) -> Result<()> {
+        let mut mark = SettleMark::default();
+        self.note_unsettled(&mut mark);
         self.unwind_guard("discard", || {
             self.wait_for_room()?;
             let _pass = self.enter()?;
@@ -27,11 +30,13 @@ impl Device {
             let (start_slot, end_slot) = slots_within(offset_bytes, length_bytes);
             self.clear_slots(start_slot, end_slot, false)
         })?;
-        self.settle()
+        self.settle(mark)
     }
 
     /// The range reads as zeros, exactly. `allocate` (NO_HOLE): space is kept for it.
     pub fn write_zeroes(&self, offset_bytes: u64, length_bytes: u64, allocate: bool) -> Result<()> {
+        let mut mark = SettleMark::default();
+        self.note_unsettled(&mut mark);
         self.unwind_guard("write zeroes", || {
             self.wait_for_room()?;
             let _pass = self.enter()?;
@@ -49,7 +54,7 @@ impl Device {
             self.clear_slots(start_slot, end_slot, allocate)?;
             self.write_inside(end_slot * SLOT_BYTES, &ZEROS[..(end_bytes - end_slot * SLOT_BYTES) as usize])
         })?;
-        self.settle()
+        self.settle(mark)
     }
 
     /// Whether `write_zeroes` of the range (without `allocate`) only changes the map and frees space: whole slots, on a backend

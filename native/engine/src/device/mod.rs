@@ -23,7 +23,7 @@ mod tests;
 mod types;
 mod write;
 
-pub use batch_log::BatchLogPlace;
+pub use batch_log::{BatchLogPlace, SettleMark};
 pub(crate) use read::{PREFETCH_BYTES_MAX, ReadPlan, StartedRead};
 pub use types::{
     BlockStatus, Checkpoint, DeviceEvent, DeviceLatencies, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec, OpenReport, Served,

@@ -671,6 +671,7 @@ fn what_was_answered_but_not_flushed_outlives_the_process_and_not_the_boot() {
         let mut model = half_filled(size_bytes);
         let mut epoch = 2;
         for life in 0..6 {
+            let mut mark = SettleMark::default();
             let (device, report) = open_with_log(&world.store, &world.catalog, epoch, &place);
             epoch += 1;
             world.device = device;
@@ -691,13 +692,13 @@ fn what_was_answered_but_not_flushed_outlives_the_process_and_not_the_boot() {
                     2..=5 => {
                         let slot = random.below(32);
                         let value = 1 + (random.next() % 255) as u8;
-                        world.device.write_unsettled(slot * SLOT_BYTES, &[value; SLOT]).unwrap();
+                        world.device.write_unsettled(slot * SLOT_BYTES, &[value; SLOT], &mut mark).unwrap();
                         model[slot as usize * SLOT..][..SLOT].fill(value);
                     }
                     _ => mutate(&mut random, &world.device, &mut model),
                 }
             }
-            world.device.settle().unwrap();
+            world.device.settle(mark).unwrap();
             // Dropped, not closed: a kill.
         }
         let after_power_cut = BatchLogPlace { boot_id: [2; 16], ..place.clone() };
@@ -721,7 +722,7 @@ fn logged_world(name: &str) -> (ScratchDirectory, BatchLogPlace, World) {
 #[test]
 fn a_write_into_a_slot_that_another_request_has_just_made_ours_is_answered_when_that_is_logged() {
     let (_directory, place, world) = logged_world("depends");
-    world.device.write_unsettled(0, &[1; SLOT]).unwrap();
+    world.device.write_unsettled(0, &[1; SLOT], &mut SettleMark::default()).unwrap();
     world.device.write(0, &[2; SLOT]).unwrap();
     // Killed before the first request was answered.
     let (again, _) = open_with_log(&world.store, &world.catalog, 3, &place);
@@ -731,7 +732,8 @@ fn a_write_into_a_slot_that_another_request_has_just_made_ours_is_answered_when_
 #[test]
 fn an_entry_that_is_written_late_takes_no_place_of_a_newer_batch() {
     let (_directory, place, world) = logged_world("late");
-    let write_unsettled = |slot: u64| world.device.write_unsettled(slot * SLOT_BYTES, &[9; SLOT]).unwrap();
+    let mut mark = SettleMark::default();
+    let mut write_unsettled = |slot: u64| world.device.write_unsettled(slot * SLOT_BYTES, &[9; SLOT], &mut mark).unwrap();
     for batch in 0..4 {
         // Of the same batch: one that is logged, and two that wait while a flush makes all of them durable.
         world.device.write(batch * SLOT_BYTES, &[9; SLOT]).unwrap();
@@ -743,7 +745,7 @@ fn an_entry_that_is_written_late_takes_no_place_of_a_newer_batch() {
         world.device.discard(slot * SLOT_BYTES, SLOT_BYTES).unwrap();
         write_unsettled(slot);
     }
-    world.device.settle().unwrap();
+    world.device.settle(mark).unwrap();
     let (again, _) = open_with_log(&world.store, &world.catalog, 3, &place);
     assert!(read_all(&again) == [9; 8 * SLOT]);
 }
@@ -751,9 +753,10 @@ fn an_entry_that_is_written_late_takes_no_place_of_a_newer_batch() {
 #[test]
 fn what_waits_when_a_device_is_closed_is_durable_and_writes_no_log_afterwards() {
     let (directory, _, world) = logged_world("closed");
-    world.device.write_unsettled(0, &[1; SLOT]).unwrap();
+    let mut mark = SettleMark::default();
+    world.device.write_unsettled(0, &[1; SLOT], &mut mark).unwrap();
     world.device.close().unwrap();
-    world.device.settle().unwrap();
+    world.device.settle(mark).unwrap();
     assert_eq!(std::fs::read_dir(&directory.0).unwrap().count(), 0);
 }
 
@@ -769,4 +772,36 @@ fn a_change_that_cannot_be_logged_is_flushed_before_it_is_answered() {
     let mut byte = [0];
     again.read(0, &mut byte).unwrap();
     assert_eq!(byte, [3]);
+}
+
+#[test]
+fn what_another_request_failed_to_keep_is_not_answered_by_those_that_began_before() {
+    let (world, fault) = faulty_world();
+    let place = BatchLogPlace { directory: "/nonexistent/atoll".into(), boot_id: [1; 16] };
+    world.device.close().unwrap();
+    let (device, _) = open_with_log(&world.store, &world.catalog, 2, &place);
+    let full = |times| FaultPlan { seed: 1, rules: vec![rule("append", libc::ENOSPC, times)] };
+    let unsettled = |slot: u64| {
+        let mut mark = SettleMark::default();
+        device.write_unsettled(slot * SLOT_BYTES, &[7; SLOT], &mut mark).map(|()| mark).unwrap()
+    };
+
+    fault.set_plan(full(u64::MAX));
+    let owned_by_it = unsettled(0);
+    // In place: it stands or falls with the owner change above.
+    let in_place = unsettled(0);
+    assert_eq!(device.write(SLOT_BYTES, &[7; SLOT]).unwrap_err().code, "NO_SPACE");
+    let later = unsettled(2);
+    assert_eq!(device.write(3 * SLOT_BYTES, &[7; SLOT]).unwrap_err().code, "NO_SPACE");
+    for mark in [owned_by_it, in_place, later] {
+        assert_eq!(device.settle(mark).unwrap_err().code, "NO_SPACE");
+    }
+
+    let waits = unsettled(4);
+    assert_eq!(device.write(5 * SLOT_BYTES, &[7; SLOT]).unwrap_err().code, "NO_SPACE");
+    fault.set_plan(FaultPlan::default());
+    device.write(6 * SLOT_BYTES, &[7; SLOT]).unwrap();
+    device.settle(waits).expect("the flush of another kept it");
+    let (again, _) = open_with_log(&world.store, &world.catalog, 3, &place);
+    assert!(read_all(&again)[..7 * SLOT] == [7; 7 * SLOT]);
 }

@@ -5,6 +5,7 @@
 //! - Otherwise the range is locked and looked up again; slots that only partly lie in the write and that the active layer
 //!   does not own are completed from their owner (zeros for a hole: never from what an earlier crash left in the active
 //!   layer), the bytes are written, and only then the owner changes in the map and in the open batch, together (I3).
+use super::batch_log::SettleMark;
 use super::layers::ActiveLayer;
 use super::read::with_runs;
 use super::{Device, slots_touched};
@@ -20,18 +21,28 @@ const SLOT: usize = SLOT_BYTES as usize;
 impl Device {
     /// Writes; durable after the next `flush` that starts afterwards. Any alignment. `OUT_OF_RANGE`, `READ_ONLY`, `NO_SPACE`.
     pub fn write(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
-        self.write_part(offset_bytes, data, 1)?;
-        self.settle()
+        let mut mark = SettleMark::default();
+        self.write_unsettled(offset_bytes, data, &mut mark)?;
+        self.settle(mark)
     }
 
-    /// As `write`, but not to be answered before `settle`, which many may share.
-    pub fn write_unsettled(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
+    /// As `write`, but not to be answered before `settle` of the mark, which many may share.
+    pub fn write_unsettled(&self, offset_bytes: u64, data: &[u8], mark: &mut SettleMark) -> Result<()> {
+        self.note_unsettled(mark);
         self.write_part(offset_bytes, data, 1)
     }
 
     /// The next part of a write whose first part `write_unsettled` took: no operation of its own in the counters.
-    pub fn write_rest_unsettled(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
+    pub fn write_rest_unsettled(&self, offset_bytes: u64, data: &[u8], mark: &mut SettleMark) -> Result<()> {
+        self.note_unsettled(mark);
         self.write_part(offset_bytes, data, 0)
+    }
+
+    #[inline]
+    pub(super) fn note_unsettled(&self, mark: &mut SettleMark) {
+        if let Some(log) = &self.batch_log {
+            log.mark(mark);
+        }
     }
 
     /// `operations`: how many the counters get.

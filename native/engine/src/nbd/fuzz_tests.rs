@@ -1,5 +1,5 @@
 //! Random requests in every form. ATOLL_FUZZ_SEED replays a run, ATOLL_FUZZ_ITERATIONS makes it longer (default 400 per form).
-use super::tests::{
+use super::test_harness::{
     BLOCK_STATUS, CACHE, Client, DF, DISC, FAST_ZERO, FLUSH, FORMS, FUA, NO_HOLE, PAYLOAD_LEN, READ, REQ_ONE, SIZE_BYTES, TRIM, WRITE,
     WRITE_ZEROES, World, extended_bytes, request_bytes, worlds,
 };

@@ -24,6 +24,8 @@ mod request;
 mod ring_reads;
 mod serve;
 #[cfg(test)]
+mod test_harness;
+#[cfg(test)]
 mod tests;
 mod workers;
 

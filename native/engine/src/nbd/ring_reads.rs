@@ -12,6 +12,7 @@ use crate::device::{ReadPlan, StartedRead};
 use atoll_io::{ReadRing, RingRead, RingWaker};
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::VecDeque;
+use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::Scope;
@@ -59,10 +60,10 @@ impl RingReads {
         }
     }
 
-    /// Moves what was handed over to `todo`.
-    fn take(&self, todo: &mut VecDeque<(Request, Instant)>) {
+    /// Moves what was handed over to `pending`.
+    fn take(&self, pending: &mut VecDeque<(Request, Instant)>) {
         self.is_asleep.store(false, Ordering::SeqCst);
-        todo.append(&mut self.waiting.lock());
+        pending.append(&mut self.waiting.lock());
     }
 
     /// Whether the thread may sleep now: whoever comes from now on wakes it.
@@ -99,52 +100,48 @@ struct Outbox<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// The life of the ring's thread.
-    pub(super) fn serve_reads<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
+    /// The life of the ring's thread. After an error some of the reads that room was taken for are never answered.
+    pub(super) fn serve_reads<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) -> io::Result<()> {
         let made = RingWaker::new().and_then(|waker| Ok((ReadRing::new(RING_READS_MAX, waker.clone())?, waker)));
         let Ok((ring, waker)) = made else { return self.pass_on_all(scope) };
         // Whoever handed something over before found nobody asleep, and it is looked for before the first sleep.
         let _ = self.ring_reads.waker.set(waker);
-        self.read_until_closed(scope, ring);
+        self.read_until_closed(scope, ring)
     }
 
     /// Without a ring: everything goes to the workers, for as long as something comes.
-    fn pass_on_all<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
-        let Ok(waker) = RingWaker::new() else {
-            // Not even a descriptor: the connection cannot go on.
-            return self.fail();
-        };
+    fn pass_on_all<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) -> io::Result<()> {
+        let waker = RingWaker::new()?;
         let _ = self.ring_reads.waker.set(waker.clone());
-        let mut todo = VecDeque::new();
+        let mut pending = VecDeque::new();
         while !self.ring_reads.is_over() {
             if self.ring_reads.fall_asleep() {
                 waker.wait();
             }
-            self.ring_reads.take(&mut todo);
-            todo.drain(..).for_each(|request| self.pass_on(scope, request));
+            self.ring_reads.take(&mut pending);
+            pending.drain(..).for_each(|request| self.pass_on(scope, request));
         }
+        Ok(())
     }
 
-    fn read_until_closed<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, mut ring: ReadRing<Tag<'scope>>) {
-        let mut todo = VecDeque::new();
+    fn read_until_closed<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, mut ring: ReadRing<Tag<'scope>>) -> io::Result<()> {
+        let mut pending = VecDeque::new();
         let mut done = Vec::new();
         let mut spare = Vec::new();
         let mut outbox = Outbox::default();
         loop {
-            self.ring_reads.take(&mut todo);
+            self.ring_reads.take(&mut pending);
             // With answers waiting for the client nothing new is begun, so that what is in flight comes to an end.
             if outbox.held.is_empty() {
-                self.begin_reads(scope, &mut ring, &mut todo, &mut spare, &mut outbox);
+                self.begin_reads(scope, &mut ring, &mut pending, &mut spare, &mut outbox);
             }
-            if ring.in_flight() == 0 && outbox.held.is_empty() && todo.is_empty() && self.ring_reads.is_over() {
-                return;
+            if ring.in_flight() == 0 && outbox.held.is_empty() && pending.is_empty() && self.ring_reads.is_over() {
+                return Ok(());
             }
             // What is to be answered without a read does not wait for one.
-            let may_sleep = (outbox.held.is_empty() || ring.in_flight() > 0) && (ring.in_flight() > 0 || todo.is_empty());
+            let may_sleep = (outbox.held.is_empty() || ring.in_flight() > 0) && (ring.in_flight() > 0 || pending.is_empty());
             let may_sleep = may_sleep && self.ring_reads.fall_asleep();
-            if ring.wait(may_sleep, &mut done).is_err() {
-                return self.fail();
-            }
+            ring.wait(may_sleep, &mut done)?;
             for read in done.drain(..) {
                 self.answer_read(read, &mut spare, &mut outbox);
             }
@@ -158,12 +155,12 @@ impl<'a> Session<'a> {
         &'scope self,
         scope: &'scope Scope<'scope, '_>,
         ring: &mut ReadRing<Tag<'scope>>,
-        todo: &mut VecDeque<(Request, Instant)>,
+        pending: &mut VecDeque<(Request, Instant)>,
         spare: &mut Vec<Vec<u8>>,
         outbox: &mut Outbox<'_>,
     ) {
         while ring.has_room()
-            && let Some((request, arrived_at)) = todo.pop_front()
+            && let Some((request, arrived_at)) = pending.pop_front()
         {
             match self.device.plan_read(request.offset_bytes, request.length_bytes, ring.in_flight() == 0) {
                 Ok(ReadPlan::File(file, read)) => {
@@ -173,7 +170,7 @@ impl<'a> Session<'a> {
                     ring.push(file, request.offset_bytes, buffer, from, (request, arrived_at, read));
                 }
                 Ok(ReadPlan::Otherwise) => self.pass_on(scope, (request, arrived_at)),
-                Ok(ReadPlan::GateClosed) => return todo.push_front((request, arrived_at)),
+                Ok(ReadPlan::GateClosed) => return pending.push_front((request, arrived_at)),
                 Err(error) => {
                     self.push_failure(&request, &error, &mut outbox.replies);
                     self.note_served(&request, arrived_at.elapsed());

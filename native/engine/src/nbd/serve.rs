@@ -8,7 +8,7 @@ use super::request::{
 use super::ring_reads::{CloseReadsOnDrop, RING_READ_BYTES_MAX, RingReads};
 use super::workers::{CloseOnDrop, Job, WorkQueue};
 use super::{MetaContextKind, NbdOptions, ReadPath, ReplyForm, ServeEnd, ServeEndReason};
-use crate::device::PREFETCH_BYTES_MAX;
+use crate::device::{PREFETCH_BYTES_MAX, SettleMark};
 use crate::net::Socket;
 use crate::{Admission, Device, EngineError, Result, Served, StatusExtent};
 use atoll_map::SLOT_BYTES;
@@ -314,7 +314,7 @@ impl<'a> Session<'a> {
             let is_done = match request.command {
                 Command::Read => self.read_now(request, &mut batch.replies),
                 Command::Write if request.length_bytes > 0 => {
-                    let result = self.device.write_unsettled(request.offset_bytes, payload.bytes());
+                    let result = self.device.write_unsettled(request.offset_bytes, payload.bytes(), &mut batch.mark);
                     self.note_write(request, result, batch);
                     true
                 }
@@ -353,7 +353,8 @@ impl<'a> Session<'a> {
         }
         *self.ring_reads.is_started.get_or_init(|| {
             let body = move || {
-                if catch_unwind(AssertUnwindSafe(|| self.serve_reads(scope))).is_err() {
+                // Without a descriptor, after a broken ring or a panic: the connection cannot go on.
+                if !matches!(catch_unwind(AssertUnwindSafe(|| self.serve_reads(scope))), Ok(Ok(()))) {
                     self.fail();
                     self.queue.give_up();
                 }
@@ -540,8 +541,8 @@ impl<'a> Session<'a> {
             if result.is_ok() {
                 let started_at = Instant::now();
                 result = match at {
-                    0 => self.device.write_unsettled(offset_bytes, piece),
-                    _ => self.device.write_rest_unsettled(offset_bytes + at, piece),
+                    0 => self.device.write_unsettled(offset_bytes, piece, &mut batch.mark),
+                    _ => self.device.write_rest_unsettled(offset_bytes + at, piece, &mut batch.mark),
                 };
                 took += started_at.elapsed();
             }
@@ -572,8 +573,9 @@ impl<'a> Session<'a> {
 
     /// Makes what the batch says true, or makes it say something else.
     fn settle(&self, batch: &mut Batch) {
+        let mark = std::mem::take(&mut batch.mark);
         if !batch.unsettled.is_empty()
-            && let Err(error) = self.device.settle()
+            && let Err(error) = self.device.settle(mark)
         {
             let said = std::mem::take(&mut batch.replies);
             let mut from = 0;
@@ -714,6 +716,8 @@ struct Batch {
     replies: ReplyBuffer,
     /// Where in them a write is called done that the device has not settled yet, and which.
     unsettled: Vec<(usize, Request)>,
+    /// Of the device, before the first of them.
+    mark: SettleMark,
     /// Reads for the ring that are not handed over yet, and when they were received.
     ring_reads: Vec<(Request, Instant)>,
     /// When the requests that are looked at now were received.
@@ -729,6 +733,7 @@ impl Batch {
         Batch {
             replies: ReplyBuffer::default(),
             unsettled: Vec::new(),
+            mark: SettleMark::default(),
             ring_reads: Vec::new(),
             arrived_at: now,
             first_at: None,
