@@ -55,7 +55,7 @@ export interface LoadedExport {
 }
 
 export interface LoadOptions {
-  /** Default false. True: of a base only its last record is read, so there are no rows and pages; for whoever goes on writing. */
+  /** Default false. True: of a base only its last record is read, and no rows and pages are kept; for whoever goes on writing. */
   readonly chainOnly?: boolean
   /** Default false. True: every record is read, but pages are not kept. */
   readonly rowsOnly?: boolean
@@ -230,6 +230,7 @@ class Loader {
     this.#header = header
     this.#aliasMax = Math.max(this.#aliasMax, header.aliasMax)
     this.#pageIdMax = Math.max(this.#pageIdMax, header.pageIdMax)
+    if (this.#chainOnly) return
     for (const [table, keys] of Object.entries(deletes) as [ExportedTable, (string | number)[]][]) {
       for (const key of keys) {
         this.#rows.get(table)?.delete(String(key))

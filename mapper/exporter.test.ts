@@ -1,11 +1,11 @@
-import { openCatalog } from '@atoll/core'
-import { Engine } from '@atoll/native'
+import { adminProject, type Catalog, openCatalog } from '@atoll/core'
+import { Engine, type Store } from '@atoll/native'
 import { makeMemoryDriver } from '@atoll/southbound'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { recordPrefix } from './export-format.ts'
 import { loadExport } from './export-load.ts'
-import { openMapper } from './mapper.ts'
-import { Bench, bytes, LogLines, slot } from './test-bench.ts'
+import { type Mapper, openMapper } from './mapper.ts'
+import { Bench, bytes, failingCatalog, LogLines, ManualTimers, slot } from './test-bench.ts'
 
 describe('the export of a pool', () => {
   let bench: Bench
@@ -145,5 +145,187 @@ describe('the export of a pool', () => {
   test('goes with a pool that is deleted', async () => {
     await bench.mapper.pools.delete(bench.poolId)
     expect(await records()).toEqual([])
+  })
+})
+
+/** Notes in the outbox, of nothing that is there. */
+async function noteMany(catalog: Catalog, poolId: string, count: number): Promise<void> {
+  await catalog.write(async (tx) => {
+    for (let start = 0; start < count; start += 1000) {
+      const notes = Array.from({ length: 1000 }, (_, index) => ({
+        table_name: 'resources',
+        row_key: `none-${start + index}`,
+        pool_id: poolId,
+      }))
+      await tx.insertInto('export_changes').values(notes).execute()
+    }
+  })
+}
+
+describe('the exports of several pools', () => {
+  let base: Engine
+  /** By the id of the pool; one that is not here cannot be opened. */
+  const stores = new Map<string, Store>()
+  const unmounted = new Set<string>()
+  const timers = new ManualTimers()
+
+  beforeEach(() => {
+    base = new Engine()
+  })
+
+  afterEach(async () => {
+    await base.close()
+    stores.clear()
+    unmounted.clear()
+  })
+
+  interface Life {
+    readonly mapper: Mapper
+    readonly catalog: Catalog
+    end(): Promise<Uint8Array>
+  }
+
+  async function live(
+    source: Uint8Array | ':memory:',
+    wrap: (catalog: Catalog) => Catalog = (catalog) => catalog,
+  ): Promise<Life> {
+    const engine = new Engine()
+    const catalog = await openCatalog(source)
+    const driver = makeMemoryDriver(({ poolId }) => {
+      if (unmounted.has(poolId)) throw new Error('not mounted')
+      const store = stores.get(poolId) ?? base.faultStore(base.memoryStore({ capacityBytes: 1 << 30 }))
+      stores.set(poolId, store)
+      return store
+    })
+    const mapper = await openMapper({
+      catalog: wrap(catalog),
+      engine,
+      drivers: [driver],
+      log: new LogLines(),
+      setTimer: timers.set,
+    })
+    const end = async (): Promise<Uint8Array> => {
+      await mapper.close()
+      await engine.close()
+      const copy = await catalog.serialize()
+      await catalog.close()
+      return copy
+    }
+    return { mapper, catalog, end }
+  }
+
+  const makePool = async (mapper: Mapper, name: string): Promise<string> => {
+    const { id } = await mapper.pools.create({ projectId: adminProject.id, name, driver: 'memory', options: {} })
+    await mapper.flushExports([id])
+    return id
+  }
+  const makeVolume = async (mapper: Mapper, poolId: string, name: string) =>
+    await mapper.createVolume({ projectId: adminProject.id, name, sizeBytes: 16 * slot, poolId })
+  const namesIn = async (poolId: string): Promise<unknown[]> => {
+    const found = await loadExport(stores.get(poolId) as Store)
+    return [...(found?.rows.get('resources')?.values() ?? [])].map(({ row }) => row['name'])
+  }
+
+  test('one that missed too much holds up no other: what that is said to have it has', async () => {
+    const { mapper, catalog, end } = await live(':memory:')
+    const [first, second] = [await makePool(mapper, 'first'), await makePool(mapper, 'second')]
+    stores.get(second)?.setFaults({ seed: 1, rules: [{ operation: 'record-write', errno: 5 }] })
+    await makeVolume(mapper, second, 'unwritten')
+    await makeVolume(mapper, first, 'early')
+    // More than one delta takes: of these the first pool has the first half.
+    const many = async () => await noteMany(catalog, second, 30_000)
+    await many()
+    expect(await mapper.flushExports([first])).toBe(true)
+    await many()
+    const { id } = await makeVolume(mapper, first, 'late')
+    expect(await namesIn(first)).toEqual(['early', 'late'])
+    await mapper.deleteResource(id)
+    expect(await namesIn(first)).toEqual(['early'])
+
+    stores.get(second)?.setFaults({ seed: 1, rules: [] })
+    timers.fire()
+    await mapper.idle()
+    expect(await mapper.flushExports([first, second])).toBe(true)
+    expect(await namesIn(second)).toEqual(['unwritten'])
+    await end()
+  })
+
+  test('one that was not there when an older catalog began is found newer when it is back, whatever happened in others', async () => {
+    const life = await live(':memory:')
+    const [first, second] = [await makePool(life.mapper, 'first'), await makePool(life.mapper, 'second')]
+    const volume = await makeVolume(life.mapper, second, 'disk')
+    const { device } = await life.mapper.open(volume.id, { holder: 'test', readOnly: false })
+    await device.write(0, bytes(1))
+    const { rows } = await life.mapper.snapshot([{ volumeId: volume.id, name: 'snap' }])
+    await life.mapper.close(volume.id)
+    await life.mapper.idle()
+    await life.mapper.flushExports([first, second])
+    const older = await life.catalog.serialize()
+    await life.mapper.deleteResource(rows[0]?.id ?? '')
+    await life.mapper.rename(volume.id, 'renamed')
+    await life.end()
+
+    unmounted.add(second)
+    let again = await live(older)
+    for (let index = 0; index < 40; index += 1) await makeVolume(again.mapper, first, `busy-${index}`)
+    const newer = await again.end()
+    again = await live(newer)
+    unmounted.delete(second)
+    await again.mapper.pools.open(await again.mapper.pools.get(second))
+    expect((await again.mapper.pools.status(second)).export.state).toBe('ahead')
+    await expect(again.mapper.open(rows[0]?.id ?? '', { holder: 'test', readOnly: true })).rejects.toMatchObject({
+      code: 'CATALOG_BEHIND',
+    })
+    expect((await again.mapper.pools.status(first)).export.state).toBe('current')
+    const last = await live(await again.end())
+    expect((await last.mapper.pools.status(second)).export.state).toBe('ahead')
+    await last.end()
+    expect(await namesIn(second)).toEqual(['renamed'])
+  })
+
+  test('one that cannot be read when it is opened is not written until it can, because it may be newer', async () => {
+    const life = await live(':memory:')
+    const pool = await makePool(life.mapper, 'pool')
+    await makeVolume(life.mapper, pool, 'older')
+    const older = await life.catalog.serialize()
+    await makeVolume(life.mapper, pool, 'newer')
+    await life.end()
+    const records = await stores.get(pool)?.listRecords(recordPrefix)
+
+    stores.get(pool)?.setFaults({ seed: 1, rules: [{ operation: 'record-list', errno: 5 }] })
+    const again = await live(older)
+    expect((await again.mapper.pools.status(pool)).export).toMatchObject({ state: 'behind', error: { code: 'IO_ERROR' } })
+    stores.get(pool)?.setFaults({ seed: 1, rules: [] })
+    expect(await again.mapper.flushExports([pool])).toBe(false)
+    timers.fire()
+    await again.mapper.idle()
+    expect((await again.mapper.pools.status(pool)).export.state).toBe('ahead')
+    await again.end()
+    expect(await stores.get(pool)?.listRecords(recordPrefix)).toEqual(records)
+  })
+
+  test('that nobody writes let every operation succeed on a full home', async () => {
+    let isFull = false
+    const failing = (catalog: Catalog): Catalog => {
+      const wrapped = failingCatalog(catalog)
+      wrapped.beforeWrite = ({ durable }) => {
+        if (isFull && !durable) throw new Error('the home is full')
+      }
+      return wrapped.catalog
+    }
+    const { mapper, catalog, end } = await live(':memory:', failing)
+    const pool = await makePool(mapper, 'pool')
+    const volume = await makeVolume(mapper, pool, 'disk')
+    const { id } = await makeVolume(mapper, pool, 'spent')
+    const older = await catalog.serialize()
+    await mapper.deleteResource(id)
+    await end()
+    const again = await live(older, failing)
+    expect((await again.mapper.pools.status(pool)).export.state).toBe('ahead')
+    await noteMany(again.catalog, pool, 60_000)
+    isFull = true
+    expect(await again.mapper.rename(volume.id, 'renamed')).toMatchObject({ name: 'renamed' })
+    isFull = false
+    await again.end()
   })
 })

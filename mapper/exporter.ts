@@ -8,6 +8,8 @@
  * - Only what is durable in the catalog is exported: rows are read when no commit without durability is younger than the last
  *   durable one, or inside a durable write of our own. So no export is ever ahead of its catalog, unless the catalog was
  *   replaced by an older copy; then it is left as it is (`ahead`), because it may be the better one.
+ * - Nothing is written into a pool before what is in it was read and compared with the outbox as that was before the pool was
+ *   opened: a pool may come back long after the catalog was replaced.
  * - Rows are read under one lock of the catalog, pages afterwards under a pin that was taken before: no page that these rows
  *   reach is deleted meanwhile.
  * - A base is written while deltas go on; it is finished by a delta that has everything that changed while it was read. What
@@ -102,6 +104,8 @@ interface PoolExport {
   error: AtollError | null
   behindSince: number | null
   isAhead: boolean
+  /** What was in the pool has been looked at: nothing is written into its export before. */
+  isKnown: boolean
   basing: Promise<void> | null
   isDetached: boolean
 }
@@ -119,6 +123,33 @@ type Context = Pick<
   MapperContext,
   'background' | 'catalog' | 'clock' | 'engine' | 'log' | 'olderCatalog' | 'pageIds' | 'pins' | 'setTimer'
 >
+
+/**
+ * Before any pool is opened: notes for each where the outbox ended when the pool was opened no more. What its export has beyond
+ * that was written by a newer state of this catalog, however much this one has noted for others until the pool is there again.
+ */
+export async function noteUnopened({ catalog, log }: Pick<MapperContext, 'catalog' | 'log'>): Promise<void> {
+  try {
+    await catalog.write(
+      async (tx) => {
+        const value = String(await lastExportSeq(tx))
+        for (const { id } of await tx.selectFrom('pools').select('id').execute()) {
+          await tx
+            .insertInto('meta')
+            .values({ key: unopenedKey(id), value })
+            .onConflict((conflict) => conflict.column('key').doNothing())
+            .execute()
+        }
+      },
+      { durable: false, emergency: true },
+    )
+  } catch (error) {
+    // A full disk, say: the pools are compared with the outbox as it is when each is opened.
+    log.warn({ err: error }, 'how far the outbox goes could not be noted for the pools')
+  }
+}
+
+const unopenedKey = (poolId: string): string => `export_before.${poolId}`
 
 export class Exporter {
   readonly #context: Context
@@ -165,6 +196,7 @@ export class Exporter {
       error: null,
       behindSince: null,
       isAhead: false,
+      isKnown: false,
       basing: null,
       isDetached: false,
     }
@@ -174,43 +206,59 @@ export class Exporter {
       this.#failed(state, error)
     }
     this.#pools.set(poolId, state)
-    if (!state.hasBase && !state.isAhead) this.#startBase(state)
+    if (state.isKnown && !state.hasBase && !state.isAhead) this.#startBase(state)
   }
 
-  /** What is there is gone on with if nothing is missing between it and the outbox. */
+  /** Looks at what is in the pool, before anything is written into it. */
   async #takeUp(state: PoolExport): Promise<void> {
+    const { catalog } = this.#context
+    const key = unopenedKey(state.poolId)
+    const unopened = await catalog.db.selectFrom('meta').select('value').where('key', '=', key).executeTakeFirst()
+    const taken = await this.#compare(state, unopened === undefined ? Infinity : Number(unopened.value))
+    if (unopened !== undefined) {
+      // Older than any note that the pool will be given: a power cut that takes this back takes those back, too.
+      await catalog.write(async (tx) => await tx.deleteFrom('meta').where('key', '=', key).execute(), {
+        durable: false,
+        emergency: true,
+      })
+    }
+    Object.assign(state, taken, { isKnown: true })
+  }
+
+  /** What is there is gone on with if nothing is missing between it and the outbox. `before`: the last note that it can have. */
+  async #compare(state: PoolExport, before: number): Promise<Partial<PoolExport>> {
     const { catalog, log } = this.#context
     const { poolId } = state
     const found = await loadExport(state.pool.store, { chainOnly: true })
-    if (found === null) return
-    state.baseNumber = found.baseNumberMax
-    state.nextDelta = found.deltaNumberMax + 1
-    if (found.header.catalogId !== catalog.id) return
+    if (found === null) return {}
+    const numbers = { baseNumber: found.baseNumberMax, nextDelta: found.deltaNumberMax + 1 }
+    if (found.header.catalogId !== catalog.id) return numbers
     const { known, last, first } = await catalog.read(async (tx) => ({
       known: await tx.selectFrom('export_pools').selectAll().where('pool_id', '=', poolId).executeTakeFirst(),
       last: await lastExportSeq(tx),
       first: await tx.selectFrom('export_changes').select('seq').orderBy('seq').limit(1).executeTakeFirst(),
     }))
-    if (known?.is_ahead === 1 || found.reachedSeq > last) {
+    if (known?.is_ahead === 1 || found.reachedSeq > Math.min(last, before)) {
       state.isAhead = true
       if (known?.is_ahead === 1) await catalog.read(async (tx) => await this.#context.olderCatalog.recall(tx, poolId))
       else await this.#noticeOlder(state)
       log.error(
-        { poolId, catalogSeq: last, exportSeq: found.reachedSeq },
+        { poolId, catalogSeq: Math.min(last, before), exportSeq: found.reachedSeq },
         'the export in the pool is newer than this catalog: the catalog is an older copy; the export is left as it is, and nothing of the pool is freed',
       )
-      return
+      return numbers
     }
     if (found.base === null || found.damages.length > 0) {
       log.warn({ poolId, damages: found.damages }, 'the export in the pool is not whole: it is written anew')
-      return
+      return numbers
     }
     const isKnown = known !== undefined && known.record_number <= Math.max(found.lastDelta, found.base.deltasFrom - 1)
     // An idle pool gets no records for what concerns others: then the catalog says how far it is complete.
     const exportedSeq = Math.max(found.reachedSeq, isKnown ? known.outbox_seq : 0)
     const isComplete = first === undefined ? exportedSeq >= last : first.seq <= exportedSeq + 1
-    if (!isComplete) return
-    Object.assign(state, {
+    if (!isComplete) return numbers
+    return {
+      ...numbers,
       hasBase: true,
       isTaking: true,
       exportedSeq: Math.min(exportedSeq, last),
@@ -219,7 +267,7 @@ export class Exporter {
       baseBytes: deltaBytesMin,
       deltaBytes: found.deltaBytes,
       deltaCount: found.deltaCount,
-    })
+    }
   }
 
   /** From here on this catalog knows that it is older, and what of the pool it must not use. */
@@ -240,7 +288,7 @@ export class Exporter {
     const state = this.#pools.get(poolId)
     if (state === undefined || state.isAhead) return
     await state.basing
-    this.#startBase(state)
+    this.#startBase(state, { renew: true })
     await state.basing
     if (state.error !== null) throw state.error
   }
@@ -336,21 +384,19 @@ export class Exporter {
   }
 
   async #flushOnce(): Promise<void> {
-    const states = [...this.#pools.values()].filter((state) => state.isTaking)
+    let states = [...this.#pools.values()].filter((state) => state.isTaking)
     const { catalog, pins } = this.#context
     if (states.length === 0) {
       await this.#trimUnread()
       return
     }
     try {
-      const from = Math.min(...states.map((state) => state.exportedSeq))
       const last = await lastExportSeq(catalog.db)
-      if (last === from) {
+      for (const state of states) if (last - state.exportedSeq > notesMax) this.#giveUp(state)
+      states = states.filter((state) => state.isTaking)
+      const from = Math.min(...states.map((state) => state.exportedSeq))
+      if (states.length === 0 || last === from) {
         for (const state of states) this.#succeeded(state)
-        return
-      }
-      if (last - from > notesMax) {
-        this.#giveUpLate(states, last)
         return
       }
       // The pin first: what the rows reach stays until the pages are read.
@@ -374,18 +420,15 @@ export class Exporter {
     }
     for (const state of states) {
       const isLong = state.deltaBytes > Math.max(state.baseBytes, deltaBytesMin) || state.deltaCount > deltaCountMax
-      if (isLong && state.hasBase && state.error === null) this.#startBase(state)
+      if (isLong && state.hasBase && state.error === null) this.#startBase(state, { renew: true })
     }
   }
 
-  /** Their deltas would have no bound: they are written anew. */
-  #giveUpLate(states: readonly PoolExport[], last: number): void {
-    for (const state of states) {
-      if (last - state.exportedSeq <= notesMax) continue
-      state.hasBase = false
-      state.isTaking = false
-      if (state.basing === null) this.#startBase(state)
-    }
+  /** It missed so much that its deltas would have no bound: it is written anew. */
+  #giveUp(state: PoolExport): void {
+    state.hasBase = false
+    state.isTaking = false
+    this.#startBase(state)
   }
 
   /** Runs `fn` on a state of the catalog that no power cut takes back. */
@@ -472,11 +515,13 @@ export class Exporter {
     }
   }
 
-  #startBase(state: PoolExport): void {
+  #startBase(state: PoolExport, { renew = false }: { renew?: boolean } = {}): void {
     if (state.basing !== null || this.#isClosed || state.isDetached) return
     state.basing = (async () => {
       try {
-        await this.#writeBase(state)
+        if (!state.isKnown) await this.#takeUp(state)
+        if (state.isAhead) return
+        if (!state.hasBase || renew) await this.#writeBase(state)
         this.#succeeded(state)
       } catch (error) {
         this.#failed(state, error)
@@ -638,13 +683,17 @@ export class Exporter {
 
   /** No pool takes notes: each gets a new base before it does, so old ones are not needed. */
   async #trimUnread(): Promise<void> {
-    const { catalog } = this.#context
-    const last = await lastExportSeq(catalog.db)
-    if (last - this.#trimmedSeq <= notesMax) return
-    await catalog.write(async (tx) => await tx.deleteFrom('export_changes').where('seq', '<=', last).execute(), {
-      durable: false,
-    })
-    this.#trimmedSeq = last
+    const { catalog, log } = this.#context
+    try {
+      const last = await lastExportSeq(catalog.db)
+      if (last - this.#trimmedSeq <= notesMax) return
+      await catalog.write(async (tx) => await tx.deleteFrom('export_changes').where('seq', '<=', last).execute(), {
+        durable: false,
+      })
+      this.#trimmedSeq = last
+    } catch (error) {
+      log.warn({ err: error }, 'the outbox of the exports is not trimmed for now')
+    }
   }
 }
 

@@ -28,7 +28,7 @@ import { Background, type MapperContext, type MapperLog } from './context.ts'
 import { createImage, createVolume, type NewImage, type NewVolume } from './create.ts'
 import { deleteResource, type DeleteOptions } from './delete.ts'
 import { diff, type DiffRange } from './diff.ts'
-import { Exporter } from './exporter.ts'
+import { Exporter, noteUnopened } from './exporter.ts'
 import {
   abortImport,
   beginImport,
@@ -101,6 +101,7 @@ const closeConcurrency = 16
  */
 export async function openMapper(options: MapperOptions): Promise<Mapper> {
   const { catalog, log } = options
+  await noteUnopened({ catalog, log })
   const nextPageId = await recoverPages({ catalog })
   const mapper = new Mapper(options, nextPageId)
   for (const row of await mapper.pools.list()) {
