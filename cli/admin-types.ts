@@ -29,6 +29,12 @@ export type AttachmentDocument = Omit<AttachmentView, 'createdAt' | 'socketPath'
   /** Where clients connect over TCP; null: they use the unix socket. */
   server: { readonly host: string; readonly port: number; readonly tls: boolean } | null
 }
+/** A page of a listing. */
+export interface PageDocument<Entry> {
+  readonly entries: readonly Entry[]
+  /** The marker of the next page; null: this is the last. */
+  readonly next: string | null
+}
 export type VolumeSummary = Document<VolumeView>
 export type VolumeDocument = Document<VolumeView & ResourceUsage>
 export type SnapshotDocument = Document<SnapshotView>

@@ -142,7 +142,7 @@ describe('attaching a volume', () => {
     await restart()
     expect(composer.exports.list().map(({ id }) => id)).toEqual([kept.id])
     expect(composer.exports.isSuspended(lost.id)).toBe(true)
-    const shown = (await composer.volumes.list()).find(({ name }) => name === 'lost')
+    const shown = (await composer.volumes.list()).entries.find(({ name }) => name === 'lost')
     expect(shown).toMatchObject({ status: 'error', error: { code: expect.any(String) } })
     await composer.volumes.detach('lost')
     expect(composer.exports.isSuspended(lost.id)).toBe(false)
@@ -236,7 +236,7 @@ describe('names, ids and sizes', () => {
 
   test.each([0, 4095, 4097, -4096, 2 ** 49 + 4096, Number.NaN, 2 ** 60])('the size %d is refused', async (sizeBytes) => {
     await expect(composer.volumes.create({ name: 'disk', sizeBytes })).rejects.toMatchObject({ code: 'SIZE_INVALID' })
-    await expect(composer.volumes.list()).resolves.toEqual([])
+    await expect(composer.volumes.list()).resolves.toEqual({ entries: [], next: null })
   })
 
   test('unknown names are named in the error', async () => {
@@ -263,7 +263,7 @@ describe('names, ids and sizes', () => {
     const mine = await composer.volumes.create({ name: 'disk', sizeBytes: mebibyte, project: 'other' })
     await expect(composer.volumes.show('disk', { project: 'other' })).resolves.toMatchObject({ id: mine.id })
     await expect(composer.volumes.show(mine.id)).rejects.toMatchObject({ code: 'VOLUME_NOT_FOUND' })
-    await expect(composer.volumes.list({ project: 'other' })).resolves.toHaveLength(1)
+    await expect(composer.volumes.list({ project: 'other' })).resolves.toMatchObject({ entries: [{}] })
   })
 })
 
@@ -291,14 +291,14 @@ describe('snapshots', () => {
     await composer.volumes.detach('disk')
     await expect(composer.volumes.delete('disk')).rejects.toMatchObject({ code: 'VOLUME_HAS_SNAPSHOTS' })
     await composer.volumes.delete('disk', { withSnapshots: true })
-    await expect(composer.volumes.list()).resolves.toEqual([])
+    await expect(composer.volumes.list()).resolves.toEqual({ entries: [], next: null })
   })
 
   test('of several volumes are made together or not at all', async () => {
     for (const name of ['a', 'b']) await composer.volumes.create({ name, sizeBytes: mebibyte })
     await composer.snapshots.create(['b@taken'])
     await expect(composer.snapshots.create(['a@taken', 'b@taken'])).rejects.toMatchObject({ code: 'NAME_TAKEN' })
-    await expect(composer.snapshots.list('a')).resolves.toEqual([])
+    await expect(composer.snapshots.list('a')).resolves.toEqual({ entries: [], next: null })
     await expect(composer.snapshots.create(['a@x', 'a@y'])).rejects.toMatchObject({ code: 'ARGUMENT_INVALID' })
     const { snapshots } = await composer.snapshots.create(['a@both', 'b@both'])
     expect(snapshots.map(({ volume }) => volume)).toEqual(['a', 'b'])

@@ -21,6 +21,7 @@ import { ImageStream, type ImportStreams } from './import-stream.ts'
 import type { ImportTargets } from './import-targets.ts'
 import type { JobView } from './job-kind.ts'
 import type { ProjectScope } from './resolve.ts'
+import { pageOfResources, type Page, type PageOptions } from './resource-pages.ts'
 import {
   nameKey,
   requireFreeName,
@@ -238,21 +239,14 @@ export class ImageService {
     return await this.view(row)
   }
 
-  /** Every image of the project, oldest first. */
-  async list(scope: ProjectScope = {}): Promise<ImageView[]> {
+  /** The images of the project, oldest first. @throws AtollError ARGUMENT_INVALID */
+  async list(options: ProjectScope & PageOptions = {}): Promise<Page<ImageView>> {
     const { catalog, resolver, jobs } = this.context
-    const project = await resolver.project(scope)
-    const rows = await catalog.db
-      .selectFrom('resources')
-      .selectAll()
-      .where('project_id', '=', project.id)
-      .where('kind', '=', 'image')
-      .orderBy('created_at')
-      .orderBy('id')
-      .execute()
+    const project = await resolver.project(options)
+    const { entries, next } = await pageOfResources(catalog, { kind: 'image', projectId: project.id }, options)
     const sources = await viewSources(this.context)
     const subjects = jobs.subjects()
-    return rows.map((row) => imageView(row, resourceView(row, sources), subjects))
+    return { entries: entries.map((row) => imageView(row, resourceView(row, sources), subjects)), next }
   }
 
   /** @throws AtollError IMAGE_NOT_FOUND, NAME_AMBIGUOUS */

@@ -155,7 +155,7 @@ describe('importing a raw file', () => {
     const job = await composer.images.import({ name: 'image', path })
     await afterFirstStep(job, (id) => composer.jobs.cancel(id))
     await expect(composer.jobs.show(job.id)).resolves.toMatchObject({ state: 'cancelled' })
-    await expect(composer.images.list()).resolves.toEqual([])
+    await expect(composer.images.list()).resolves.toEqual({ entries: [], next: null })
     await finished(await composer.pools.reclaim('default'))
     expect(await storedBytes()).toBeLessThanOrEqual(before)
   })
@@ -165,7 +165,7 @@ describe('importing a raw file', () => {
     const job = await composer.images.import({ name: 'image', path })
     await afterFirstStep(job, () => truncateSync(path, 5 * stepBytes))
     await expect(finished(job)).resolves.toMatchObject({ state: 'failed', error: { code: 'IMAGE_SOURCE_CHANGED' } })
-    await expect(composer.images.list()).resolves.toEqual([])
+    await expect(composer.images.list()).resolves.toEqual({ entries: [], next: null })
   })
 
   test('is refused for what cannot be a source, a taken name and an unknown pool', async () => {
@@ -194,10 +194,10 @@ describe('importing a raw file', () => {
     const pool = await composer.pools.show('default')
     const { id: projectId } = await composer.resolver.project({})
     await daemon.mapper.beginImport({ projectId, name: 'orphan', kind: 'image', sizeBytes: mebibyte, poolId: pool.id })
-    await expect(composer.images.list()).resolves.toHaveLength(1)
+    await expect(composer.images.list()).resolves.toMatchObject({ entries: [{}] })
     await daemon.stop()
     await start()
-    await expect(composer.images.list()).resolves.toEqual([])
+    await expect(composer.images.list()).resolves.toEqual({ entries: [], next: null })
   })
 })
 
@@ -225,7 +225,7 @@ describe('importing a stream', () => {
     await expect(finished(second)).resolves.toMatchObject({ state: 'failed', error: { code: 'IMAGE_STREAM_LOST' } })
     const third = await composer.images.importStream({ name: 'image', stream: chunks(randomBytes(5000), 1000), sizeBytes: 4000 })
     await expect(finished(third)).resolves.toMatchObject({ state: 'failed', error: { code: 'SIZE_INVALID' } })
-    await expect(composer.images.list()).resolves.toEqual([])
+    await expect(composer.images.list()).resolves.toEqual({ entries: [], next: null })
   })
 
   test('is cancelled although nothing comes', async () => {
@@ -236,7 +236,7 @@ describe('importing a stream', () => {
     const job = await composer.images.importStream({ name: 'image', stream: stuck() })
     await expect(composer.jobs.pause(job.id)).rejects.toMatchObject({ code: 'JOB_STATE' })
     await expect(composer.jobs.cancel(job.id)).resolves.toMatchObject({ state: 'cancelled' })
-    await expect(composer.images.list()).resolves.toEqual([])
+    await expect(composer.images.list()).resolves.toEqual({ entries: [], next: null })
   })
 
   test('of a foreign format is refused before anything is made', async () => {
@@ -244,7 +244,7 @@ describe('importing a stream', () => {
     await expect(composer.images.importStream({ name: 'image', stream })).rejects.toMatchObject({
       code: 'IMAGE_FORMAT_UNSUPPORTED',
     })
-    await expect(composer.images.list()).resolves.toEqual([])
+    await expect(composer.images.list()).resolves.toEqual({ entries: [], next: null })
   })
 
   test('does not survive a restart', async () => {
@@ -259,7 +259,7 @@ describe('importing a stream', () => {
     await daemon.stop()
     await start()
     await expect(finished(job)).resolves.toMatchObject({ state: 'failed', error: { code: 'IMAGE_STREAM_LOST' } })
-    await expect(composer.images.list()).resolves.toEqual([])
+    await expect(composer.images.list()).resolves.toEqual({ entries: [], next: null })
   })
 })
 

@@ -35,6 +35,7 @@ export {
 export type { Jobs } from './jobs.ts'
 export { JobInterrupted, type JobView } from './job-kind.ts'
 export type { ProjectScope, Resolver } from './resolve.ts'
+export { pageLimitMax, type Page, type PageOptions } from './resource-pages.ts'
 export type { NamePolicy } from './service-context.ts'
 export type { ImageView, ResourceUsage, ResourceView, SnapshotView, VolumeView } from './views.ts'
 export type { ServeTemporaryNbd, TemporaryExport, TemporaryNbd } from './temporary-nbd.ts'

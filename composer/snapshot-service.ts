@@ -2,12 +2,12 @@
 import { AtollError, checkName, parseSnapshotName, type ResourceRow } from '@atoll/core'
 import type { DiffRange } from '@atoll/mapper'
 import type { ProjectScope } from './resolve.ts'
+import { pageOfResources, type Page, type PageOptions } from './resource-pages.ts'
 import {
   nameKey,
   requireFreeName,
   requireUnused,
   reread,
-  snapshotsOf,
   viewOfOne,
   viewSources,
   withUsage,
@@ -79,14 +79,13 @@ export class SnapshotService {
     }
   }
 
-  /** The snapshots of a volume, oldest first. @throws AtollError VOLUME_NOT_FOUND, NAME_AMBIGUOUS */
-  async list(volume: string, scope: ProjectScope = {}): Promise<SnapshotView[]> {
+  /** The snapshots of a volume, oldest first. @throws AtollError VOLUME_NOT_FOUND, NAME_AMBIGUOUS, ARGUMENT_INVALID */
+  async list(volume: string, options: ProjectScope & PageOptions = {}): Promise<Page<SnapshotView>> {
     const { catalog, resolver } = this.context
-    const row = await resolver.resource('volume', volume, scope)
+    const row = await resolver.resource('volume', volume, options)
+    const { entries, next } = await pageOfResources(catalog, { kind: 'snapshot', volumeId: row.id }, options)
     const sources = await viewSources(this.context)
-    return (await snapshotsOf(catalog, row.id)).map((snapshot) =>
-      snapshotView(snapshot, resourceView(snapshot, sources), row.name),
-    )
+    return { entries: entries.map((snapshot) => snapshotView(snapshot, resourceView(snapshot, sources), row.name)), next }
   }
 
   /** @throws AtollError SNAPSHOT_NOT_FOUND, VOLUME_NOT_FOUND, NAME_AMBIGUOUS */

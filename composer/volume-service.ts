@@ -2,6 +2,7 @@
 import { AtollError, checkName, checkVolumeSize, roundUp, volumeSizeUnitBytes, type ResourceRow } from '@atoll/core'
 import type { AttachmentView, AttachOptions } from './attachments.ts'
 import type { ProjectScope } from './resolve.ts'
+import { pageOfResources, snapshotNames, type Page, type PageOptions } from './resource-pages.ts'
 import {
   nameKey,
   requireFreeName,
@@ -64,23 +65,17 @@ export class VolumeService {
     return await this.view(row)
   }
 
-  /** Every volume of the project, oldest first. */
-  async list(scope: ProjectScope = {}): Promise<VolumeView[]> {
+  /** The volumes of the project, oldest first. @throws AtollError ARGUMENT_INVALID */
+  async list(options: ProjectScope & PageOptions = {}): Promise<Page<VolumeView>> {
     const { catalog, resolver } = this.context
-    const project = await resolver.project(scope)
-    const ofProject = catalog.db
-      .selectFrom('resources')
-      .selectAll()
-      .where('project_id', '=', project.id)
-      .orderBy('created_at')
-      .orderBy('id')
-    const rows = await ofProject.where('kind', '=', 'volume').execute()
-    const snapshots = Map.groupBy(await ofProject.where('kind', '=', 'snapshot').execute(), (row) => row.volume_id)
+    const project = await resolver.project(options)
+    const { entries, next } = await pageOfResources(catalog, { kind: 'volume', projectId: project.id }, options)
     const sources = await viewSources(this.context)
-    return rows.map((row) => {
-      const view = resourceView(row, sources)
-      return volumeView(row, view, snapshots.get(row.id) ?? [])
-    })
+    const names = await snapshotNames(
+      catalog,
+      entries.map((row) => row.id),
+    )
+    return { entries: entries.map((row) => volumeView(row, resourceView(row, sources), names.get(row.id) ?? [])), next }
   }
 
   /** @throws AtollError VOLUME_NOT_FOUND, NAME_AMBIGUOUS */
@@ -202,12 +197,13 @@ export class VolumeService {
 
   private async view(row: ResourceRow): Promise<VolumeView> {
     const view = await viewOfOne(this.context, row)
-    return volumeView(row, view, await snapshotsOf(this.context.catalog, row.id))
+    const names = await snapshotNames(this.context.catalog, [row.id])
+    return volumeView(row, view, names.get(row.id) ?? [])
   }
 }
 
-function volumeView(row: ResourceRow, view: ResourceView, snapshots: readonly ResourceRow[]): VolumeView {
-  return { ...view, status: volumeStatus(row, view), snapshots: snapshots.map(({ name }) => name) }
+function volumeView(row: ResourceRow, view: ResourceView, snapshots: string[]): VolumeView {
+  return { ...view, status: volumeStatus(row, view), snapshots }
 }
 
 function newVolumeSize(wantedBytes: number | undefined, source: ResourceRow | null): number {

@@ -3,6 +3,7 @@ import { resolve } from 'node:path'
 import { Option } from 'commander'
 import type { Command } from 'commander'
 import type { ImageDocument, ImageSummary, JobDocument } from '../admin-types.ts'
+import { allPages } from '../client/all-pages.ts'
 import { segment } from '../client/admin-client.ts'
 import { usageError } from '../client/cli-error.ts'
 import { bytesIfKnown, formatBytes } from '../terminal/format-bytes.ts'
@@ -153,7 +154,7 @@ function registerCatalog(image: Command): void {
       .description('show all images')
       .action(async (_options: unknown, command: Command) => {
         const context = contextOf(command)
-        const documents = await context.client.get<ImageSummary[]>('/v1/images', { project: context.project })
+        const documents = await allPages<ImageSummary>(context.client, '/v1/images', { project: context.project })
         context.print(documents, () =>
           formatTable(
             ['name', 'size', 'status', 'pool', 'created', 'id'],

@@ -1,6 +1,7 @@
 import type { Command } from 'commander'
 import type { SnapshotDocument, VolumeDocument } from '../admin-types.ts'
 import { segment } from '../client/admin-client.ts'
+import { allPages } from '../client/all-pages.ts'
 import { formatBytes } from '../terminal/format-bytes.ts'
 import { formatTable } from '../terminal/table.ts'
 import { contextOf, withExample } from './command-context.ts'
@@ -33,7 +34,7 @@ export function register(snapshot: Command): void {
       .action(async (volume: string, _options: unknown, command: Command) => {
         const context = contextOf(command)
         const query = { project: context.project, volume }
-        const documents = await context.client.get<SnapshotDocument[]>('/v1/snapshots', query)
+        const documents = await allPages<SnapshotDocument>(context.client, '/v1/snapshots', query)
         context.print(documents, () =>
           formatTable(
             ['name', 'size', 'status', 'created', 'id'],

@@ -1,6 +1,7 @@
 import { Option } from 'commander'
 import type { Command } from 'commander'
 import type { AttachmentDocument, VolumeDocument, VolumeSummary } from '../admin-types.ts'
+import { allPages } from '../client/all-pages.ts'
 import { segment } from '../client/admin-client.ts'
 import { bytesIfKnown, formatBytes } from '../terminal/format-bytes.ts'
 import { formatFields, formatTable } from '../terminal/table.ts'
@@ -38,7 +39,7 @@ function registerLife(volume: Command): void {
       .description('show all volumes')
       .action(async (_options: unknown, command: Command) => {
         const context = contextOf(command)
-        const documents = await context.client.get<VolumeSummary[]>('/v1/volumes', { project: context.project })
+        const documents = await allPages<VolumeSummary>(context.client, '/v1/volumes', { project: context.project })
         context.print(documents, () =>
           formatTable(
             ['name', 'size', 'status', 'pool', 'attached', 'id'],

@@ -89,7 +89,7 @@ export class ImageStand {
 
   /** What is left of imports, once reclaim has run: compare with `nothingLeft`. */
   async left(): Promise<Left> {
-    const images = (await this.composer.images.list()).map(({ name }) => name)
+    const images = (await this.composer.images.list()).entries.map(({ name }) => name)
     const spool = await readdir(join(this.folder, 'spool')).catch(() => [])
     const sandboxes = await readdir(join(this.folder, 'tmp'))
     const job = await this.composer.pools.reclaim('default')

@@ -161,7 +161,7 @@ describe.skipIf(!haveQemuImg)('importing qcow2 (package qemu-utils)', () => {
     const path = await convert('image.qcow2', '-c')
     const job = await composer.images.import({ name: 'image', path })
     await composer.jobs.cancel(job.id)
-    await expect(composer.images.list()).resolves.toEqual([])
+    await expect(composer.images.list()).resolves.toEqual({ entries: [], next: null })
     const overlay = join(folder, 'overlay.qcow2')
     await run('qemu-img', ['create', '-q', '-f', 'qcow2', '-b', path, '-F', 'qcow2', overlay])
     await expect(composer.images.import({ name: 'image', path: overlay })).rejects.toMatchObject({
@@ -179,7 +179,7 @@ describe.skipIf(!haveQemuImg)('importing qcow2 (package qemu-utils)', () => {
       '1M',
     ])
     await expect(composer.images.import({ name: 'image', path: external })).rejects.toMatchObject({ code: 'IMAGE_HAS_DATA_FILE' })
-    await expect(composer.images.list()).resolves.toEqual([])
+    await expect(composer.images.list()).resolves.toEqual({ entries: [], next: null })
     await expect(leftInSandboxes()).resolves.toEqual([])
   })
 
@@ -198,7 +198,7 @@ describe.skipIf(!haveQemuImg)('importing qcow2 (package qemu-utils)', () => {
       .then(async (job) => (await composer.jobs.wait(job.id)).error?.code)
       .catch((error: { code: string }) => error.code)
     expect(['IMAGE_CORRUPT', 'IMAGE_CONVERT_FAILED']).toContain(code)
-    await expect(composer.images.list()).resolves.toEqual([])
+    await expect(composer.images.list()).resolves.toEqual({ entries: [], next: null })
   })
 
   test('reads nothing but the image: a raw file that looks like qcow2 on the inside is not followed', async () => {

@@ -1,9 +1,15 @@
 import { z } from 'zod'
+import { pageLimitMax } from '@atoll/composer'
 import { AtollError } from '@atoll/core'
 
 /** Names, ids and sizes as typed; what they mean is checked behind this, where the limits are known. */
 export const typedText = z.string().max(4096)
 export const projectField = { project: typedText.optional() }
+/** Which page of a listing. */
+export const pageFields = {
+  limit: z.coerce.number().int().min(1).max(pageLimitMax).optional(),
+  marker: typedText.optional(),
+}
 /** A boolean in a query string. */
 export const queryFlag = z.enum(['true', 'false']).transform((text) => text === 'true')
 

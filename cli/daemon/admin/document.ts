@@ -1,5 +1,5 @@
-import type { AttachmentView } from '@atoll/composer'
-import type { AttachmentDocument, Document } from '../../admin-types.ts'
+import type { AttachmentView, Page } from '@atoll/composer'
+import type { AttachmentDocument, Document, PageDocument } from '../../admin-types.ts'
 import { nbdTcpUrl } from '../nbd-tcp-address.ts'
 import type { AdminContext } from './admin-context.ts'
 
@@ -17,6 +17,14 @@ export function resourceDocument<View extends { attachments: AttachmentView[] }>
   doors: AttachmentDoors,
 ): Document<View> {
   return { ...withTimes(view), attachments: view.attachments.map((attachment) => attachmentDocument(attachment, doors)) }
+}
+
+/** A page of such views. */
+export function resourcePageDocument<View extends { attachments: AttachmentView[] }>(
+  page: Page<View>,
+  doors: AttachmentDoors,
+): PageDocument<Document<View>> {
+  return { entries: page.entries.map((view) => resourceDocument(view, doors)), next: page.next }
 }
 
 function withTimes<View extends object>(view: View): Document<View> {

@@ -5,11 +5,12 @@ import { AtollError } from '@atoll/core'
 import { imageFormats, JobInterrupted } from '@atoll/composer'
 import type { JobView } from '@atoll/composer'
 import type { AdminContext } from './admin-context.ts'
-import { checkRequest, projectField, typedText } from './check-request.ts'
-import { resourceDocument, toDocument } from './document.ts'
+import { checkRequest, pageFields, projectField, typedText } from './check-request.ts'
+import { resourceDocument, resourcePageDocument, toDocument } from './document.ts'
 
 const named = z.strictObject({ image: typedText })
 const scope = z.strictObject(projectField)
+const listing = z.strictObject({ ...pageFields, ...projectField })
 const target = { name: typedText, pool: typedText.optional(), format: z.enum(imageFormats).optional(), ...projectField }
 const importing = z.strictObject({ source: typedText, ...target })
 const uploading = z.strictObject({ sizeBytes: z.coerce.number().int().min(0).optional(), ...target })
@@ -31,8 +32,7 @@ export function addImageRoutes(server: FastifyInstance, context: AdminContext): 
     return reply.code(201).send(resourceDocument(created, context))
   })
   server.get('/v1/images', async (request) => {
-    const found = await images.list(checkRequest(scope, request.query))
-    return found.map((view) => resourceDocument(view, context))
+    return resourcePageDocument(await images.list(checkRequest(listing, request.query)), context)
   })
   server.get('/v1/images/:image', async (request) => {
     const { image } = checkRequest(named, request.params)

@@ -1,13 +1,13 @@
 import type { FastifyInstance } from 'fastify'
 import { z } from 'zod'
 import type { AdminContext } from './admin-context.ts'
-import { checkRequest, projectField, typedText } from './check-request.ts'
-import { resourceDocument } from './document.ts'
+import { checkRequest, pageFields, projectField, typedText } from './check-request.ts'
+import { resourceDocument, resourcePageDocument } from './document.ts'
 
 const named = z.strictObject({ snapshot: typedText })
 const scope = z.strictObject(projectField)
 const creation = z.strictObject({ snapshots: z.array(typedText).max(1000), ...projectField })
-const listing = z.strictObject({ volume: typedText, ...projectField })
+const listing = z.strictObject({ volume: typedText, ...pageFields, ...projectField })
 const comparison = z.strictObject({ from: typedText, to: typedText.optional(), ...projectField })
 
 export function addSnapshotRoutes(server: FastifyInstance, context: AdminContext): void {
@@ -23,8 +23,7 @@ export function addSnapshotRoutes(server: FastifyInstance, context: AdminContext
   })
   server.get('/v1/snapshots', async (request) => {
     const { volume, ...options } = checkRequest(listing, request.query)
-    const found = await snapshots.list(volume, options)
-    return found.map((view) => resourceDocument(view, context))
+    return resourcePageDocument(await snapshots.list(volume, options), context)
   })
   server.get('/v1/snapshots/:snapshot', async (request) => {
     const { snapshot } = checkRequest(named, request.params)

@@ -2,11 +2,12 @@ import type { FastifyInstance } from 'fastify'
 import { z } from 'zod'
 import { parseSize } from '@atoll/core'
 import type { AdminContext } from './admin-context.ts'
-import { checkRequest, projectField, queryFlag, typedText } from './check-request.ts'
-import { attachmentDocument, resourceDocument } from './document.ts'
+import { checkRequest, pageFields, projectField, queryFlag, typedText } from './check-request.ts'
+import { attachmentDocument, resourceDocument, resourcePageDocument } from './document.ts'
 
 const named = z.strictObject({ volume: typedText })
 const scope = z.strictObject(projectField)
+const listing = z.strictObject({ ...pageFields, ...projectField })
 const creation = z.strictObject({
   name: typedText,
   size: typedText.optional(),
@@ -34,8 +35,7 @@ export function addVolumeRoutes(server: FastifyInstance, context: AdminContext):
     return reply.code(201).send(resourceDocument(created, context))
   })
   server.get('/v1/volumes', async (request) => {
-    const found = await volumes.list(checkRequest(scope, request.query))
-    return found.map((view) => resourceDocument(view, context))
+    return resourcePageDocument(await volumes.list(checkRequest(listing, request.query)), context)
   })
   server.get('/v1/volumes/:volume', async (request) => {
     const { volume } = checkRequest(named, request.params)

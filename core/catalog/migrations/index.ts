@@ -10,6 +10,7 @@ import { createTables } from './0001-create-tables.ts'
 import { createFiles } from './0002-files.ts'
 import { addPoolSettings } from './0004-pool-settings.ts'
 import { exportOutbox } from './0003-export-outbox.ts'
+import { orderResources } from './0005-resource-order.ts'
 
 export interface Migration {
   readonly name: string
@@ -17,4 +18,4 @@ export interface Migration {
   up(tx: Kysely<unknown>): Promise<void>
 }
 
-export const migrations: readonly Migration[] = [createTables, createFiles, exportOutbox, addPoolSettings]
+export const migrations: readonly Migration[] = [createTables, createFiles, exportOutbox, addPoolSettings, orderResources]
