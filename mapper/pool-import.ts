@@ -6,7 +6,8 @@
  * - Nothing of the pool is changed before its rows are committed, all of them in one transaction; with it the catalog that the
  *   pool is taken from is recorded, so that a start after a crash opens the pool as ours. Every step may be done again.
  * - The export may be older than the journals, never newer (exporter.ts): volumes get an epoch far above the exported one and a
- *   lease that nobody released, so that the ordinary open replays them from the exported lsn on.
+ *   lease that nobody released, so that the ordinary open replays them from the exported lsn on. It is far above that of any
+ *   earlier import, too, which the pool's own epoch tells apart: a catalog may be lost again before it has exported anything.
  * - Aliases and page ids stay as they are, since maps name them. New ones are given far above, so that another pool of the same
  *   lost catalog still fits in afterwards.
  * - What cannot be brought back is named with the reason. While anything is missing or damaged, layers that nothing here refers
@@ -29,7 +30,7 @@ import {
   toAtollError,
 } from '@atoll/core'
 import { mapBytesMax, type Reach, type RootRef } from '@atoll/native'
-import type { PoolInspection } from '@atoll/southbound'
+import type { PoolInspection, PoolOwner } from '@atoll/southbound'
 import type { MapperContext } from './context.ts'
 import { type ExportDamage, loadExport, type LoadedExport } from './export-load.ts'
 import { loadMap } from './maps.ts'
@@ -147,7 +148,7 @@ export async function importPool(context: MapperContext, service: PoolService, w
       plan,
       { name: wanted.name, driver: place.driver, options: place.options },
       present?.id ?? null,
-      owner,
+      inspection.owner,
     )
   } finally {
     await inspection.close()
@@ -327,7 +328,7 @@ async function insertAll(
   plan: Plan,
   place: PlaceOfPool,
   placeholderId: string | null,
-  owner: string | null,
+  owner: PoolOwner | null,
 ): Promise<void> {
   const { catalog, clock, pageIds } = context
   const { header, aliasMax, pageIdMax, pages } = plan.loaded
@@ -388,7 +389,7 @@ async function insertAll(
     await put('replicas', plan.rows.get('replicas') ?? [])
     const volumes = (plan.rows.get('volumes') ?? []).map((row) =>
       changed(row, {
-        epoch: Number(row['epoch']) + epochsAhead,
+        epoch: Math.max(Number(row['epoch']) + epochsAhead, ((owner?.epoch ?? 0) + 1) * epochsAhead),
         // Which pages are the volume's alone is not asked again: old ones are left to reclaim.
         shared_below_page: firstPageId,
       }),
@@ -424,7 +425,13 @@ async function insertAll(
     }
     await tx
       .insertInto('export_pools')
-      .values({ pool_id: header.poolId, record_number: 0, outbox_seq: 0, is_ahead: 0, taken_from: owner ?? header.catalogId })
+      .values({
+        pool_id: header.poolId,
+        record_number: 0,
+        outbox_seq: 0,
+        is_ahead: 0,
+        taken_from: owner?.catalogId ?? header.catalogId,
+      })
       .execute()
   })
 }
