@@ -228,6 +228,50 @@ describe('a read', () => {
     await expect(composer.files.read({ path: 'd' })).rejects.toMatchObject({ code: 'NAME_INVALID' })
   })
 
+  test('by what is not zeros has all of it, wherever the range begins and ends', async () => {
+    const content = Buffer.alloc(40 * mebibyte + 17)
+    for (const at of [5, 70_000, 3 * mebibyte - 1, 3 * mebibyte + 200_000, 33 * mebibyte + 4095, content.length - 1]) {
+      randomBytes(Math.min(10_000, content.length - at)).copy(content, at)
+    }
+    randomBytes(2 * mebibyte).copy(content, 20 * mebibyte + 100)
+    await put('c/n', content)
+    for (const [offsetBytes, lengthBytes] of [
+      [0, content.length],
+      [4097, 36 * mebibyte],
+      [21 * mebibyte + 1, 4095],
+      [5 * mebibyte, mebibyte],
+      [content.length - 1, 1],
+      [content.length, 0],
+    ] as const) {
+      const reading = await composer.files.read({ path: 'c/n' }, { offsetBytes, lengthBytes })
+      const found = Buffer.alloc(lengthBytes)
+      let stretchBytes = 0
+      for (let more = await reading.content.nextStretches(); more !== null; more = await reading.content.nextStretches()) {
+        for (const { atBytes, data } of more) {
+          found.set(data, atBytes)
+          stretchBytes += data.length
+        }
+      }
+      expect(found.equals(content.subarray(offsetBytes, offsetBytes + lengthBytes)), `${lengthBytes} from ${offsetBytes}`).toBe(
+        true,
+      )
+      expect(stretchBytes).toBeLessThan(2.2 * mebibyte)
+    }
+  })
+
+  test('of a volume of 512 TiB takes what it holds', async () => {
+    const { id } = await composer.volumes.create({ name: 'v', sizeBytes: 2 ** 49 })
+    await composer.volumes.attach('v')
+    await new TestClient(composer, id).device.write(2 ** 43, Buffer.from('here'))
+    const { content, lengthBytes } = await composer.files.readSource('volume:v', {})
+    expect(lengthBytes).toBe(2 ** 49)
+    const [stretch, ...others] = (await content.nextStretches()) ?? []
+    expect(others).toEqual([])
+    expect(stretch?.atBytes).toBe(2 ** 43)
+    expect(Buffer.from(stretch?.data ?? []).subarray(0, 4)).toEqual(Buffer.from('here'))
+    expect(await content.nextStretches()).toBeNull()
+  })
+
   test('that is given up, even before it began, lets go', async () => {
     await put('c/n', randomBytes(3 * mebibyte))
     const unread = await composer.files.read({ path: 'c/n' })

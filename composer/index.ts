@@ -18,6 +18,7 @@ export type {
   ReadOptions,
 } from './file-service.ts'
 export { listingLimitMax, type ListingOptions } from './file-listing.ts'
+export type { FileReader, Stretch } from './file-reader.ts'
 export { imageFormats, type ImageFormat } from './image-format.ts'
 export type { CatalogService } from './catalog-service.ts'
 export type { CheckParams, CheckResult, CheckService } from './check-job.ts'

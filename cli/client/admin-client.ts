@@ -40,12 +40,17 @@ export class AdminClient {
   }
 
   /**
-   * Hands the body of an answer to `receive`, which reads it to its end or destroys it. `lengthBytes` is what will come.
+   * Hands the body of an answer to `receive`, which reads it to its end or destroys it. `lengthBytes` is how much content it is.
    * @throws CliError, also when less came, and what `receive` throws
    */
-  async download(path: string, query: Query, receive: (body: Readable, lengthBytes: number) => Promise<void>): Promise<void> {
+  async download(
+    path: string,
+    { query, accept }: { query: Query; accept: string },
+    receive: (body: Readable, lengthBytes: number) => Promise<void>,
+  ): Promise<void> {
     const { promise, resolve, reject } = Promise.withResolvers<IncomingMessage>()
-    const asked = request({ socketPath: adminSocketPath(this.home), method: 'GET', path: withQuery(path, query) }, resolve)
+    const options = { socketPath: adminSocketPath(this.home), path: withQuery(path, query), headers: { accept } }
+    const asked = request(options, resolve)
     asked.on('error', (error) => reject(this.connectionError(error)))
     asked.end()
     const response = await promise
@@ -57,7 +62,7 @@ export class AdminClient {
     const lost: { error: unknown } = { error: null }
     response.once('error', (error) => (lost.error = error))
     try {
-      await receive(response, Number(response.headers['content-length']))
+      await receive(response, Number(response.headers['atoll-length']))
     } catch (error) {
       if (lost.error !== null) throw new CliError('IO_ERROR', `the daemon could not read all of it: see its log`)
       throw error

@@ -5,11 +5,12 @@ import type { Readable } from 'node:stream'
 import type { Command } from 'commander'
 import type { ContainerDocument, FileDocument, FileListingDocument, FileSummary } from '../admin-types.ts'
 import { CliError, usageError } from '../client/cli-error.ts'
-import { saveStream } from '../client/save-stream.ts'
+import { saveSparse, saveStream, takesHoles } from '../client/save-stream.ts'
+import { sparseContentType } from '../sparse-frames.ts'
 import { bytesIfKnown, formatBytes } from '../terminal/format-bytes.ts'
 import { ProgressLine } from '../terminal/progress.ts'
 import { formatFields, formatTable } from '../terminal/table.ts'
-import { countingStream } from '../terminal/upload-progress.ts'
+import { countingStream, progressOn } from '../terminal/upload-progress.ts'
 import { contextOf, withExample } from './command-context.ts'
 import type { CommandContext } from './command-context.ts'
 
@@ -94,11 +95,16 @@ function registerContent(file: Command): void {
           length: options.length,
           project: context.project,
         }
+        const sparse = await takesHoles(dest)
         let writtenBytes = 0
-        await context.client.download('/v1/file/content', query, async (body, lengthBytes) => {
-          writtenBytes = lengthBytes
-          await save(body, lengthBytes, { path, dest })
-        })
+        await context.client.download(
+          '/v1/file/content',
+          { query, accept: sparse ? sparseContentType : '*/*' },
+          async (body, lengthBytes) => {
+            writtenBytes = lengthBytes
+            await save(body, lengthBytes, { path, dest, sparse })
+          },
+        )
         if (dest !== '-') context.print({ path: dest, sizeBytes: writtenBytes }, () => `wrote ${dest}`)
       }),
     'atoll file get logs/2026/november.log november.log',
@@ -164,13 +170,21 @@ async function lengthOf(handle: FileHandle): Promise<number | undefined> {
   return stat.isFile() && stat.size > 0 ? stat.size : undefined
 }
 
-async function save(body: Readable, lengthBytes: number, names: { path: string; dest: string }): Promise<void> {
-  const line = new ProgressLine(`get ${names.path}`, process.stderr)
-  const counted = countingStream(line, lengthBytes)
-  body.on('error', (error) => counted.destroy(error))
-  body.pipe(counted)
+async function save(
+  body: Readable,
+  lengthBytes: number,
+  { path, dest, sparse }: { path: string; dest: string; sparse: boolean },
+): Promise<void> {
+  const line = new ProgressLine(`get ${path}`, process.stderr)
   try {
-    await saveStream(counted, lengthBytes, names.dest)
+    if (sparse) {
+      await saveSparse(body as AsyncIterable<Buffer>, lengthBytes, { dest, onProgress: progressOn(line, lengthBytes) })
+      return
+    }
+    const counted = countingStream(line, lengthBytes)
+    body.on('error', (error) => counted.destroy(error))
+    body.pipe(counted)
+    await saveStream(counted, dest)
   } finally {
     line.end()
     body.destroy()

@@ -1,4 +1,4 @@
-// How far a stream to the daemon is: counted here, since only the sender sees all of it.
+// How far a stream to or from the daemon is: counted here, where all of it passes.
 import { Transform } from 'node:stream'
 import type { TransformCallback } from 'node:stream'
 import type { ProgressLine } from './progress.ts'
@@ -6,12 +6,11 @@ import type { ProgressLine } from './progress.ts'
 /** A terminal is written to at most this often. */
 const updateMs = 200
 
-/** Passes bytes on and shows how many passed. `totalBytes` null: not known. */
-export function countingStream(line: ProgressLine, totalBytes: number | null): Transform {
+/** Shows how far something is each time it is called; `totalBytes` null: not known. */
+export function progressOn(line: ProgressLine, totalBytes: number | null): (progressBytes: number) => void {
   const startedAtMs = performance.now()
-  let progressBytes = 0
   let shownAtMs = 0
-  const show = (): void => {
+  return (progressBytes) => {
     const nowMs = performance.now()
     if (nowMs - shownAtMs < updateMs) return
     shownAtMs = nowMs
@@ -20,10 +19,16 @@ export function countingStream(line: ProgressLine, totalBytes: number | null): T
     const secondsLeft = leftBytes === null || rateBytesPerSecond === 0 ? null : leftBytes / rateBytesPerSecond
     line.update({ progressBytes, totalBytes, rateBytesPerSecond, secondsLeft })
   }
+}
+
+/** Passes bytes on and shows how many passed. `totalBytes` null: not known. */
+export function countingStream(line: ProgressLine, totalBytes: number | null): Transform {
+  const show = progressOn(line, totalBytes)
+  let progressBytes = 0
   return new Transform({
     transform(chunk: Buffer, _encoding: BufferEncoding, done: TransformCallback) {
       progressBytes += chunk.length
-      show()
+      show(progressBytes)
       done(null, chunk)
     },
   })

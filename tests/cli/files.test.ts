@@ -1,9 +1,10 @@
 import { spawn } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { once } from 'node:events'
-import { readdir, readFile, symlink, truncate, writeFile } from 'node:fs/promises'
+import { open, readdir, readFile, stat, symlink, truncate, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
+import { attach } from '../faults/broken-home.ts'
 import { atollPath, runProgram, TestHome } from '../test-home.ts'
 
 // Every step starts a process, and other tests run beside this.
@@ -147,6 +148,21 @@ describe('files', () => {
     expect(home.cli('file', 'get', 'c/sparse', '-', '--length', '3')).toBe('\0\0\0')
     expect((await readdir(home.path)).filter((name) => name.includes('.atoll-'))).toEqual([])
     home.cli('file', 'delete', 'c/sparse')
+  })
+
+  test('get of what is large and thin writes only what is there', async () => {
+    home.cli('volume', 'create', 'thin', '--size', '1T')
+    await using client = await attach(home, 'thin')
+    await client.write(600 * 2 ** 30, Buffer.alloc(8192, 7))
+    expect(home.json('file', 'get', 'volume:thin', path('out'))).toEqual({ path: path('out'), sizeBytes: 2 ** 40 })
+    expect((await stat(path('out'))).size).toBe(2 ** 40)
+    expect(Number(runProgram('du', ['-k', path('out')]).stdout.split('\t')[0])).toBeLessThan(1024)
+    await using file = await open(path('out'))
+    const { buffer } = await file.read({ buffer: Buffer.alloc(8194, 1), position: 600 * 2 ** 30 - 1 })
+    expect(buffer).toEqual(Buffer.concat([Buffer.alloc(1), Buffer.alloc(8192, 7), Buffer.alloc(1)]))
+    await client.disconnect()
+    home.cli('volume', 'detach', 'thin')
+    home.cli('volume', 'delete', 'thin')
   })
 
   test('bad input is refused with a code and changes nothing', async () => {

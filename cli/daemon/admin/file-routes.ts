@@ -5,7 +5,9 @@ import { AtollError, parseFilePath, parseSize } from '@atoll/core'
 import { listingLimitMax, type FileService, type Reading, type ReadOptions } from '@atoll/composer'
 import type { AdminContext } from './admin-context.ts'
 import { checkRequest, projectField, queryFlag, typedText } from './check-request.ts'
+import { sparseContentType } from '../../sparse-frames.ts'
 import { toDocument } from './document.ts'
+import { SparseContent } from './sparse-content.ts'
 
 /** Metadata travels as JSON text in a query. */
 const metadataText = z
@@ -100,9 +102,13 @@ export function addFileRoutes(server: FastifyInstance, { composer, stopping }: A
   server.get('/v1/file/content', async (request, reply) => {
     const query = request.query as Record<string, unknown>
     const { content, lengthBytes, sizeBytes } = 'source' in query ? await openSource(files, query) : await openFile(files, query)
+    reply.header('atoll-length', lengthBytes).header('atoll-size', sizeBytes)
+    if (request.headers.accept === sparseContentType) {
+      const frames = new SparseContent(content)
+      return reply.header('content-type', sparseContentType).send(Readable.from(frames, { objectMode: false }))
+    }
     // The length lets the client see that something broke off.
     reply.header('content-type', 'application/octet-stream').header('content-length', lengthBytes)
-    reply.header('atoll-size', sizeBytes)
     return reply.send(Readable.from(content, { objectMode: false }))
   })
   // The content is the body of this request, so the answer comes when all of it is stored.
