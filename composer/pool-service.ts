@@ -54,6 +54,15 @@ export interface PoolView {
   createdAt: number
 }
 
+/** What a pool is made of. */
+export interface PoolPlan {
+  name: string
+  driver: string
+  options: Record<string, string>
+  /** As `PoolService.set` takes them. */
+  settings?: Record<string, string>
+}
+
 /** How a pool is now, as cheap to know as that can be. */
 export interface PoolState {
   id: string
@@ -82,8 +91,11 @@ export class PoolService {
     this.context = context
   }
 
-  /** @throws AtollError NAME_INVALID, NAME_TAKEN, DRIVER_UNKNOWN, POOL_OPTION_INVALID, POOL_OWNED_BY_OTHER, POOL_LOCKED, POOL_UNAVAILABLE */
-  async create(options: ProjectScope & { name: string; driver: string; options: Record<string, string> }): Promise<PoolView> {
+  /**
+   * @throws AtollError NAME_INVALID, NAME_TAKEN, DRIVER_UNKNOWN, POOL_OPTION_INVALID, POOL_OWNED_BY_OTHER, POOL_LOCKED,
+   * POOL_UNAVAILABLE; NO_SPACE, POOL_UNSUPPORTED for a reserve that cannot be kept. Nothing was made then
+   */
+  async create(options: ProjectScope & PoolPlan): Promise<PoolView> {
     const { catalog, mapper, resolver, locks } = this.context
     checkName('pool', options.name)
     const project = await resolver.project(options)
@@ -99,13 +111,14 @@ export class PoolService {
         name: options.name,
         driver: options.driver,
         options: options.options,
+        ...(options.settings === undefined ? {} : { settings: options.settings }),
       })
     })
     return await this.view(row)
   }
 
   /** Makes the pool if there is none of any name: what a first start does. */
-  async createFirst(options: { name: string; driver: string; options: Record<string, string> }): Promise<void> {
+  async createFirst(options: PoolPlan): Promise<void> {
     const { catalog, log, mapper, resolver } = this.context
     const any = await catalog.db.selectFrom('pools').select('id').limit(1).executeTakeFirst()
     if (any !== undefined) return

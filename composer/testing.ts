@@ -49,7 +49,9 @@ export class TestDaemon {
       copyStepBytes: testStepBytes,
       ...options,
     })
-    await composer.pools.createFirst({ name: 'default', driver: 'file', options: { path: join(folder, 'pool') } })
+    // How full the disk of this machine is does not matter.
+    const settings = { 'low-space': 'off' }
+    await composer.pools.createFirst({ name: 'default', driver: 'file', options: { path: join(folder, 'pool') }, settings })
     return new TestDaemon({ catalog, engine, mapper, composer })
   }
 

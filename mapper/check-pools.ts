@@ -1,6 +1,7 @@
 /** Pools: each is open, and what its driver says of it. */
 import { toAtollError, type PoolRow } from '@atoll/core'
 import type { CheckContext } from './check-finding.ts'
+import { lowSpaceFindings } from './pool-settings.ts'
 
 export async function checkPools(check: CheckContext): Promise<void> {
   for (const pool of check.state.pools) {
@@ -18,7 +19,7 @@ async function checkPool({ mapper, add }: CheckContext, pool: PoolRow): Promise<
     return
   }
   try {
-    for (const finding of await handle.check()) add(finding)
+    for (const finding of [...(await handle.check()), ...lowSpaceFindings(pool, await handle.usage())]) add(finding)
   } catch (error) {
     const { code, message } = toAtollError(error)
     add({ severity: 'error', kind: 'backend-failed', object: pool.id, message: `pool "${pool.name}": ${code}: ${message}` })

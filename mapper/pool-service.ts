@@ -12,7 +12,7 @@ import type { MapperContext } from './context.ts'
 import type { DeviceTotals } from './device-totals.ts'
 import type { ExportStatus } from './exporter.ts'
 import { provisionedBytes } from './overcommit.ts'
-import { changeSettings, lowSpaceBytes, parsePoolSettings } from './pool-settings.ts'
+import { changeSettings, lowSpaceBytes, lowSpaceFindings, parsePoolSettings } from './pool-settings.ts'
 import { recoverPool, removeCondemned } from './recover.ts'
 import type { Usage } from './usage.ts'
 
@@ -21,6 +21,8 @@ export interface NewPool {
   readonly name: string
   readonly driver: string
   readonly options: Readonly<Record<string, string>>
+  /** As `set` takes them. Default: the defaults. */
+  readonly settings?: Readonly<Record<string, string>>
   /**
    * Default false: if the pool cannot be opened, it is not made. True: one that belongs to another catalog is kept, not open, with
    * that as its reason, so that it can be imported.
@@ -68,9 +70,11 @@ export class PoolService {
 
   /**
    * Opens the pool of a row, puts right what an earlier process left in it, and makes spares. Also tries again what failed.
+   * `requireReserve`: a reserve that was set and cannot be kept is an error (NO_SPACE, POOL_UNSUPPORTED); a pool that is in use is
+   * opened without one.
    * @throws AtollError DRIVER_UNKNOWN, POOL_LOCKED, POOL_OWNED_BY_OTHER, POOL_UNAVAILABLE, POOL_OPTION_INVALID
    */
-  async open(row: PoolRow): Promise<PoolHandle> {
+  async open(row: PoolRow, { requireReserve = false } = {}): Promise<PoolHandle> {
     const { catalog, pools, layers } = this.#context
     return await this.#context.locks.run([row.id], async () => {
       const present = pools.find(row.id)
@@ -88,6 +92,8 @@ export class PoolService {
         .executeTakeFirst()
       const handle = await pools.open(row, { create: replica === undefined, takeOverFrom: known?.taken_from ?? undefined })
       try {
+        const { reserveBytes } = parsePoolSettings(row.settings)
+        if (requireReserve && reserveBytes !== null) await handle.setReserve(reserveBytes)
         await this.#context.exporter.attach(handle)
         await recoverPool(this.#context, row.id)
         await layers.load(row.id)
@@ -103,11 +109,13 @@ export class PoolService {
 
   /**
    * Makes a pool and opens it.
-   * @throws AtollError NAME_TAKEN, DRIVER_UNKNOWN, POOL_OPTION_INVALID, POOL_LOCKED, POOL_OWNED_BY_OTHER, POOL_UNAVAILABLE
+   * @throws AtollError NAME_TAKEN, DRIVER_UNKNOWN, POOL_OPTION_INVALID, POOL_LOCKED, POOL_OWNED_BY_OTHER, POOL_UNAVAILABLE; and for
+   * its settings what `set` throws
    */
   async create(wanted: NewPool): Promise<PoolRow> {
     const { catalog, clock, newId, pools } = this.#context
     const options = pools.driver(wanted.driver).parseOptions(wanted.options)
+    const settings = changeSettings({}, wanted.settings ?? {})
     const row = await catalog.write(async (tx) => {
       const taken = await tx.selectFrom('pools').select('id').where('name', '=', wanted.name).executeTakeFirst()
       if (taken !== undefined) {
@@ -123,13 +131,14 @@ export class PoolService {
           name: wanted.name,
           driver: wanted.driver,
           options,
+          settings,
           created_at: clock.nowMs(),
         })
         .returningAll()
         .executeTakeFirstOrThrow()
     })
     try {
-      await this.open(row)
+      await this.open(row, { requireReserve: true })
     } catch (error) {
       if (wanted.keepForeign === true && isAtollError(error, 'POOL_OWNED_BY_OTHER')) return row
       await catalog.write(async (tx) => await tx.deleteFrom('pools').where('id', '=', row.id).execute(), { emergency: true })
@@ -263,10 +272,14 @@ export class PoolService {
     })
   }
 
-  /** What the driver finds, layers whose files are missing, files that no row knows. @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE */
+  /**
+   * What the driver finds, whether space is low, layers whose files are missing, files that no row knows.
+   * @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE
+   */
   async check(id: string): Promise<Finding[]> {
-    const handle = await this.handle(id)
-    const findings = await handle.check()
+    const row = await this.get(id)
+    const handle = this.#context.pools.handle(id)
+    const findings = [...(await handle.check()), ...lowSpaceFindings(row, await handle.usage())]
     const rows = await this.#context.catalog.db
       .selectFrom('layers')
       .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')

@@ -10,8 +10,8 @@
  * Over-commit is without limit unless it is set: volumes are thin, and what fills a pool is what is written. The alarm is
  * what warns in time, so that is on.
  */
-import { AtollError, formatSize, isAtollError, parseSize } from '@atoll/core'
-import { reserveBytesMax } from '@atoll/southbound'
+import { AtollError, formatSize, isAtollError, parseSize, type PoolRow } from '@atoll/core'
+import { reserveBytesMax, type Finding, type PoolUsage } from '@atoll/southbound'
 
 /** When the alarm is on: less than this is free. */
 export type LowSpaceThreshold = { readonly percent: number } | { readonly bytes: number } | 'off'
@@ -114,4 +114,17 @@ export function shownSettings(settings: Readonly<Record<string, string>>): Recor
 export function lowSpaceBytes(threshold: LowSpaceThreshold, totalBytes: number): number {
   if (threshold === 'off') return 0
   return 'bytes' in threshold ? threshold.bytes : Math.floor((totalBytes * threshold.percent) / 100)
+}
+
+/** What a check says about the space of a pool: whether its alarm would be on. */
+export function lowSpaceFindings(
+  pool: Pick<PoolRow, 'id' | 'name' | 'settings'>,
+  { freeBytes, totalBytes }: Pick<PoolUsage, 'freeBytes' | 'totalBytes'>,
+): Finding[] {
+  const limitBytes = lowSpaceBytes(parsePoolSettings(pool.settings).lowSpace, totalBytes)
+  if (freeBytes >= limitBytes) return []
+  const message =
+    `pool "${pool.name}" has ${formatSize(freeBytes)} of ${formatSize(totalBytes)} free, less than the ${formatSize(limitBytes)} of its ` +
+    'low-space setting: delete something and reclaim, or make the backend larger'
+  return [{ severity: 'warning', kind: 'low-space', object: pool.id, message }]
 }

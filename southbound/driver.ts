@@ -150,7 +150,7 @@ export interface PoolHandle {
    * @throws AtollError NO_SPACE if it does not fit: what was kept before stays; POOL_UNSUPPORTED if the pool keeps no reserve
    */
   setReserve(bytes: number | null): Promise<void>
-  /** Looks at what the driver itself is responsible for: owner record, lock, free space. Changes nothing. */
+  /** Looks at what the driver itself is responsible for: owner record, lock. Changes nothing. */
   check(): Promise<Finding[]>
   /** Ends the pool for good: its owner record goes, the pool is closed. @throws AtollError POOL_NOT_EMPTY if layers are left */
   destroy(): Promise<void>

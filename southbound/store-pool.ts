@@ -18,9 +18,6 @@ import type {
 import { guardPool } from './guard.ts'
 import { giveUpOwnership, type OwnerRecord, readOwnerRecord, takeOwnership } from './owner-record.ts'
 
-/** Below this part of the backend a check warns. */
-const lowSpaceFraction = 0.02
-
 export interface StorePoolOptions {
   /** Name of the driver. */
   driver: string
@@ -177,7 +174,7 @@ class StorePool implements PoolHandle {
   }
 
   async check(): Promise<Finding[]> {
-    return [...(await this.#checkOwner()), ...(await this.#checkSpace())]
+    return await this.#checkOwner()
   }
 
   async destroy(): Promise<void> {
@@ -215,12 +212,5 @@ class StorePool implements PoolHandle {
       if (!isAtollError(error)) throw error
       return finding('owner-record-unreadable', error.message)
     }
-  }
-
-  async #checkSpace(): Promise<Finding[]> {
-    const { freeBytes, totalBytes } = await this.store.usage()
-    if (freeBytes >= totalBytes * lowSpaceFraction) return []
-    const message = `${freeBytes} of ${totalBytes} bytes are free: delete something and reclaim, or make the backend larger.`
-    return [{ severity: 'warning', kind: 'low-space', object: this.#options.poolName, message }]
   }
 }

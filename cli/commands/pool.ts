@@ -23,18 +23,21 @@ export function register(pool: Command): void {
       .argument('<name>')
       .requiredOption('--driver <driver>', 'file or memory')
       .option('--option <key=value>', 'option of the driver; KEY=@FILE reads the value from a file', collect, [])
-      .action(async (name: string, options: { driver: string; option: string[] }, command: Command) => {
+      .option('--set <key=value>', 'setting of the pool as `pool set` takes it: overcommit, low-space, reserve', collect, [])
+      .action(async (name: string, options: { driver: string; option: string[]; set: string[] }, command: Command) => {
         const context = contextOf(command)
         const body = {
           name,
           driver: options.driver,
           options: await readOptions(options.driver, options.option),
+          settings: readSettings(options.set),
           project: context.project,
         }
         const document = await context.client.post<PoolDocument>('/v1/pools', body)
         context.print(document, () => document.id)
       }),
     'atoll pool create fast --driver file --option path=/mnt/nvme/atoll',
+    'atoll pool create big --driver file --option path=/mnt/disks/atoll --set overcommit=10 --set reserve=1G',
   )
   withExample(
     pool

@@ -47,6 +47,8 @@ afterAll(async () => {
 
 describe('a check', () => {
   test('says that nothing is wrong, and of a damage where it is and what to do, with 1', async () => {
+    // How full the disk of this machine is does not matter.
+    home.cli('pool', 'set', 'default', 'low-space=off')
     const checked = home.json<{ errors: number; warnings: number; findings: object[]; more: number }>('check')
     expect(checked).toMatchObject({ errors: 0, warnings: 0, repaired: 0, more: 0 })
     expect(home.cli('check', '--repair', '--deep')).toContain('0 errors, 0 warnings')
@@ -140,11 +142,18 @@ describe('pools', () => {
     })
     expect(home.cli('pool', 'list')).toMatch(/^NAME .*\n.*default/)
     expect(home.cli('pool', 'show', 'fast')).toContain('driver:')
-    expect(home.json<{ findings: unknown[] }>('pool', 'check', 'fast').findings).toEqual([])
     home.cli('pool', 'set', 'fast', 'overcommit=0.001', 'low-space=1K', 'reserve=2M')
     const settings = { overcommit: '0.001', 'low-space': '1K', reserve: '2M' }
     const reserved = { settings, lowSpace: false, lowSpaceBytes: 1024, reserveBytes: 2 * 2 ** 20, provisionedBytes: 0 }
     expect(home.json('pool', 'show', 'fast')).toMatchObject(reserved)
+    expect(home.json<{ findings: unknown[] }>('pool', 'check', 'fast').findings).toEqual([])
+    home.cli('pool', 'set', 'fast', 'low-space=99.99%')
+    const findings = [
+      expect.objectContaining({ severity: 'warning', kind: 'low-space', message: expect.stringContaining('"fast"') }),
+    ]
+    expect(home.json('pool', 'check', 'fast')).toEqual({ findings })
+    expect(home.cli('check')).toContain('warning: low-space: ')
+    home.cli('pool', 'set', 'fast', 'low-space=1K')
     expect(home.fail('volume', 'create', 'huge', '--size', '512T', '--pool', 'fast')).toBe('POOL_OVERCOMMITTED')
     expect(home.fail('pool', 'set', 'fast', 'colour=red')).toBe('POOL_OPTION_INVALID')
     expect(home.run('pool', 'set', 'fast', 'red').exitCode).toBe(2)
@@ -152,6 +161,26 @@ describe('pools', () => {
     expect(home.json('pool', 'show', 'fast')).toMatchObject({ ...reserved, settings: { ...settings, overcommit: 'unlimited' } })
     home.cli('pool', 'delete', 'fast')
     expect(home.fail('pool', 'show', 'fast')).toBe('POOL_NOT_FOUND')
+  })
+
+  test('is made with its settings, or not at all', () => {
+    const path = `path=${join(home.path, 'set')}`
+    const create = (...settings: string[]): string[] =>
+      ['pool', 'create', 'set', '--driver', 'file', '--option', path].concat(settings.flatMap((pair) => ['--set', pair]))
+    for (const [wrong, code] of [
+      ['colour=red', 'POOL_OPTION_INVALID'],
+      ['overcommit=-1', 'POOL_OPTION_INVALID'],
+      ['reserve=1T', 'POOL_OPTION_INVALID'],
+    ] as const) {
+      expect(home.fail(...create(wrong)), wrong).toBe(code)
+    }
+    expect(home.run(...create('red')).exitCode).toBe(2)
+    expect(home.fail('pool', 'create', 'set', '--driver', 'memory', '--set', 'reserve=1M')).toBe('POOL_UNSUPPORTED')
+    expect(home.fail('pool', 'show', 'set')).toBe('POOL_NOT_FOUND')
+    home.cli(...create('overcommit=2', 'low-space=off', 'reserve=3M'))
+    const settings = { overcommit: '2', 'low-space': 'off', reserve: '3M' }
+    expect(home.json('pool', 'show', 'set')).toMatchObject({ settings, lowSpaceBytes: 0, reserveBytes: 3 * 2 ** 20 })
+    home.cli('pool', 'delete', 'set')
   })
 
   test('a file that the backend has and the catalog does not is reported by check and kept', async () => {

@@ -273,6 +273,8 @@ test('a put whose sender is killed, and one in which the daemon is killed, leave
     expect(own.cli('file', 'get', 'c/n', '-')).toBe('old')
     expect(own.json<File[]>('file', 'list', 'c')).toHaveLength(1)
     expect(await reclaimed(own)).toBe(4096)
+    // How full the disk of this machine is does not matter.
+    own.cli('pool', 'set', 'default', 'low-space=off')
     expect(own.json<{ findings: unknown[] }>('pool', 'check', 'default').findings).toEqual([])
   }
 })

@@ -45,7 +45,9 @@ export function show(home: TestHome, volume: string): ShownVolume {
 
 export function check(home: TestHome): Finding[] {
   // Exit code 1 says that there are errors; the document is there either way.
-  return (JSON.parse(home.run('pool', 'check', 'default', '--json').stdout) as { findings: Finding[] }).findings
+  const { findings } = JSON.parse(home.run('pool', 'check', 'default', '--json').stdout) as { findings: Finding[] }
+  // How full the disk of this machine is does not matter.
+  return findings.filter(({ kind }) => kind !== 'low-space')
 }
 
 /** A volume that the others have nothing to do with; `expectServed` sees that it still works. */

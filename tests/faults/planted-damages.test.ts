@@ -63,7 +63,9 @@ beforeAll(async () => {
   await using life = await live()
   const { mapper } = life
   const options = { path: join(home, 'pool'), reserve: '0' }
-  const pool = await mapper.pools.create({ projectId: adminProject.id, name: 'default', driver: 'file', options })
+  // How full the disk of this machine is does not matter here.
+  const settings = { 'low-space': 'off' }
+  const pool = await mapper.pools.create({ projectId: adminProject.id, name: 'default', driver: 'file', options, settings })
   const volume = async (name: string, fromId?: string) => {
     const wanted = { projectId: adminProject.id, name, sizeBytes: 128 * mebibyte, poolId: pool.id }
     return await mapper.createVolume(fromId === undefined ? wanted : { ...wanted, fromId })

@@ -5,14 +5,16 @@ import { checkRequest, projectField, typedText } from './check-request.ts'
 import { toDocument } from './document.ts'
 
 const named = z.strictObject({ pool: typedText })
+const settings = z.record(typedText, typedText)
 const creation = z.strictObject({
   name: typedText,
   driver: typedText,
   options: z.record(typedText, z.string().max(65_536)),
+  settings: settings.optional(),
   ...projectField,
 })
 
-const setting = z.strictObject({ settings: z.record(typedText, typedText) })
+const setting = z.strictObject({ settings })
 const importation = z.strictObject({
   name: typedText,
   driver: typedText.optional(),
