@@ -209,7 +209,7 @@ export class FileService {
    */
   async put(options: PutOptions): Promise<FileView> {
     const { resolver } = this.context
-    const stream = new ByteStream(options.stream, this.stopping.signal)
+    const stream = new ByteStream(options.stream, { code: 'FILE_STREAM_LOST', what: 'content' })
     try {
       checkPlace(options)
       if (options.sizeBytes !== undefined) checkFileSize(options.sizeBytes)
@@ -461,14 +461,15 @@ export class FileService {
     const wanted = { projectId: project.id, name: resourceName(options.name), poolId }
     const hash = createHash('md5')
     // Nothing is made before the first byte is there.
-    let chunk = await stream.next()
+    const { signal } = this.stopping
+    let chunk = await stream.next(signal)
     const target: FileTarget | null = chunk === null ? null : await mapper.beginFile(wanted)
     try {
       let sizeBytes = 0
       if (target !== null) {
         const limitBytes = options.sizeBytes ?? volumeSizeMaxBytes
         const sink = new DeviceSink(target.device)
-        for (; chunk !== null; chunk = await stream.next()) {
+        for (; chunk !== null; chunk = await stream.next(signal)) {
           if (sink.takenBytes + chunk.length > limitBytes) throw tooLong(limitBytes)
           hash.update(chunk)
           await sink.write(chunk)

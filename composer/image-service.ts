@@ -65,6 +65,8 @@ export interface ImportStreamOptions extends ImportOptions {
   stream: AsyncIterable<Uint8Array>
   /** If it is known: a stream that ends earlier is refused. */
   sizeBytes?: number
+  /** Ends the waiting for the first bytes with JobInterrupted. */
+  signal?: AbortSignal
 }
 
 export interface ExportOptions extends ProjectScope {
@@ -165,7 +167,7 @@ export class ImageService {
   async importStream(options: ImportStreamOptions): Promise<JobView> {
     if (options.sizeBytes !== undefined) checkImageSize(options.sizeBytes)
     const place = await this.placeOf(options)
-    const stream = await ImageStream.begin(options.stream, options.format)
+    const stream = await ImageStream.begin(options.stream, options.format, options.signal)
     try {
       const sizeBytes = options.sizeBytes ?? null
       const params = { sizeBytes, format: options.format ?? null }

@@ -4,7 +4,7 @@ import { mkdir, open, readdir, readFile, rm, stat, writeFile } from 'node:fs/pro
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import type { Composer } from './composer.ts'
-import type { JobView } from './job-kind.ts'
+import { JobInterrupted, type JobView } from './job-kind.ts'
 import { killAtScenario, makeFolder, mebibyte, testStepBytes as stepBytes, TestDaemon } from './testing.ts'
 
 let folder: string
@@ -236,6 +236,18 @@ describe('importing a stream', () => {
     const job = await composer.images.importStream({ name: 'image', stream: stuck() })
     await expect(composer.jobs.pause(job.id)).rejects.toMatchObject({ code: 'JOB_STATE' })
     await expect(composer.jobs.cancel(job.id)).resolves.toMatchObject({ state: 'cancelled' })
+    await expect(composer.images.list()).resolves.toEqual({ entries: [], next: null })
+  })
+
+  test('whose sender has not even said what it is ends when nobody wants it any more', async () => {
+    const stopping = new AbortController()
+    async function* silent(): AsyncGenerator<Uint8Array> {
+      yield Buffer.from('QED')
+      stopping.abort()
+      await new Promise(() => undefined)
+    }
+    const begun = composer.images.importStream({ name: 'image', stream: silent(), signal: stopping.signal })
+    await expect(begun).rejects.toBeInstanceOf(JobInterrupted)
     await expect(composer.images.list()).resolves.toEqual({ entries: [], next: null })
   })
 

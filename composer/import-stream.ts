@@ -4,6 +4,7 @@
  */
 import { AtollError, volumeSizeMaxBytes, type JsonObject } from '@atoll/core'
 import type { Device } from '@atoll/native'
+import { ByteStream } from './byte-stream.ts'
 import { detectFormat, magicHeadBytes, requireSupported, type ImageFormat } from './image-format.ts'
 import { fixedVhdSize, isVhdFooter, vhdFooterBytes } from './image-inspect-vhd.ts'
 import { checkImageSize } from './image-size.ts'
@@ -51,36 +52,40 @@ export class ImportStreams {
 
 /** A stream whose first bytes were looked at. */
 export class ImageStream {
-  private readonly iterator: AsyncIterator<Uint8Array>
+  private readonly stream: ByteStream
   private readonly head: Buffer
   private headTaken = false
   /** As it was asked for, or as the first bytes say. */
   format: ImageFormat = 'raw'
 
-  private constructor(iterator: AsyncIterator<Uint8Array>, head: Buffer) {
-    this.iterator = iterator
+  private constructor(stream: ByteStream, head: Buffer) {
+    this.stream = stream
     this.head = head
   }
 
   /**
    * Reads the first bytes; without `format` their magic tells what it is.
-   * @throws AtollError IMAGE_FORMAT_UNSUPPORTED, IMAGE_STREAM_LOST
+   * @throws AtollError IMAGE_FORMAT_UNSUPPORTED, IMAGE_STREAM_LOST; JobInterrupted when the signal is aborted
    */
-  static async begin(stream: AsyncIterable<Uint8Array>, format: ImageFormat | undefined): Promise<ImageStream> {
-    const iterator = stream[Symbol.asyncIterator]()
-    let head = Buffer.alloc(0)
-    while (head.length < magicHeadBytes) {
-      const chunk = await nextChunk(iterator)
-      if (chunk === null) break
-      head = Buffer.concat([head, chunk])
-    }
-    const begun = new ImageStream(iterator, head)
+  static async begin(
+    source: AsyncIterable<Uint8Array>,
+    format: ImageFormat | undefined,
+    signal?: AbortSignal,
+  ): Promise<ImageStream> {
+    const stream = new ByteStream(source, { code: 'IMAGE_STREAM_LOST', what: 'stream' })
     try {
+      let head = Buffer.alloc(0)
+      while (head.length < magicHeadBytes) {
+        const chunk = await stream.next(signal)
+        if (chunk === null) break
+        head = Buffer.concat([head, bounded(chunk)])
+      }
+      const begun = new ImageStream(stream, head)
       begun.format = format ?? requireSupported(detectFormat(head, new Uint8Array()), 'the stream')
       return begun
     } catch (error) {
-      begun.end()
-      throw error
+      stream.end()
+      throw signal?.aborted === true ? new JobInterrupted() : error
     }
   }
 
@@ -90,46 +95,29 @@ export class ImageStream {
       this.headTaken = true
       if (this.head.length > 0) return this.head
     }
-    if (signal.aborted) throw new JobInterrupted()
-    const interrupted = Promise.withResolvers<never>()
-    const abort = (): void => interrupted.reject(new JobInterrupted())
-    signal.addEventListener('abort', abort, { once: true })
     try {
-      return await Promise.race([nextChunk(this.iterator), interrupted.promise])
-    } finally {
-      signal.removeEventListener('abort', abort)
+      const chunk = await this.stream.next(signal)
+      return chunk === null ? null : bounded(chunk)
+    } catch (error) {
+      throw signal.aborted ? new JobInterrupted() : error
     }
   }
 
-  /** Tells the sender that nothing more is read. Not waited for: a read that is under way may never end. */
+  /** Tells the sender that nothing more is read. */
   end(): void {
-    this.iterator.return?.().catch(() => {
-      // It failed before; the reader knows.
-    })
+    this.stream.end()
   }
 }
 
-async function nextChunk(iterator: AsyncIterator<Uint8Array>): Promise<Buffer | null> {
-  let step: IteratorResult<Uint8Array>
-  try {
-    step = await iterator.next()
-  } catch (error) {
-    throw new AtollError('IMAGE_STREAM_LOST', `the stream broke: ${error instanceof Error ? error.message : String(error)}`, {
-      cause: error,
-    })
-  }
-  if (step.done === true) return null
-  const { value } = step
-  if (value.length > chunkBytesMax) {
-    throw new AtollError(
-      'ARGUMENT_INVALID',
-      `a chunk of the stream has ${value.length} bytes; at most ${chunkBytesMax} are allowed`,
-      {
-        values: { lengthBytes: value.length, limitBytes: chunkBytesMax },
-      },
-    )
-  }
-  return Buffer.from(value.buffer, value.byteOffset, value.length)
+function bounded(chunk: Buffer): Buffer {
+  if (chunk.length <= chunkBytesMax) return chunk
+  throw new AtollError(
+    'ARGUMENT_INVALID',
+    `a chunk of the stream has ${chunk.length} bytes; at most ${chunkBytesMax} are allowed`,
+    {
+      values: { lengthBytes: chunk.length, limitBytes: chunkBytesMax },
+    },
+  )
 }
 
 export interface StreamImportOptions extends SpooledOptions {

@@ -7,6 +7,7 @@ import type { AdminContext } from './admin-context.ts'
 import { checkRequest, projectField, queryFlag, typedText } from './check-request.ts'
 import { sparseContentType } from '../../sparse-frames.ts'
 import { toDocument } from './document.ts'
+import { withContent } from './request-content.ts'
 import { SparseContent } from './sparse-content.ts'
 
 /** Metadata travels as JSON text in a query. */
@@ -112,20 +113,13 @@ export function addFileRoutes(server: FastifyInstance, { composer, stopping }: A
     return reply.send(Readable.from(content, { objectMode: false }))
   })
   // The content is the body of this request, so the answer comes when all of it is stored.
-  server.post('/v1/file/content', async (request) => {
-    // Without a byte there is no body.
-    const body = (request.body as Readable | null | undefined) ?? Readable.from([], { objectMode: false })
-    try {
+  server.post('/v1/file/content', async (request) =>
+    withContent(request, async (stream) => {
       const { path, ...options } = checkRequest(putting, request.query)
       const { container: name, name: file } = parseFilePath(path)
-      // Ending the iterator must not end the connection: a refusal has to get through.
-      const stream = body.iterator({ destroyOnReturn: false }) as AsyncIterable<Uint8Array>
       return toDocument(await files.put({ ...options, container: name, name: file, stream }))
-    } finally {
-      // A sender that is refused must not wait for somebody to read the rest.
-      request.raw.resume()
-    }
-  })
+    }),
+  )
   server.post('/v1/file/share', async (request, reply) => {
     const { path, ...options } = checkRequest(sharing, request.body)
     const { container: name, name: file } = parseFilePath(path)

@@ -1,4 +1,3 @@
-import type { Readable } from 'node:stream'
 import type { FastifyInstance } from 'fastify'
 import { z } from 'zod'
 import { AtollError } from '@atoll/core'
@@ -7,6 +6,7 @@ import type { JobView } from '@atoll/composer'
 import type { AdminContext } from './admin-context.ts'
 import { checkRequest, pageFields, projectField, typedText } from './check-request.ts'
 import { resourceDocument, resourcePageDocument, toDocument } from './document.ts'
+import { withContent } from './request-content.ts'
 
 const named = z.strictObject({ image: typedText })
 const scope = z.strictObject(projectField)
@@ -60,21 +60,19 @@ export function addImageRoutes(server: FastifyInstance, context: AdminContext): 
     return reply.code(202).send(toDocument(started))
   })
   // The stream is the body of this request, so the answer comes when the job has ended.
-  server.post('/v1/images/upload', async (request) => {
-    const stream = request.body as Readable
-    try {
-      const started = await images.importStream({ ...checkRequest(uploading, request.query), stream })
-      return toDocument(requireDone(await jobs.wait(started.id, { signal: stopping })))
-    } catch (error) {
-      if (!(error instanceof JobInterrupted)) throw error
-      throw new AtollError('DAEMON_STOPPING', 'the daemon is being stopped: start the import again when it is back', {
-        cause: error,
-      })
-    } finally {
-      // A sender that is refused must not wait for somebody to read the rest.
-      request.raw.resume()
-    }
-  })
+  server.post('/v1/images/upload', async (request) =>
+    withContent(request, async (stream) => {
+      try {
+        const started = await images.importStream({ ...checkRequest(uploading, request.query), stream, signal: stopping })
+        return toDocument(requireDone(await jobs.wait(started.id, { signal: stopping })))
+      } catch (error) {
+        if (!(error instanceof JobInterrupted)) throw error
+        throw new AtollError('DAEMON_STOPPING', 'the daemon is being stopped: start the import again when it is back', {
+          cause: error,
+        })
+      }
+    }),
+  )
   server.post('/v1/images/:image/export', async (request, reply) => {
     const { image } = checkRequest(named, request.params)
     const started = await images.export(image, checkRequest(exporting, request.body))
