@@ -1,5 +1,5 @@
 import type { Device } from '@atoll/native'
-import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest'
+import { afterEach, beforeEach, describe, expect, it } from 'vitest'
 import { Bench, bytes, leaf, slot } from './test-bench.ts'
 
 describe('checkpoints', () => {
@@ -84,7 +84,7 @@ describe('checkpoints', () => {
     const count = await bench.pageCount()
     for (let index = 0; index < leaves; index += 1) await device.write(index * leaf + 64 * slot, bytes(2))
     await bench.mapper.checkpoint(volume.id)
-    await vi.waitFor(async () => expect(await bench.pageCount()).toBe(count))
+    await expect.poll(() => bench.pageCount()).toBe(count)
     await bench.restart()
     expect(await bench.read(volume.id, (leaves - 1) * leaf + 64 * slot, slot)).toEqual(bytes(2))
     expect(await bench.findLeak()).toBe(null)
@@ -135,11 +135,11 @@ describe('checkpoints', () => {
       throw new Error('no catalog')
     }
     bench.timers.fire()
-    await vi.waitFor(() => expect(bench.log.lines.some((line) => line.message.includes('checkpoint of volume'))).toBe(true))
+    await expect.poll(() => bench.log.lines.some((line) => line.message.includes('checkpoint of volume'))).toBe(true)
     expect((await bench.row(volume.id)).root_word).toBe(root)
     bench.failing.beforeWrite = () => undefined
     bench.timers.fire()
-    await vi.waitFor(async () => expect((await bench.row(volume.id)).root_word).not.toBe(root))
+    await expect.poll(async () => (await bench.row(volume.id)).root_word).not.toBe(root)
   })
 
   it('are taken when the device asks for one', async () => {
@@ -148,6 +148,6 @@ describe('checkpoints', () => {
     const { device } = await bench.mapper.open(volume.id, { holder: 'test', readOnly: false, limits: { dirtyLeavesSoft: 4 } })
     const root = (await bench.row(volume.id)).root_word
     for (let index = 0; index < 8; index += 1) await device.write(index * leaf, bytes(1))
-    await vi.waitFor(async () => expect((await bench.row(volume.id)).root_word).not.toBe(root))
+    await expect.poll(async () => (await bench.row(volume.id)).root_word).not.toBe(root)
   })
 })

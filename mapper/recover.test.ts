@@ -1,5 +1,5 @@
 import { adminProject, type LayerRow } from '@atoll/core'
-import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest'
+import { afterEach, beforeEach, describe, expect, it } from 'vitest'
 import { sparesPerPool } from './layers.ts'
 import { Bench, bytes, leaf, slot } from './test-bench.ts'
 
@@ -17,17 +17,17 @@ describe('a start', () => {
   }
 
   async function spareRows(): Promise<number[]> {
-    await vi.waitFor(async () => expect(await spares()).toHaveLength(sparesPerPool))
+    await expect.poll(() => spares()).toHaveLength(sparesPerPool)
     return (await spares()).map((layer) => layer.alias)
   }
 
   it('makes the spares of a pool, with their files', async () => {
-    await vi.waitFor(async () => expect(await spares()).toHaveLength(sparesPerPool))
+    await expect.poll(() => spares()).toHaveLength(sparesPerPool)
     for (const layer of await spares()) expect(await bench.store.layerExists(layer.id)).toBe(true)
   })
 
   it('removes layers that were being made, file and row', async () => {
-    await vi.waitFor(async () => expect(await spares()).toHaveLength(sparesPerPool))
+    await expect.poll(() => spares()).toHaveLength(sparesPerPool)
     const [withFile, without] = await spares()
     await bench.mapper.close()
     await bench.inner.write(async (tx) => {
@@ -41,7 +41,7 @@ describe('a start', () => {
   })
 
   it('commits the row of a layer before its file is made', async () => {
-    await vi.waitFor(async () => expect(await spares()).toHaveLength(sparesPerPool))
+    await expect.poll(() => spares()).toHaveLength(sparesPerPool)
     bench.fail({ operation: 'create', errno: 5 })
     // More than there are spares, so that new ones have to be made and cannot.
     const made = await Promise.allSettled(
@@ -112,13 +112,13 @@ describe('a start', () => {
   })
 
   it('replaces spares whose files are missing', async () => {
-    await vi.waitFor(async () => expect(await spares()).toHaveLength(sparesPerPool))
+    await expect.poll(() => spares()).toHaveLength(sparesPerPool)
     const lost = await spares()
     await bench.mapper.close()
     for (const layer of lost) await bench.store.removeLayer(layer.id)
     await bench.restart()
     await bench.volume('v', leaf)
-    await vi.waitFor(async () => expect((await spares()).length).toBeGreaterThanOrEqual(sparesPerPool / 2))
+    await expect.poll(async () => (await spares()).length).toBeGreaterThanOrEqual(sparesPerPool / 2)
     const ids = (await spares()).map((layer) => layer.id)
     for (const layer of lost) expect(ids).not.toContain(layer.id)
   })

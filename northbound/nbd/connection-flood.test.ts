@@ -1,14 +1,12 @@
 /** Connections that say nothing: they must not keep others from being served. */
 import { once } from 'node:events'
 import { createConnection, type Socket } from 'node:net'
-import { afterEach, beforeEach, expect, it, vi } from 'vitest'
+import { afterEach, beforeEach, expect, it } from 'vitest'
 import { silentLog } from '@atoll/core'
 import { connect, type NbdConnection } from '@atoll/nbd-client'
 import { defaultConnectionLimits } from './connection-limits.ts'
 import { startNbdServer, type NbdServer } from './nbd-server.ts'
 import { NbdFixture } from './testing/nbd-fixture.ts'
-
-vi.setConfig({ testTimeout: 120_000 })
 
 let fixture: NbdFixture
 let server: NbdServer
@@ -58,7 +56,5 @@ it('2,000 connections that say nothing stop neither clients that are there nor n
   await using local = await connect(fixture.target, { exportName: 'disk' })
   for (const connection of [before, after, local]) await expectServed(connection)
   // Those that made room are gone from the engine too: threads and descriptors do not pile up.
-  await vi.waitFor(() => {
-    expect(fixture.engine.stats().connections).toBeLessThanOrEqual(defaultConnectionLimits.negotiatingCountMax + 3)
-  })
+  await expect.poll(() => fixture.engine.stats().connections).toBeLessThanOrEqual(defaultConnectionLimits.negotiatingCountMax + 3)
 })

@@ -1,6 +1,6 @@
 import { existsSync, readdirSync } from 'node:fs'
 import { stat } from 'node:fs/promises'
-import { afterEach, describe, expect, it, vi } from 'vitest'
+import { afterEach, describe, expect, it } from 'vitest'
 import { silentLog } from '@atoll/core'
 import { connect, connectRaw, connectWithRetry, encodeInfoRequest, info, list, protocol } from '@atoll/nbd-client'
 import { startNbdServer } from './nbd-server.ts'
@@ -55,8 +55,8 @@ describe('the NBD server', () => {
       const connection = await connect(fixture.uri())
       await connection.disconnect()
     }
-    await vi.waitFor(() => expect(fixture.server.connections()).toEqual([]))
-    await vi.waitFor(() => expect(descriptorCount()).toBeLessThanOrEqual(before + 2))
+    await expect.poll(() => fixture.server.connections()).toEqual([])
+    await expect.poll(() => descriptorCount()).toBeLessThanOrEqual(before + 2)
   })
 
   it('tells clients of a suspended export to come back', async () => {
@@ -85,10 +85,10 @@ describe('the NBD server', () => {
     expect(fixture.exports.count('disk')).toBe(1)
     expect(fixture.server.connections().map(({ exportId }) => exportId)).toEqual([null, 'disk'])
     await connection.disconnect()
-    await vi.waitFor(() => expect(fixture.exports.count('disk')).toBe(0))
+    await expect.poll(() => fixture.exports.count('disk')).toBe(0)
     const lost = await connect(fixture.uri())
     lost.destroy()
-    await vi.waitFor(() => expect(fixture.exports.count('disk')).toBe(0))
+    await expect.poll(() => fixture.exports.count('disk')).toBe(0)
   })
 
   it('disconnects the clients of one export and leaves the others alone', async () => {
@@ -110,7 +110,7 @@ describe('the NBD server', () => {
     await first!.drain()
     expect((await drained.closed)?.code).toBe('NBD_CONNECTION_LOST')
     const closed = await connect(fixture.uri())
-    await vi.waitFor(() => expect(fixture.exports.count('disk')).toBe(1))
+    await expect.poll(() => fixture.exports.count('disk')).toBe(1)
     const [second] = fixture.exports.connections.get('disk')!
     await second!.close()
     expect((await closed.closed)?.code).toBe('NBD_CONNECTION_LOST')

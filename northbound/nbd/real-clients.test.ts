@@ -13,7 +13,7 @@ const sizeBytes = 64 * MiB
 
 /** Output of a program that must succeed; its own words are in the error if it does not. */
 async function run(command: string, ...parameters: string[]): Promise<string> {
-  const { stdout } = await promisify(execFile)(command, parameters, { maxBuffer: 16 * MiB, timeout: 120_000 })
+  const { stdout } = await promisify(execFile)(command, parameters, { maxBuffer: 16 * MiB, timeout: 300_000 })
   return stdout
 }
 

@@ -3,7 +3,7 @@ import { execFile } from 'node:child_process'
 import { randomFillSync } from 'node:crypto'
 import { readFile, writeFile } from 'node:fs/promises'
 import { promisify } from 'node:util'
-import { afterEach, beforeEach, expect, it, vi } from 'vitest'
+import { afterEach, beforeEach, expect, it } from 'vitest'
 import {
   describeWithTools,
   nbdcopyTool,
@@ -17,11 +17,9 @@ import {
 import { MiB } from './testing/nbd-fixture.ts'
 import { TlsFixture, type RunningTlsServer } from './testing/tls-fixture.ts'
 
-vi.setConfig({ testTimeout: 120_000 })
-
 /** Output of a program that must succeed; its own words are in the error if it does not. */
 async function run(command: string, ...parameters: string[]): Promise<string> {
-  const { stdout } = await promisify(execFile)(command, parameters, { maxBuffer: 16 * MiB, timeout: 100_000 })
+  const { stdout } = await promisify(execFile)(command, parameters, { maxBuffer: 16 * MiB, timeout: 300_000 })
   return stdout
 }
 

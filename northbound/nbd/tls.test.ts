@@ -4,15 +4,13 @@ import { once } from 'node:events'
 import { copyFile, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { createConnection } from 'node:net'
 import { join } from 'node:path'
-import { afterEach, beforeEach, expect, it, vi } from 'vitest'
+import { afterEach, beforeEach, expect, it } from 'vitest'
 import { connect, connectRaw, encodeInfoRequest, encodeMetaContextRequest, encodeOption, protocol } from '@atoll/nbd-client'
 import { describeWithTools, opensslTool, TestAuthority } from '@atoll/nbd-client/testing'
 import { KiB, MiB } from './testing/nbd-fixture.ts'
 import { startTlsOption, TlsFixture, upgrade } from './testing/tls-fixture.ts'
 
 const { option, optionReply, command, infoItem, transmissionFlag } = protocol
-
-vi.setConfig({ testTimeout: 60_000 })
 
 let fixture: TlsFixture
 beforeEach(async () => {
@@ -194,7 +192,7 @@ describeWithTools('STARTTLS', [opensslTool], () => {
       return
     }
     await expect(handshake).rejects.toThrow(/.+/)
-    await vi.waitFor(() => expect(server.server.connections()).toEqual([]))
+    await expect.poll(() => server.server.connections()).toEqual([])
     expect(fixture.plain.exports.count('disk')).toBe(0)
   })
 
@@ -207,7 +205,7 @@ describeWithTools('STARTTLS', [opensslTool], () => {
       socket.resume()
       await once(socket, 'close')
     }
-    await vi.waitFor(() => expect(server.server.connections()).toEqual([]))
+    await expect.poll(() => server.server.connections()).toEqual([])
   })
 
   it('ends with an alert when the client talks nonsense', async () => {
@@ -391,12 +389,12 @@ describeWithTools('a connection over TLS', [opensslTool], () => {
     const socket = await startTlsOption(server.port)
     const secure = await upgrade(socket, await fixture.clientOptions())
     secure.write(encodeOption(option.go, encodeInfoRequest('disk', [])))
-    await vi.waitFor(() => expect(fixture.plain.exports.count('disk')).toBe(2))
+    await expect.poll(() => fixture.plain.exports.count('disk')).toBe(2)
     secure.on('error', () => {})
     // Half of a large record's worth of data, and then nothing more of the connection below.
     secure.write(Buffer.alloc(16 * KiB, 0x25))
     socket.destroy()
-    await vi.waitFor(() => expect(fixture.plain.exports.count('disk')).toBe(1))
+    await expect.poll(() => fixture.plain.exports.count('disk')).toBe(1)
     other.sendRequest({ flags: 0, command: command.read, cookie: 9n, offsetBytes: 0, lengthBytes: 512 })
     expect(await other.receiveReplyHeader()).toEqual({ kind: 'simple', errno: 0, cookie: 9n })
   })

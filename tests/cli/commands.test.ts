@@ -1,12 +1,9 @@
 import { mkdir, readFile, rm, truncate, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { connect } from '@atoll/nbd-client'
 import { runProgram, succeed, TestHome } from '../test-home.ts'
 import { hasPrograms } from './test-programs.ts'
-
-// Every step starts a process, and other tests run beside this.
-vi.setConfig({ testTimeout: 120_000 })
 
 const mib = 2 ** 20
 const absentId = '5f0c1c1e-8d1c-4e57-9a34-1c9c55f6a5f0'

@@ -3,12 +3,9 @@ import { chmod, mkdir, stat, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { once } from 'node:events'
 import { join } from 'node:path'
-import { expect, test, vi } from 'vitest'
+import { expect, test } from 'vitest'
 import { connect } from '@atoll/nbd-client'
 import { atollPath, repositoryRoot, runProgram, succeed, TestHome } from '../test-home.ts'
-
-// Every step starts a process, and other tests run beside this.
-vi.setConfig({ testTimeout: 120_000 })
 
 interface Status {
   readonly ready: boolean

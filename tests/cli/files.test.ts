@@ -3,12 +3,9 @@ import { randomBytes } from 'node:crypto'
 import { once } from 'node:events'
 import { open, readdir, readFile, stat, symlink, truncate, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { attach } from '../faults/broken-home.ts'
 import { atollPath, runProgram, TestHome } from '../test-home.ts'
-
-// Every step starts a process, and other tests run beside this.
-vi.setConfig({ testTimeout: 120_000 })
 
 const mib = 2 ** 20
 

@@ -3,12 +3,9 @@ import { request } from 'node:http'
 import { join } from 'node:path'
 import { text as readText } from 'node:stream/consumers'
 import { connect } from '@atoll/nbd-client'
-import { describe, expect, test, vi } from 'vitest'
+import { describe, expect, test } from 'vitest'
 import { TestHome } from '../test-home.ts'
 import { hasPrograms } from './test-programs.ts'
-
-// Every step starts a process, and other tests run beside this.
-vi.setConfig({ testTimeout: 180_000 })
 
 async function overAdminSocket(home: TestHome, path: string): Promise<{ type: string | undefined; body: string }> {
   const { promise, resolve, reject } = Promise.withResolvers<{ type: string | undefined; body: string }>()

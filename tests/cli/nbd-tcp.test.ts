@@ -4,19 +4,17 @@ import { chmod, copyFile, mkdir, readFile, rm, writeFile } from 'node:fs/promise
 import { hostname } from 'node:os'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
-import { expect, test, vi } from 'vitest'
+import { expect, test } from 'vitest'
 import { connect } from '@atoll/nbd-client'
 import { TestAuthority } from '@atoll/nbd-client/testing'
 import { atollPath, repositoryRoot, runProgram, TestHome } from '../test-home.ts'
 import { hasPrograms } from './test-programs.ts'
 
-vi.setConfig({ testTimeout: 180_000 })
-
 const canTls = hasPrograms('openssl', 'nbdinfo', 'qemu-io', 'qemu-img')
 
 /** Output of a program that must succeed, while this process goes on. */
 async function run(command: string, ...parameters: string[]): Promise<string> {
-  return (await promisify(execFile)(command, parameters, { timeout: 100_000 })).stdout
+  return (await promisify(execFile)(command, parameters, { timeout: 300_000 })).stdout
 }
 
 /** A home with certificates of a server and a client in its folder `tls`. */
@@ -133,7 +131,7 @@ test.skipIf(!canTls)('certificates are read again at SIGHUP, and bad ones leave 
   await run('nbdinfo', '--list', uri)
   const hangUp = async (message: string): Promise<void> => {
     process.kill(pid, 'SIGHUP')
-    await vi.waitFor(async () => expect(await home.log()).toContain(message), { timeout: 20_000 })
+    await expect.poll(() => home.log()).toContain(message)
   }
   const certificate = await readFile(join(directory, 'server-cert.pem'), 'utf8')
   await writeFile(join(directory, 'server-cert.pem'), 'no certificate')

@@ -1,9 +1,6 @@
 import { connect } from '@atoll/nbd-client'
-import { expect, test, vi } from 'vitest'
+import { expect, test } from 'vitest'
 import { TestHome } from '../test-home.ts'
-
-// Every step starts a process, and other tests run beside this.
-vi.setConfig({ testTimeout: 180_000 })
 
 interface Operations {
   perSecond: number

@@ -12,7 +12,6 @@ function tourCommands(): string {
 
 test.skipIf(!hasPrograms('qemu-io', 'nbdcopy', 'nbdinfo', 'mke2fs', 'dpkg-deb'))(
   'the tour of the README, pasted into a shell, ends as the README says',
-  { timeout: 300_000 },
   () => {
     const commands = tourCommands()
     // Ends whatever the tour had started when a step fails.

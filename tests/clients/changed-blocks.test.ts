@@ -6,16 +6,15 @@ import { hasPrograms } from '../cli/test-programs.ts'
 import { ClientStand, diskBytes, KiB, MiB } from './client-stand.ts'
 import { runClient } from './run-client.ts'
 
-const limitMs = 180_000
 const slot = 4 * KiB
 
 let stand: ClientStand
 beforeAll(async () => {
   stand = await ClientStand.create()
-}, limitMs)
+})
 afterAll(async () => {
   await stand?.[Symbol.asyncDispose]()
-}, limitMs)
+})
 
 /** Ranges of a context that have these flags, as nbdinfo shows them. */
 async function ranges(uri: string, context: string, type: number): Promise<[offset: number, length: number][]> {

@@ -6,17 +6,16 @@ import { describeWithTools, pythonLibnbdTool } from '@atoll/nbd-client/testing'
 import { ClientStand, fileDifference } from './client-stand.ts'
 import { runClient } from './run-client.ts'
 
-const limitMs = 180_000
 const seed = Number(process.env['ATOLL_SEED'] ?? '20261121')
 
 describeWithTools('libnbd for Python', [pythonLibnbdTool], () => {
   let stand: ClientStand
   beforeAll(async () => {
     stand = await ClientStand.create()
-  }, limitMs)
+  })
   afterAll(async () => {
     await stand?.[Symbol.asyncDispose]()
-  }, limitMs)
+  })
 
   const python = (uri: string, before: string, seed: number, after: string): Promise<string> =>
     runClient('/usr/bin/python3', join(import.meta.dirname, 'random_requests.py'), uri, before, String(seed), after)
@@ -37,31 +36,27 @@ h.shutdown()
     return path
   }
 
-  test(
-    'gets the right answer to each of thousands of requests on four connections, while snapshots are taken',
-    async () => {
-      console.log(`ATOLL_SEED=${seed}`)
-      const uri = stand.clone('random')
-      let running = true
-      const [first, second] = [stand.file('first.raw'), stand.file('second.raw')]
-      const requests = python(uri, stand.contentPath, seed, first).finally(() => (running = false))
-      let taken = 0
-      while (running && taken < 20) {
-        await stand.home.jsonMeanwhile('snapshot', 'create', `random@s${taken}`)
-        taken += 1
-      }
-      console.log(await requests, `${taken} snapshots`)
-      expect(await fileDifference(await read(uri), await readFile(first))).toBeNull()
+  test('gets the right answer to each of thousands of requests on four connections, while snapshots are taken', async () => {
+    console.log(`ATOLL_SEED=${seed}`)
+    const uri = stand.clone('random')
+    let running = true
+    const [first, second] = [stand.file('first.raw'), stand.file('second.raw')]
+    const requests = python(uri, stand.contentPath, seed, first).finally(() => (running = false))
+    let taken = 0
+    while (running && taken < 20) {
+      await stand.home.jsonMeanwhile('snapshot', 'create', `random@s${taken}`)
+      taken += 1
+    }
+    console.log(await requests, `${taken} snapshots`)
+    expect(await fileDifference(await read(uri), await readFile(first))).toBeNull()
 
-      // What was flushed outlives the daemon, and so does what a snapshot holds.
-      stand.home.cli('snapshot', 'create', 'random@first')
-      await stand.crash()
-      await python(uri, first, seed + 1, second)
-      await stand.crash()
-      expect(await fileDifference(await read(uri), await readFile(second))).toBeNull()
-      stand.home.cli('volume', 'create', 'random-past', '--from', 'snapshot:random@first')
-      expect(await fileDifference(await read(stand.attach('random-past', '--read-only')), await readFile(first))).toBeNull()
-    },
-    limitMs,
-  )
+    // What was flushed outlives the daemon, and so does what a snapshot holds.
+    stand.home.cli('snapshot', 'create', 'random@first')
+    await stand.crash()
+    await python(uri, first, seed + 1, second)
+    await stand.crash()
+    expect(await fileDifference(await read(uri), await readFile(second))).toBeNull()
+    stand.home.cli('volume', 'create', 'random-past', '--from', 'snapshot:random@first')
+    expect(await fileDifference(await read(stand.attach('random-past', '--read-only')), await readFile(first))).toBeNull()
+  })
 })

@@ -9,15 +9,13 @@ import type { MappedRange } from './client-stand.ts'
 import { mountExport } from './mounted-export.ts'
 import { clientOutcome, runClient } from './run-client.ts'
 
-const limitMs = 180_000
-
 let stand: ClientStand
 beforeAll(async () => {
   stand = await ClientStand.create()
-}, limitMs)
+})
 afterAll(async () => {
   await stand?.[Symbol.asyncDispose]()
-}, limitMs)
+})
 
 async function mapOf(uri: string): Promise<MappedRange[]> {
   const map = JSON.parse(await runClient('nbdinfo', '--json', '--map', uri)) as { offset: number; length: number; type: number }[]
@@ -145,50 +143,46 @@ describe.skipIf(!hasPrograms('nbdcopy'))('nbdcopy (package libnbd-bin)', () => {
 })
 
 describe.skipIf(!hasPrograms('nbdfuse', 'mke2fs', 'e2fsck', 'debugfs'))('nbdfuse (packages libnbd-bin, e2fsprogs)', () => {
-  test(
-    'carries an ext4 file system: made, filled, checked, changed, and as it was in the snapshot',
-    async () => {
-      const uri = stand.empty('ext4', 256 * MiB)
-      const [folder, tree] = [stand.file('mounted'), stand.file('tree')]
-      await mkdir(folder)
-      await mkdir(tree)
-      const first = randomFillSync(Buffer.alloc(3 * MiB + 17))
-      await writeFile(`${tree}/first`, first)
-      await writeFile(`${tree}/empty`, '')
-      const second = stand.file('second')
-      await writeFile(second, randomFillSync(Buffer.alloc(700 * KiB)))
-      {
-        await using mounted = await mountExport(uri, folder)
-        await runClient('mke2fs', '-q', '-t', 'ext4', '-d', tree, mounted.path)
-        await checkClean(mounted.path)
-      }
-      stand.home.cli('snapshot', 'create', 'ext4@first')
-      {
-        await using mounted = await mountExport(uri, folder)
-        await runClient('debugfs', '-w', '-R', `write ${second} second`, mounted.path)
-        await runClient('debugfs', '-w', '-R', 'rm first', mounted.path)
-        await checkClean(mounted.path)
-        expect(await filesOf(mounted.path)).toEqual(['empty', 'second'])
-      }
-      await stand.crash()
-      {
-        await using mounted = await mountExport(uri, folder, '--readonly')
-        await checkClean(mounted.path)
-        expect(await filesOf(mounted.path)).toEqual(['empty', 'second'])
-        await dump(mounted.path, 'second')
-        expect(await fileDifference(stand.file('dumped'), await readFile(second))).toBeNull()
-      }
-      stand.home.cli('volume', 'create', 'ext4-past', '--from', 'snapshot:ext4@first')
-      {
-        await using mounted = await mountExport(stand.attach('ext4-past', '--read-only'), folder, '--readonly')
-        await checkClean(mounted.path)
-        expect(await filesOf(mounted.path)).toEqual(['empty', 'first'])
-        await dump(mounted.path, 'first')
-        expect(await fileDifference(stand.file('dumped'), first)).toBeNull()
-      }
-    },
-    limitMs,
-  )
+  test('carries an ext4 file system: made, filled, checked, changed, and as it was in the snapshot', async () => {
+    const uri = stand.empty('ext4', 256 * MiB)
+    const [folder, tree] = [stand.file('mounted'), stand.file('tree')]
+    await mkdir(folder)
+    await mkdir(tree)
+    const first = randomFillSync(Buffer.alloc(3 * MiB + 17))
+    await writeFile(`${tree}/first`, first)
+    await writeFile(`${tree}/empty`, '')
+    const second = stand.file('second')
+    await writeFile(second, randomFillSync(Buffer.alloc(700 * KiB)))
+    {
+      await using mounted = await mountExport(uri, folder)
+      await runClient('mke2fs', '-q', '-t', 'ext4', '-d', tree, mounted.path)
+      await checkClean(mounted.path)
+    }
+    stand.home.cli('snapshot', 'create', 'ext4@first')
+    {
+      await using mounted = await mountExport(uri, folder)
+      await runClient('debugfs', '-w', '-R', `write ${second} second`, mounted.path)
+      await runClient('debugfs', '-w', '-R', 'rm first', mounted.path)
+      await checkClean(mounted.path)
+      expect(await filesOf(mounted.path)).toEqual(['empty', 'second'])
+    }
+    await stand.crash()
+    {
+      await using mounted = await mountExport(uri, folder, '--readonly')
+      await checkClean(mounted.path)
+      expect(await filesOf(mounted.path)).toEqual(['empty', 'second'])
+      await dump(mounted.path, 'second')
+      expect(await fileDifference(stand.file('dumped'), await readFile(second))).toBeNull()
+    }
+    stand.home.cli('volume', 'create', 'ext4-past', '--from', 'snapshot:ext4@first')
+    {
+      await using mounted = await mountExport(stand.attach('ext4-past', '--read-only'), folder, '--readonly')
+      await checkClean(mounted.path)
+      expect(await filesOf(mounted.path)).toEqual(['empty', 'first'])
+      await dump(mounted.path, 'first')
+      expect(await fileDifference(stand.file('dumped'), first)).toBeNull()
+    }
+  })
 
   async function checkClean(path: string): Promise<void> {
     const checked = await clientOutcome('e2fsck', '-f', '-n', path)

@@ -10,7 +10,7 @@ const execFileAsync = promisify(execFile)
 export async function runClient(command: string, ...args: readonly string[]): Promise<string> {
   const { stdout } = await execFileAsync(command, args, {
     maxBuffer: 64 * 1024 * 1024,
-    timeout: 240_000,
+    timeout: 300_000,
     env: { ...process.env, PATH: `${process.env['PATH'] ?? ''}:/usr/sbin:/sbin` },
   })
   return stdout

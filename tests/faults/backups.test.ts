@@ -1,11 +1,8 @@
 import { cp } from 'node:fs/promises'
 import { join } from 'node:path'
-import { describe, expect, test, vi } from 'vitest'
+import { describe, expect, test } from 'vitest'
 import { TestHome } from '../test-home.ts'
 import { attach, expectOnlyBroken, expectServed, layersOf, makeOther, mebibyte, pattern, type Finding } from './broken-home.ts'
-
-// Every step starts a process, and other tests run beside this.
-vi.setConfig({ testTimeout: 600_000 })
 
 const look = (home: TestHome): Finding[] =>
   // Exit code 1 says that there are errors; the document is there either way.

@@ -2,7 +2,7 @@ import { cp, readFile, rm } from 'node:fs/promises'
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { connect } from '@atoll/nbd-client'
-import { describe, expect, test, vi } from 'vitest'
+import { describe, expect, test } from 'vitest'
 import { TestHome } from '../test-home.ts'
 import {
   attach,
@@ -18,9 +18,6 @@ import {
   show,
   slotBytes,
 } from './broken-home.ts'
-
-// Every step starts a process, and other tests run beside this.
-vi.setConfig({ testTimeout: 180_000 })
 
 describe('a catalog that is older than the pool', () => {
   test('opens no volume that has newer bytes, keeps every file, and the newer catalog finds everything again', async () => {

@@ -8,10 +8,8 @@ import { Engine } from '@atoll/native'
 import { connect, type NbdConnection } from '@atoll/nbd-client'
 import { serveTemporaryNbd, startNbdServer, type NbdServer } from '@atoll/northbound'
 import { drivers, memoryDriver, setFaults, withFaults } from '@atoll/southbound'
-import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest'
+import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { mebibyte, pattern, slotBytes } from './broken-home.ts'
-
-vi.setConfig({ testTimeout: 60_000 })
 
 type Faults = Parameters<typeof setFaults>[1]
 
@@ -141,7 +139,7 @@ describe.each([
     await inject({})
 
     // Without asking for it: attach is how it would be tried at once.
-    await vi.waitFor(() => expect(composer.exports.get(id)).not.toBe(null), { timeout: 20_000 })
+    await expect.poll(() => composer.exports.get(id)).not.toBe(null)
     await using back = await connect(uri)
     expect(await back.read(0, mebibyte)).toEqual(pattern(1, mebibyte))
     expect(await back.read(4 * mebibyte, slotBytes)).toEqual(pattern(4, slotBytes))
@@ -158,7 +156,7 @@ describe.each([
     await (await flushed()).disconnect()
     for (const at of [2, 3, 4]) {
       await inject({})
-      await vi.waitFor(() => expect(composer.exports.get(id)).not.toBe(null), { timeout: 20_000 })
+      await expect.poll(() => composer.exports.get(id)).not.toBe(null)
       const client = await connect(uri)
       await inject(plan)
       await client.write(at * mebibyte, pattern(2, slotBytes))
@@ -167,7 +165,7 @@ describe.each([
       await expectOtherServed()
     }
     await inject({})
-    await vi.waitFor(() => expect(composer.exports.get(id)).not.toBe(null), { timeout: 20_000 })
+    await expect.poll(() => composer.exports.get(id)).not.toBe(null)
     await using back = await connect(uri)
     expect(await back.read(0, mebibyte)).toEqual(pattern(1, mebibyte))
   })

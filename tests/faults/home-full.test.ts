@@ -1,12 +1,9 @@
 import { join } from 'node:path'
 import { connect, NbdError, type NbdConnection } from '@atoll/nbd-client'
-import { describe, expect, test, vi } from 'vitest'
+import { describe, expect, test } from 'vitest'
 import { TestHome } from '../test-home.ts'
 import { attach, expectServed, makeOther, mebibyte, pattern, show, slotBytes } from './broken-home.ts'
 import { SmallDisk, whyNoSmallDisk } from './small-disk.ts'
-
-// Every step starts a process, and other tests run beside this.
-vi.setConfig({ testTimeout: 180_000 })
 
 const diskBytes = 192 * mebibyte
 const reason = await whyNoSmallDisk()
@@ -60,14 +57,12 @@ describe.skipIf(reason !== null)('a home on a full disk', () => {
     home.cli('snapshot', 'delete', 'disk@before')
     // Most of the snapshot's slots were overwritten, and nobody else has them. They are free once the volume's map has been written
     // down, which happens every few seconds. On the disk it may be less: the catalog's reserve takes back what it gave.
-    await vi.waitFor(
-      () => {
+    await expect
+      .poll(() => {
         expect(home.json<{ state: string }>('pool', 'reclaim', 'default').state).toBe('done')
-        const after = home.json<{ storedBytes: number }>('pool', 'show', 'default')
-        expect(storedBytes - after.storedBytes).toBeGreaterThan(43 * mebibyte)
-      },
-      { timeout: 60_000, interval: 500 },
-    )
+        return storedBytes - home.json<{ storedBytes: number }>('pool', 'show', 'default').storedBytes
+      })
+      .toBeGreaterThan(43 * mebibyte)
     expect(await disk.freeBytes()).toBeGreaterThan(20 * mebibyte)
     await client.write(fullAt, pattern(6, mebibyte))
     await client.flush()

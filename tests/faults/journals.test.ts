@@ -2,7 +2,7 @@ import assert from 'node:assert/strict'
 import { appendFile, cp, mkdtemp, open, readFile, rm, stat, truncate } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest'
+import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { TestHome } from '../test-home.ts'
 import {
   attach,
@@ -17,9 +17,6 @@ import {
   show,
   slotBytes,
 } from './broken-home.ts'
-
-// Every step starts a process, and other tests run beside this.
-vi.setConfig({ testTimeout: 180_000, hookTimeout: 60_000 })
 
 /** Each is written and flushed alone, so each is one frame. */
 const flushedSlots = 6

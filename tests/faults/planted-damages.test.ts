@@ -13,12 +13,10 @@ import { type CheckFinding, checkSubjects, type CheckSubject, type Mapper, openM
 import { Engine } from '@atoll/native'
 import { drivers } from '@atoll/southbound'
 import type Database from 'better-sqlite3'
-import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { repositoryRoot } from '../test-home.ts'
 import { mebibyte, pattern, slotBytes } from './broken-home.ts'
 import { crc32c } from './crc32c.ts'
-
-vi.setConfig({ testTimeout: 60_000, hookTimeout: 60_000 })
 
 const Sqlite = createRequire(join(repositoryRoot, 'core', 'package.json'))('better-sqlite3') as typeof Database
 

@@ -1,6 +1,6 @@
 import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { describe, expect, test, vi } from 'vitest'
+import { describe, expect, test } from 'vitest'
 import { atollPath, runProgram, TestHome } from '../test-home.ts'
 import {
   attach,
@@ -17,9 +17,6 @@ import {
   slotBytes,
 } from './broken-home.ts'
 import { crc32c } from './crc32c.ts'
-
-// Every step starts a process, and other tests run beside this.
-vi.setConfig({ testTimeout: 180_000 })
 
 describe('the folder of a pool', () => {
   test('is refused to a second home, with the pid that has it open or the catalog that owns it', async () => {

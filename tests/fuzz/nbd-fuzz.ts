@@ -8,6 +8,7 @@ import { createConnection, type NetConnectOpts } from 'node:net'
 import { join } from 'node:path'
 import { connect, encodeExtendedRequest, encodeRequest } from '@atoll/nbd-client'
 import { TestAuthority } from '@atoll/nbd-client/testing'
+import { holdsWithin } from '../holds-within.ts'
 import { TestHome } from '../test-home.ts'
 import { generator, type Random } from './random.ts'
 import { brokenHandshake, converseTls, helloOf, type TlsTarget } from './tls-conversation.ts'
@@ -15,7 +16,7 @@ import { brokenHandshake, converseTls, helloOf, type TlsTarget } from './tls-con
 const MiB = 1024 * 1024
 const diskBytes = 64 * MiB
 /** A conversation that both sides have ended must be over after this. */
-const hangLimitMs = 20_000
+const hangLimitMs = 300_000
 /** Conversations at a time. */
 const workerCount = 4
 /** Files that a daemon opens when it first needs them: layers, journals, a database's. */
@@ -268,11 +269,8 @@ export async function fuzzNbd(options: {
 
 /** Waits until the sockets of ended conversations are closed; returns how many files are open then. */
 async function untilFewFiles(pid: number, countMax: number): Promise<number> {
-  const deadline = performance.now() + hangLimitMs
-  for (;;) {
-    const count = await fileCount(pid)
-    if (count <= countMax) return count
-    if (performance.now() > deadline) throw new Error(`the daemon has ${count} files open, at most ${countMax} are expected`)
-    await new Promise((resolve) => setTimeout(resolve, 50))
-  }
+  let count = 0
+  const few = await holdsWithin(hangLimitMs, async () => (count = await fileCount(pid)) <= countMax)
+  if (!few) throw new Error(`the daemon has ${count} files open, at most ${countMax} are expected`)
+  return count
 }

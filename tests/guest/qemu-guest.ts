@@ -4,8 +4,6 @@ import { join } from 'node:path'
 import { BackgroundProcess } from '../clients/background-process.ts'
 import { Qmp } from './qmp.ts'
 
-/** Boots take 3 to 10 seconds on an idle machine, and several times that on a busy one. */
-const limitMs = 240_000
 const keptConsoleCharacters = 4_000
 const resultLine = /^RESULT rc=(\d+)\n/m
 
@@ -89,17 +87,13 @@ export class QemuGuest {
    */
   async until(what: string, condition: () => boolean | Promise<boolean>): Promise<void> {
     try {
-      await this.process.until(
-        what,
-        async () => {
-          if (await condition()) return true
-          const [trouble] = this.said('trouble')
-          if (trouble !== undefined) throw new Error(`trouble ${trouble}`)
-          if (resultLine.test(this.console)) throw new Error(`the script ended before the guest ${what}`)
-          return false
-        },
-        limitMs,
-      )
+      await this.process.until(what, async () => {
+        if (await condition()) return true
+        const [trouble] = this.said('trouble')
+        if (trouble !== undefined) throw new Error(`trouble ${trouble}`)
+        if (resultLine.test(this.console)) throw new Error(`the script ended before the guest ${what}`)
+        return false
+      })
     } catch (error) {
       throw new Error(`guest ${this.name}: ${(error as Error).message}\n${this.console.slice(-keptConsoleCharacters)}`, {
         cause: error,

@@ -196,7 +196,6 @@ describe.skipIf(!hasPrograms('qemu-img', 'setpriv'))('hostile images (package qe
       expect(wrong, 'run with ATOLL_FUZZ_SEED').toEqual([])
       await expect(stand.left()).resolves.toEqual(nothingLeft)
     },
-    600_000,
   )
 })
 

@@ -42,7 +42,7 @@ describe('an image of a remote NBD export', () => {
   async function serve(program: string, args: readonly string[], socket: string): Promise<void> {
     const child = spawn(program, args, { stdio: 'ignore' })
     children.push(child)
-    await expect.poll(() => existsSync(socket), { timeout: 10_000 }).toBe(true)
+    await expect.poll(() => existsSync(socket)).toBe(true)
   }
   async function imported(url: string): Promise<void> {
     const job = await stand.composer.images.importUrl({ name: 'image', url })

@@ -86,7 +86,7 @@ test('after kill -9 and the loss of the catalog the daemon starts, names the com
   expect(home.json<Imported>('pool', 'import', 'default', '--take-over').broughtBack).toMatchObject({ volume: 2, snapshot: 1 })
   await using client = await attach(home, 'old')
   expect(await client.read(0, mebibyte)).toEqual(pattern(1, mebibyte))
-}, 120_000)
+})
 
 test('a pool that a living daemon has open is refused whatever is asked', async () => {
   await using owner = await TestHome.create()
@@ -109,7 +109,7 @@ test('a pool that a living daemon has open is refused whatever is asked', async 
   await home.end()
   await owner.start()
   expect(owner.json<ShownPool>('pool', 'show', 'default').error?.code).toBe('POOL_OWNED_BY_OTHER')
-}, 120_000)
+})
 
 test('a damaged record is named, and what is intact comes back', async () => {
   await using home = await TestHome.create()
@@ -132,4 +132,4 @@ test('a damaged record is named, and what is intact comes back', async () => {
   expect(report.damages.map(({ record }) => record)).toEqual([names.at(-1)])
   expect(report.broughtBack).toMatchObject({ snapshot: 1 })
   await expectFilled(home)
-}, 120_000)
+})

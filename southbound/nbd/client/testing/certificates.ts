@@ -18,7 +18,7 @@ const keyParameters = { ec: ['ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1'], 
 
 /** Runs openssl with the parameters of all groups. */
 const openssl = async (...groups: readonly (readonly string[])[]): Promise<void> => {
-  await promisify(execFile)('openssl', groups.flat(), { timeout: 60_000 })
+  await promisify(execFile)('openssl', groups.flat(), { timeout: 300_000 })
 }
 
 /** An authority of a test, in a folder of its own. */

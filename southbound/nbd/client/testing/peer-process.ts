@@ -4,7 +4,7 @@ import { once } from 'node:events'
 import { rm } from 'node:fs/promises'
 import { connectRaw } from '../raw-connection.ts'
 
-const startTimeoutMs = 20_000
+const startTimeoutMs = 300_000
 
 /** An NBD server of somebody else, running. */
 export interface PeerProcess {
