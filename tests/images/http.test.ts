@@ -44,8 +44,9 @@ describe('an image over HTTP', () => {
   // The server is on loopback, so that is allowed here; what is not is tested with a resolver of its own.
   const fetchOptions = {
     allowPrivate: true,
-    headerTimeoutMs: 5000,
-    idleTimeoutMs: 5000,
+    // Longer than any test: what has to stall stalls until the test goes on.
+    headerTimeoutMs: 600_000,
+    idleTimeoutMs: 600_000,
     retryDelayMs: 1,
     saveEveryBytes: mebibyte,
   }
@@ -249,9 +250,10 @@ describe('an image over HTTP', () => {
   })
 
   test('of a server that says nothing, or trickles, is given up in time', async () => {
-    await restand({ ...fetchOptions, headerTimeoutMs: 50, idleTimeoutMs: 50 })
+    await restand({ ...fetchOptions, headerTimeoutMs: 50 })
     handler = () => undefined
     await refused(`${origin}/disk.img`, 'IMAGE_FETCH_FAILED', /did not answer in 0\.05 s/)
+    await restand({ ...fetchOptions, idleTimeoutMs: 50 })
     const timers: NodeJS.Timeout[] = []
     handler = (_request, response) => {
       response.writeHead(200, { 'content-length': mebibyte })

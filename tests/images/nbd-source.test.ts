@@ -1,8 +1,6 @@
-import { spawn, type ChildProcess } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
-import { once } from 'node:events'
-import { existsSync } from 'node:fs'
 import { open, readFile, writeFile } from 'node:fs/promises'
+import { startNbdkit, startQemuNbd, type PeerProcess } from '@atoll/nbd-client/testing'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { hasPrograms } from '../cli/test-programs.ts'
 import { ImageStand, mebibyte, nothingLeft, run } from './image-stand.ts'
@@ -12,11 +10,11 @@ const rawBytes = 40 * mebibyte
 describe('an image of a remote NBD export', () => {
   let stand: ImageStand
   let raw: string
-  let children: ChildProcess[]
+  let server: PeerProcess | undefined
 
   beforeEach(async () => {
     stand = await ImageStand.open({ copyStepBytes: 4 * mebibyte })
-    children = []
+    server = undefined
     raw = stand.path('raw')
     const handle = await open(raw, 'w')
     await handle.truncate(rawBytes)
@@ -27,23 +25,10 @@ describe('an image of a remote NBD export', () => {
     await handle.close()
   })
   afterEach(async () => {
-    await Promise.all(
-      children.map(async (child) => {
-        if (child.exitCode !== null || child.signalCode !== null) return
-        const exited = once(child, 'exit')
-        child.kill('SIGKILL')
-        await exited
-      }),
-    )
+    await server?.stop()
     await stand.remove()
   })
 
-  /** Starts a server and waits until its socket is there. */
-  async function serve(program: string, args: readonly string[], socket: string): Promise<void> {
-    const child = spawn(program, args, { stdio: 'ignore' })
-    children.push(child)
-    await expect.poll(() => existsSync(socket)).toBe(true)
-  }
   async function imported(url: string): Promise<void> {
     const job = await stand.composer.images.importUrl({ name: 'image', url })
     await expect(stand.composer.jobs.wait(job.id)).resolves.toMatchObject({
@@ -58,7 +43,7 @@ describe('an image of a remote NBD export', () => {
 
   test.skipIf(!hasPrograms('qemu-nbd'))('has its bytes and its holes: qemu-nbd, with and without a name', async () => {
     const socket = stand.path('qemu.sock')
-    await serve('qemu-nbd', ['-r', '-f', 'raw', '-x', 'disk name', '-t', '-k', socket, raw], socket)
+    server = await startQemuNbd(socket, raw, ['-r', '-x', 'disk name'])
     await imported(`nbd+unix:///disk%20name?socket=${socket}`)
     await expect(
       stand.composer.images.importUrl({ name: 'other', url: `nbd+unix:///absent?socket=${socket}` }),
@@ -76,14 +61,14 @@ describe('an image of a remote NBD export', () => {
         'blocksize-maximum=65536',
         'blocksize-error-policy=error',
       ]
-      await serve('nbdkit', ['-f', '-r', '--no-sr', '-U', socket, ...filters, 'file', raw, ...policy], socket)
+      server = await startNbdkit(socket, ['-r', '--no-sr', ...filters, 'file', raw, ...policy])
       await imported(`nbd+unix:///?socket=${socket}`)
     },
   )
 
   test.skipIf(!hasPrograms('nbdkit'))('goes on where it was after a pause and a restart of the daemon', async () => {
     const socket = stand.path('nbdkit.sock')
-    await serve('nbdkit', ['-f', '-r', '-U', socket, '--filter=rate', 'file', raw, 'rate=100M'], socket)
+    server = await startNbdkit(socket, ['-r', '--filter=rate', 'file', raw, 'rate=100M'])
     const job = await stand.composer.images.importUrl({ name: 'image', url: `nbd+unix:///?socket=${socket}` })
     const stepped = Promise.withResolvers<void>()
     const waiting = stand.composer.jobs.wait(job.id, {
@@ -103,7 +88,7 @@ describe('an image of a remote NBD export', () => {
     const inner = stand.path('inner')
     await run('qemu-img', ['convert', '-f', 'raw', '-O', 'qcow2', raw, inner])
     const socket = stand.path('qemu.sock')
-    await serve('qemu-nbd', ['-r', '-f', 'raw', '-t', '-k', socket, inner], socket)
+    server = await startQemuNbd(socket, inner, ['-r'])
     const url = `nbd+unix:///?socket=${socket}`
     const job = await stand.composer.images.importUrl({ name: 'image', url })
     await expect(stand.composer.jobs.wait(job.id)).resolves.toMatchObject({ state: 'done' })

@@ -70,7 +70,7 @@ describe.skipIf(!hasPrograms('qemu-img', 'setpriv'))('a file that takes too long
   })
 
   test('holds up nobody, is refused by its job with the reason, and leaves nothing', async () => {
-    stand = await ImageStand.open({ inspectLimitMs: 100 })
+    stand = await ImageStand.open(alwaysLate)
     const path = stand.path('image')
     await writeScatteredVmdk(path, 20_000)
     const job = await stand.composer.images.import({ name: 'image', path })
@@ -80,6 +80,7 @@ describe.skipIf(!hasPrograms('qemu-img', 'setpriv'))('a file that takes too long
   })
 
   test('can be cancelled while it is inspected', async () => {
+    // More reads than any machine does in that time.
     stand = await ImageStand.open({ inspectLimitMs: 100 })
     const path = stand.path('image')
     await writeScatteredVmdk(path, 2_000_000)
