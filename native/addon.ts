@@ -172,7 +172,7 @@ export interface FaultRule {
   probabilityOf256?: number
   /** What the call fails with; default 5 (EIO). 0: no failure, a delay only. */
   errno?: number
-  /** Wait before answering; default 0. */
+  /** Wait before answering, until other faults are set at most; default 0. */
   delayMs?: number
   /** A failed write leaves a part of its bytes behind; default false. */
   tear?: boolean

@@ -43,7 +43,7 @@ const ruleSchema = z.strictObject({
   probabilityOf256: z.int().min(1).max(256).default(256),
   /** What the call answers with: a number or a name such as EIO; 0: it succeeds (delay only). Default EIO. */
   errno: errnoNumber.default(constants.errno.EIO),
-  /** Wait before answering. Default 0. */
+  /** Wait before answering, until other faults are set at most. Default 0. */
   delayMs: z.int().min(0).max(60_000).default(0),
   /** A failed write leaves a part of its bytes behind. Default false. */
   tear: z.boolean().default(false),

@@ -10,11 +10,11 @@
 use crate::error::{layer_object, segment_object};
 use crate::random::Random;
 use crate::{Extent, IoError, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreLock, StoreUsage};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const SECTOR_BYTES: u64 = 512;
 
@@ -35,7 +35,7 @@ pub struct FaultRule {
     pub probability_of_256: u16,
     /// The errno to answer with; 0: no failure (delay only).
     pub errno: i32,
-    /// Wait before answering.
+    /// Wait before answering, but not past the plan's end: who sets another one lets go all that waits.
     pub delay_ms: u32,
     /// A failed write leaves a part of its bytes behind, cut at a sector; a failed append some of its first bytes.
     pub tear: bool,
@@ -59,11 +59,15 @@ pub struct FaultStore {
 #[derive(Default)]
 struct Faults {
     state: Mutex<State>,
+    /// The plan was replaced.
+    replaced: Condvar,
 }
 
 #[derive(Default)]
 struct State {
     plan: FaultPlan,
+    /// Which plan it is: how many came before it.
+    plan_number: u64,
     counters: Vec<Counter>,
     injected_count: u64,
 }
@@ -78,22 +82,16 @@ struct Counter {
 struct Hit {
     errno: i32,
     delay: Duration,
+    /// Of the plan whose rule it is.
+    plan_number: u64,
     /// Where a torn write is cut; `None`: nothing of it lands.
     tear: Option<Random>,
-}
-
-impl Hit {
-    fn wait(&self) {
-        if !self.delay.is_zero() {
-            std::thread::sleep(self.delay);
-        }
-    }
 }
 
 impl Faults {
     fn decide(&self, operation: &str, layer: Option<LayerId>) -> Option<Hit> {
         let mut state = self.state.lock();
-        let State { plan, counters, injected_count } = &mut *state;
+        let State { plan, plan_number, counters, injected_count } = &mut *state;
         for (index, (rule, counter)) in plan.rules.iter().zip(counters).enumerate() {
             if rule.operation != operation || (rule.layer.is_some() && rule.layer != layer) {
                 continue;
@@ -110,9 +108,23 @@ impl Faults {
             counter.applied += 1;
             *injected_count += 1;
             let delay = Duration::from_millis(u64::from(rule.delay_ms));
-            return Some(Hit { errno: rule.errno, delay, tear: rule.tear.then_some(random) });
+            return Some(Hit { errno: rule.errno, delay, plan_number: *plan_number, tear: rule.tear.then_some(random) });
         }
         None
+    }
+
+    /// Waits as long as a rule wants, or until the rules are others.
+    fn wait(&self, hit: &Hit) {
+        if hit.delay.is_zero() {
+            return;
+        }
+        let deadline = Instant::now() + hit.delay;
+        let mut state = self.state.lock();
+        while state.plan_number == hit.plan_number {
+            if self.replaced.wait_until(&mut state, deadline).timed_out() {
+                return;
+            }
+        }
     }
 
     fn has_rule(&self, operation: &str) -> bool {
@@ -124,7 +136,7 @@ impl Faults {
         match self.decide(operation, layer) {
             None => Ok(()),
             Some(hit) => {
-                hit.wait();
+                self.wait(&hit);
                 if hit.errno == 0 { Ok(()) } else { Err(IoError::from_errno(operation, object(), 0, hit.errno)) }
             }
         }
@@ -140,7 +152,7 @@ impl Faults {
     ) -> Result<()> {
         let Some(hit) = self.decide(operation, Some(layer)) else { return sync() };
         let answer = if hit.errno == 0 { sync() } else { Err(IoError::from_errno(operation, object(), 0, hit.errno)) };
-        hit.wait();
+        self.wait(&hit);
         answer
     }
 }
@@ -151,10 +163,12 @@ impl FaultStore {
         FaultStore { inner, faults: Arc::default() }
     }
 
-    /// Replaces the rules; counters start again. Layers and segments that are open already obey them too.
+    /// Replaces the rules; counters start again, and delays of the old rules are over. Layers and segments that are open already obey them too.
     pub fn set_plan(&self, plan: FaultPlan) {
         let counters = vec![Counter::default(); plan.rules.len()];
-        *self.faults.state.lock() = State { plan, counters, injected_count: 0 };
+        let mut state = self.faults.state.lock();
+        *state = State { plan, plan_number: state.plan_number + 1, counters, injected_count: 0 };
+        self.faults.replaced.notify_all();
     }
 
     /// How often a fault was injected since the plan was set; a mere delay counts too.
@@ -302,7 +316,7 @@ impl LayerIo for FaultLayer {
 
     fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()> {
         if let Some(hit) = self.faults.decide("write", Some(self.id)) {
-            hit.wait();
+            self.faults.wait(&hit);
             if hit.errno != 0 {
                 if let (Some(random), OpenMode::ReadWrite) = (hit.tear, self.mode) {
                     self.write_torn(offset_bytes, buffers, random);
@@ -369,7 +383,7 @@ impl SegmentIo for FaultSegment {
 
     fn append(&self, offset_bytes: u64, bytes: &[u8]) -> Result<()> {
         if let Some(hit) = self.faults.decide("append", Some(self.layer)) {
-            hit.wait();
+            self.faults.wait(&hit);
             if hit.errno != 0 {
                 if let (Some(mut random), false) = (hit.tear, bytes.is_empty()) {
                     // Always fewer than all. The call fails anyway; whether this part could be written is not its answer.
@@ -543,5 +557,20 @@ mod tests {
         layer.sync().unwrap();
         assert!(start.elapsed() >= Duration::from_millis(20));
         assert_eq!(store.injected_count(), 1);
+    }
+
+    #[test]
+    fn another_plan_lets_go_what_waits() {
+        let (store, layer) = store();
+        store.set_plan(FaultPlan { seed: 1, rules: vec![FaultRule { delay_ms: u32::MAX, ..rule("sync") }] });
+        std::thread::scope(|scope| {
+            let syncing = scope.spawn(|| layer.sync());
+            while store.injected_count() == 0 {
+                std::thread::yield_now();
+            }
+            assert!(!syncing.is_finished());
+            store.set_plan(FaultPlan::default());
+            assert!(syncing.join().unwrap().is_err(), "what the old plan decided stays so");
+        });
     }
 }
