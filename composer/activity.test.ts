@@ -57,10 +57,9 @@ describe('what is going on', () => {
       queueDepth: 0,
       reads: { perSecond: 0, meanMs: null, p99Ms: null },
     })
-    expect(pools.map(({ name, slow }) => [name, slow])).toEqual([
-      ['default', false],
-      ['faulty', false],
-    ])
+    // Whether `default` is slow is the business of this machine's disk.
+    expect(pools.map(({ name }) => name)).toEqual(['default', 'faulty'])
+    expect(pools[1]?.slow).toBe(false)
     const [used] = pools
     expect((used?.syncs.perSecond ?? 0) * seconds).toBeCloseTo(1)
     expect((used?.reads.perSecond ?? 0) * seconds).toBeCloseTo(1)

@@ -23,14 +23,14 @@ trap 'rm -rf -- "$work"' EXIT INT TERM
 mkdir "$work/packages" "$work/tree"
 
 # The sandbox user of apt cannot write into a folder of mode 0700, and as an ordinary user there is none to switch to.
-download() { (cd "$work/packages" && apt-get -qq -o APT::Sandbox::User=root download busybox-static base-files netbase); }
+download() { (cd "$work/packages" && apt-get -qq -o APT::Sandbox::User=root -o Acquire::Retries=3 download busybox-static base-files netbase); }
 if ! download 2>"$work/errors"; then
   if [ "$(id -u)" -ne 0 ]; then
     cat "$work/errors" >&2
     echo "make-image: the packages could not be downloaded; run 'apt-get update' as root, then try again" >&2
     exit 1
   fi
-  apt-get -qq update
+  apt-get -qq -o Acquire::Retries=3 update
   download
 fi
 for package in "$work"/packages/*.deb; do

@@ -14,6 +14,9 @@ export const atollPath = join(repositoryRoot, 'atoll')
 
 const execFileAsync = promisify(execFile)
 
+/** Less than a test's limit (vitest.config.ts). */
+const hangLimitMs = 500_000
+
 export interface CommandResult {
   readonly exitCode: number | null
   readonly stdout: string
@@ -154,6 +157,9 @@ export function runProgram(
     cwd: options.cwd,
     env: { ...process.env, PATH: `${process.env['PATH'] ?? ''}:/usr/sbin:/sbin`, ...options.env },
     maxBuffer: 64 * 1024 * 1024,
+    // Meanwhile no timer of ours fires, so that a test's own limit would never come.
+    timeout: hangLimitMs,
+    killSignal: 'SIGKILL',
   })
   // A program that has seen enough does not read its input to the end; its exit code says what it thought of it.
   const { code } = (result.error ?? {}) as NodeJS.ErrnoException

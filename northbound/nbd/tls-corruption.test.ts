@@ -14,7 +14,7 @@ import { startTlsOption, TlsFixture, upgrade } from './testing/tls-fixture.ts'
 const { option, command } = protocol
 
 const roundCount = Number(process.env['ATOLL_FUZZ_ROUNDS'] ?? 60)
-const seed = Number(process.env['ATOLL_FUZZ_SEED'] ?? Math.floor(Math.random() * 2 ** 32))
+const seed = Number(process.env['ATOLL_FUZZ_SEED'] ?? 20_261_121)
 
 /** Bytes that a client sends in all, about: where the flip may fall. */
 const sentBytes = 22_000
@@ -61,7 +61,7 @@ describeWithTools('a bit that is flipped on the way', [opensslTool], () => {
   it(
     `ends its connection and changes nothing else (ATOLL_FUZZ_SEED=${seed})`,
     async () => {
-      const server = await fixture.serve({ limits: { handshakeTimeoutMs: 500 } })
+      const server = await fixture.serve({ limits: { handshakeTimeoutMs: 2000 } })
       let state = seed >>> 0
       const random = (below: number): number => {
         state = (Math.imul(state, 1_664_525) + 1_013_904_223) >>> 0

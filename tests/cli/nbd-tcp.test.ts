@@ -7,6 +7,7 @@ import { promisify } from 'node:util'
 import { expect, test } from 'vitest'
 import { connect } from '@atoll/nbd-client'
 import { TestAuthority } from '@atoll/nbd-client/testing'
+import { freePort } from '../free-port.ts'
 import { atollPath, repositoryRoot, runProgram, TestHome } from '../test-home.ts'
 import { hasPrograms } from './test-programs.ts'
 
@@ -54,12 +55,12 @@ test('without TLS a daemon listens on TCP only when it is told that this is want
 
 test('where the unix socket is off, attachments name the TCP address, also after a restart on the same port', async () => {
   await using home = await TestHome.create()
-  await writeFile(join(home.path, 'atoll.yaml'), 'nbdSocket: off\nnbdInsecure: on\nnbd: 127.0.0.1:0\n')
+  const port = await freePort()
+  await writeFile(join(home.path, 'atoll.yaml'), `nbdSocket: off\nnbdInsecure: on\nnbd: 127.0.0.1:${port}\n`)
   const first = await home.start()
   expect(first.nbdSocket).toBeNull()
   home.cli('volume', 'create', 'disk', '--size', '64M')
   const attached = home.json<Attached>('volume', 'attach', 'disk')
-  const port = Number(new URL(first.nbd ?? '').port)
   expect(attached).toMatchObject({
     uri: `${first.nbd}/${attached.exportName}`,
     socketPath: null,
@@ -71,7 +72,7 @@ test('where the unix socket is off, attachments name the TCP address, also after
   expect(file.server).toEqual({ type: 'inet', host: '127.0.0.1', port: String(port) })
   expect(await home.end()).toBe(0)
 
-  const second = await home.start('--nbd', `127.0.0.1:${port}`)
+  const second = await home.start()
   expect(second.nbd).toBe(first.nbd)
   await using connection = await connect(attached.uri)
   expect(connection.sizeBytes).toBe(64 * 1024 * 1024)

@@ -53,6 +53,11 @@ export class BackgroundProcess {
     this.child.stdin?.write(text)
   }
 
+  /** Nothing more comes on its standard input. */
+  closeInput(): void {
+    this.child.stdin?.end()
+  }
+
   /** Waits until `condition` holds; fails when the process ends first, or after five minutes, which no machine takes that only is busy. */
   async until(what: string, condition: () => boolean | Promise<boolean>): Promise<void> {
     const came = await holdsWithin(limitMs, async () => {

@@ -119,7 +119,7 @@ describe.skipIf(!hasPrograms('nbdkit', 'nbdcopy', 'qemu-io'))('nbdkit in front o
 
   test('opens us again after kill -9 with the retry filter, and its client notices nothing', async () => {
     const uri = stand.clone('retried')
-    await using front = await nbdkit(uri, ['retry'], 'retries=20', 'retry-delay=1', 'retry-exponential=no')
+    await using front = await nbdkit(uri, ['retry'], 'retries=300', 'retry-delay=1', 'retry-exponential=no')
     await using writer = new PacedWriter(front.uri)
     await writer.isUnderWay()
     await stand.crash()

@@ -172,7 +172,16 @@ async function makeCertificates(home: TestHome): Promise<{ directory: string; cl
   return { directory, client: { ...files, servername: 'localhost' } }
 }
 
-/** Fuzzes for `durationMs`. A conversation's seed is in the error that it causes; `seed` replays the run, but for its timing. */
+/** Whether enough has been tried to say something, however slow the machine is. */
+function isWorthIt({
+  conversations,
+  answered,
+  tlsAnswered,
+}: Pick<NbdFuzzReport, 'conversations' | 'answered' | 'tlsAnswered'>): boolean {
+  return conversations > 10 && answered > 0 && tlsAnswered > 0
+}
+
+/** Fuzzes for `durationMs`, or until enough is tried. A conversation's seed is in the error that it causes; `seed` replays the run, but for its timing. */
 export async function fuzzNbd(options: {
   seed: number
   durationMs: number
@@ -229,7 +238,7 @@ export async function fuzzNbd(options: {
   }
   let nextReportAt = startedAt + 30_000
   const worker = async (workerIndex: number): Promise<void> => {
-    for (let round = 0; performance.now() - startedAt < durationMs; round += 1) {
+    for (let round = 0; performance.now() - startedAt < durationMs || !isWorthIt(report); round += 1) {
       const conversationSeed = (seed + workerIndex * 0x1000003 + round * 0x9e3779b1) >>> 0
       const random = generator(conversationSeed)
       const { stream, receivedBytes } = await (random(3) === 0 ? overTls(random) : inTheClear(random)).catch((cause: unknown) => {

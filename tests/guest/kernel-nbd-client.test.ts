@@ -12,6 +12,7 @@ import { TestAuthority } from '@atoll/nbd-client/testing'
 import { hasPrograms } from '../cli/test-programs.ts'
 import { mountExport } from '../clients/mounted-export.ts'
 import { clientOutcome, runClient } from '../clients/run-client.ts'
+import { freePort } from '../free-port.ts'
 import { TestHome } from '../test-home.ts'
 import type { Ready } from '../test-home.ts'
 import { canRunGuests, guestDisk, makeGuestLimitMs } from './guest-disk.ts'
@@ -47,7 +48,8 @@ describe.skipIf(!canRunGuests() || !hasPrograms('e2fsck', 'debugfs', 'nbdfuse', 
       await authority.issue(server, { commonName: 'localhost', usage: 'server' })
       await authority.issue(server, { commonName: 'a-guest', usage: 'client' })
       await (await TestAuthority.create(stranger)).issue(stranger, { commonName: 'a-stranger', usage: 'client' })
-      const ready = await home.start('--nbd', '127.0.0.1:0', '--nbd-tls', server)
+      const listen = ['--nbd', `127.0.0.1:${await freePort()}`, '--nbd-tls', server]
+      const ready = await home.start(...listen)
 
       const files = [
         ['ca.pem', join(server, 'ca-cert.pem')],
@@ -65,7 +67,7 @@ describe.skipIf(!canRunGuests() || !hasPrograms('e2fsck', 'debugfs', 'nbdfuse', 
         ready,
         again: async () => {
           await home.end('SIGKILL')
-          await home.start('--nbd', `127.0.0.1:${new URL(ready.nbd ?? '').port}`, '--nbd-tls', server)
+          await home.start(...listen)
         },
         options: `${anchor} -certfile /run/cert.pem -keyfile /run/key.pem`,
         before: `${written.join('')}
@@ -190,7 +192,7 @@ ${failOnDiskTrouble}
       // A request that a dead connection holds is asked again after -t, in seconds.
       return `
 echo ${encoded} | base64 -d | gunzip >/run/lasting.so || exit 2
-lasting() { NBD_DEAD_SECONDS=300 LD_PRELOAD=/run/lasting.so connect -t 10; }
+lasting() { NBD_DEAD_SECONDS=300 LD_PRELOAD=/run/lasting.so connect -t 30; }
 lasting && mount /dev/nbd0 /mnt && mkdir /mnt/log || exit 3
 write_files() {
   n=0

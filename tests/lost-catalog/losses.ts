@@ -162,7 +162,8 @@ class Losses {
     const [snapshot] = of('snapshot')
     if (roll < 55 && snapshot !== undefined) return { name: 'clone', run: async () => await this.#clone(`c${number}`, snapshot) }
     const [clone] = of('clone')
-    if (roll < 65 && clone !== undefined) return { name: 'rollback', run: async () => await this.#rollback(clone) }
+    if (roll < 65 && clone !== undefined)
+      return { name: 'rollback', run: async () => await this.#rollback(clone, `here${number}`) }
     if (roll < 85) return { name: 'file put', run: async () => await this.#put(`f${number}`) }
     if (roll < 92) return { name: 'reclaim', run: async () => void (await this.#run('pool', 'reclaim', 'default')) }
     return { name: 'create', run: async () => await this.#create(`c${number}`) }
@@ -187,11 +188,11 @@ class Losses {
     this.#fixed.set(name, { kind: 'clone', name, sha: sha256(new Uint8Array(volumeBytes)), bounds: null })
   }
 
-  /** To a snapshot of its own that was just taken: another active layer, the same content. */
-  async #rollback(clone: Fixed): Promise<void> {
-    await this.#run('snapshot', 'create', `${clone.name}@here`)
-    await this.#run('snapshot', 'rollback', `${clone.name}@here`)
-    await this.#run('snapshot', 'delete', `${clone.name}@here`)
+  /** To a snapshot of its own that was just taken: another active layer, the same content. A kill may leave the snapshot. */
+  async #rollback(clone: Fixed, name: string): Promise<void> {
+    await this.#run('snapshot', 'create', `${clone.name}@${name}`)
+    await this.#run('snapshot', 'rollback', `${clone.name}@${name}`)
+    await this.#run('snapshot', 'delete', `${clone.name}@${name}`)
   }
 
   async #put(name: string): Promise<void> {
