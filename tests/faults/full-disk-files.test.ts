@@ -1,13 +1,10 @@
 import { randomBytes } from 'node:crypto'
 import { readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { describe, expect, test, vi } from 'vitest'
+import { describe, expect, test } from 'vitest'
 import { TestHome } from '../test-home.ts'
 import { expectServed, makeOther, mebibyte } from './broken-home.ts'
 import { SmallDisk, whyNoSmallDisk } from './small-disk.ts'
-
-// Every step starts a process, and other tests run beside this.
-vi.setConfig({ testTimeout: 180_000 })
 
 const reason = await whyNoSmallDisk()
 if (reason !== null) console.log(`the tests of files on a full disk are skipped: ${reason}`)
