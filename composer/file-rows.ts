@@ -14,6 +14,7 @@ import {
   AtollError,
   currentFile,
   type CatalogTransaction,
+  type ContainerCountsRow,
   type ContainerRow,
   type FileRow,
   type ResourceRow,
@@ -66,7 +67,11 @@ export async function findContainer(tx: CatalogTransaction, projectId: string, n
 export async function requireContainer(tx: CatalogTransaction, projectId: string, name: string): Promise<ContainerRow> {
   const container = await findContainer(tx, projectId, name)
   if (container !== undefined) return container
-  throw new AtollError('CONTAINER_NOT_FOUND', `there is no container ${JSON.stringify(name)}`, { values: { container: name } })
+  throw containerNotFound(name)
+}
+
+export function containerNotFound(name: string): AtollError {
+  return new AtollError('CONTAINER_NOT_FOUND', `there is no container ${JSON.stringify(name)}`, { values: { container: name } })
 }
 
 export async function insertContainer(
@@ -79,6 +84,18 @@ export async function insertContainer(
     .values({ id: newId(), ...container, created_at: nowMs, updated_at: nowMs })
     .returningAll()
     .executeTakeFirstOrThrow()
+}
+
+/** A container and what is in it. */
+export type CountedContainer = ContainerRow & Omit<ContainerCountsRow, 'container_id'>
+
+/** Containers with what is in them, of any project. */
+export function selectContainers(tx: CatalogTransaction) {
+  return tx
+    .selectFrom('containers')
+    .innerJoin('container_counts', 'container_counts.container_id', 'containers.id')
+    .selectAll('containers')
+    .select(['container_counts.file_count', 'container_counts.size_high', 'container_counts.size_low'])
 }
 
 /** Files with what their resources say, of any container. */

@@ -17,24 +17,23 @@ import {
   checkFileName,
   checkMetadata,
   contentTypeDefault,
-  currentFile,
   isAtollError,
   isId,
   parseFilePath,
   toAtollError,
   volumeSizeMaxBytes,
+  type CatalogTransaction,
   type Clock,
-  type ContainerRow,
   type NewId,
   type ProjectRow,
   type ResourceRow,
 } from '@atoll/core'
 import { isMapUnreadable, type FileRows, type FileTarget } from '@atoll/mapper'
-import { setImmediate as nextTurn } from 'node:timers/promises'
 import { ByteStream } from './byte-stream.ts'
 import { listFiles, type Listing, type ListingOptions } from './file-listing.ts'
 import { FileReader } from './file-reader.ts'
 import {
+  containerNotFound,
   fileKey,
   fileNotFound,
   findCurrent,
@@ -45,7 +44,9 @@ import {
   requireFile,
   resourceName,
   retire,
+  selectContainers,
   selectFiles,
+  type CountedContainer,
   type FilePlace,
   type FoundFile,
 } from './file-rows.ts'
@@ -63,8 +64,6 @@ const putWaitersMax = 1000
 export const readersMax = 256
 /** A name may be given another file between the moment it is looked up and the moment that file is opened. */
 const openTriesMax = 8
-/** Rows counted in one turn of the event loop. */
-const countedRowsPerTurn = 1000
 
 export interface ContainerView {
   id: string
@@ -351,6 +350,42 @@ export class FileService {
     reclaim.request()
   }
 
+  /**
+   * Changes what is said about a file that is there. What is given replaces what was said before: all of the metadata, too.
+   * @throws AtollError FILE_NOT_FOUND, CONTAINER_NOT_FOUND, METADATA_INVALID; ARGUMENT_INVALID for an old version
+   */
+  async set(
+    ref: ProjectScope & { path: string },
+    { metadata, contentType }: { metadata?: Record<string, string>; contentType?: string },
+  ): Promise<FileView> {
+    const { catalog, locks } = this.context
+    if (metadata !== undefined) checkMetadata(metadata)
+    if (contentType !== undefined) checkContentType(contentType)
+    const { found, container } = await this.find(ref)
+    return await locks.run(fileKey(found.project_id, container, found.name), async () => {
+      const changed = await catalog.write(async (tx) => {
+        const parent = await requireContainer(tx, found.project_id, container)
+        const file = await requireFile(tx, parent, found.name, isId(ref.path.toLowerCase()) ? found.id : undefined)
+        if (!file.is_current) {
+          throw new AtollError('ARGUMENT_INVALID', `${file.id} is an old version, which stays as it is`, {
+            values: { id: file.id },
+          })
+        }
+        await tx
+          .updateTable('files')
+          .set({
+            metadata: metadata ?? file.metadata,
+            content_type: contentType ?? file.content_type,
+          })
+          .where('id', '=', file.id)
+          .execute()
+        await tx.updateTable('resources').set({ updated_at: this.clock.nowMs() }).where('id', '=', file.id).execute()
+        return await requireFile(tx, parent, found.name, file.id)
+      })
+      return await this.fileView(changed, container)
+    })
+  }
+
   /** Makes a container; one that is there already stays as it is and is returned. @throws AtollError NAME_INVALID, METADATA_INVALID */
   async createContainer(
     name: string,
@@ -360,40 +395,39 @@ export class FileService {
     checkContainerName(name)
     checkMetadata(options.metadata ?? {})
     const project = await resolver.project(options)
-    let created = false
-    const row = await catalog.write(async (tx) => {
+    const { versioned = false, metadata = {} } = options
+    return await catalog.write(async (tx) => {
       const found = await findContainer(tx, project.id, name)
-      created = found === undefined
-      const { versioned = false, metadata = {} } = options
       const sources = { nowMs: this.clock.nowMs(), newId: this.newId }
-      return found ?? (await insertContainer(tx, { project_id: project.id, name, versioned, metadata }, sources))
+      if (found === undefined) await insertContainer(tx, { project_id: project.id, name, versioned, metadata }, sources)
+      return { container: await containerView(tx, project.id, name), created: found === undefined }
     })
-    return { container: await this.containerView(row), created }
   }
 
-  /** Changes what is given. @throws AtollError CONTAINER_NOT_FOUND, METADATA_INVALID */
+  /**
+   * Changes what is given. Metadata is changed item by item, as in Swift: an item with an empty value goes, and what is not named
+   * stays.
+   * @throws AtollError CONTAINER_NOT_FOUND, METADATA_INVALID
+   */
   async setContainer(
     name: string,
     options: ProjectScope & { versioned?: boolean; metadata?: Record<string, string> },
   ): Promise<ContainerView> {
     const { catalog, resolver } = this.context
-    const { versioned, metadata } = options
-    checkMetadata(metadata ?? {})
     const project = await resolver.project(options)
-    const row = await catalog.write(async (tx) => {
-      const { id } = await requireContainer(tx, project.id, name)
-      return await tx
+    return await catalog.write(async (tx) => {
+      const row = await requireContainer(tx, project.id, name)
+      const items = Object.entries({ ...row.metadata, ...options.metadata }).filter(([, value]) => value !== '')
+      const metadata = Object.fromEntries(items)
+      checkMetadata({ ...options.metadata, ...metadata })
+      const { versioned = row.versioned } = options
+      await tx
         .updateTable('containers')
-        .set({
-          updated_at: this.clock.nowMs(),
-          ...(versioned === undefined ? {} : { versioned }),
-          ...(metadata === undefined ? {} : { metadata }),
-        })
-        .where('id', '=', id)
-        .returningAll()
-        .executeTakeFirstOrThrow()
+        .set({ updated_at: this.clock.nowMs(), versioned, metadata })
+        .where('id', '=', row.id)
+        .execute()
+      return await containerView(tx, project.id, name)
     })
-    return await this.containerView(row)
   }
 
   /** Deletes a container in which nothing is, also no old version. @throws AtollError CONTAINER_NOT_FOUND, CONTAINER_NOT_EMPTY */
@@ -426,22 +460,18 @@ export class FileService {
   async showContainer(name: string, scope: ProjectScope = {}): Promise<ContainerView> {
     const { catalog, resolver } = this.context
     const project = await resolver.project(scope)
-    return await this.containerView(await requireContainer(catalog.db, project.id, name))
+    return await containerView(catalog.db, project.id, name)
   }
 
   /** The containers of the project, by name. */
   async listContainers(scope: ProjectScope = {}): Promise<ContainerView[]> {
     const { catalog, resolver } = this.context
     const project = await resolver.project(scope)
-    const rows = await catalog.db
-      .selectFrom('containers')
-      .selectAll()
-      .where('project_id', '=', project.id)
-      .orderBy('name')
+    const rows = await selectContainers(catalog.db)
+      .where('containers.project_id', '=', project.id)
+      .orderBy('containers.name')
       .execute()
-    const views: ContainerView[] = []
-    for (const row of rows) views.push(await this.containerView(row))
-    return views
+    return rows.map(viewOfContainer)
   }
 
   /** What is under way, so that `close` can wait for it. */
@@ -659,39 +689,29 @@ export class FileService {
     const pools = await this.context.catalog.db.selectFrom('pools').select(['id', 'name']).execute()
     return new Map(pools.map(({ id, name }) => [id, name]))
   }
+}
 
-  private async containerView(row: ContainerRow): Promise<ContainerView> {
-    const { db } = this.context.catalog
-    let fileCount = 0
-    let sizeBytes = 0
-    for (let after = ''; ;) {
-      const rows = await db
-        .selectFrom('files')
-        .innerJoin('resources', 'resources.id', 'files.id')
-        .select(['files.name', 'resources.size_bytes'])
-        .where('files.container_id', '=', row.id)
-        .where(currentFile)
-        .where('files.name', '>', after)
-        .orderBy('files.name')
-        .limit(countedRowsPerTurn)
-        .execute()
-      fileCount += rows.length
-      for (const file of rows) sizeBytes += file.size_bytes
-      if (rows.length < countedRowsPerTurn) break
-      after = rows.at(-1)?.name ?? ''
-      await nextTurn()
-    }
-    return {
-      id: row.id,
-      projectId: row.project_id,
-      name: row.name,
-      versioned: row.versioned,
-      metadata: row.metadata,
-      fileCount,
-      sizeBytes,
-      createdAt: row.created_at,
-      updatedAt: row.updated_at,
-    }
+/** @throws AtollError CONTAINER_NOT_FOUND */
+async function containerView(tx: CatalogTransaction, projectId: string, name: string): Promise<ContainerView> {
+  const row = await selectContainers(tx)
+    .where('containers.project_id', '=', projectId)
+    .where('containers.name', '=', name)
+    .executeTakeFirst()
+  if (row === undefined) throw containerNotFound(name)
+  return viewOfContainer(row)
+}
+
+function viewOfContainer({ size_high, size_low, ...row }: CountedContainer): ContainerView {
+  return {
+    id: row.id,
+    projectId: row.project_id,
+    name: row.name,
+    versioned: row.versioned,
+    metadata: row.metadata,
+    fileCount: row.file_count,
+    sizeBytes: size_high * 2 ** 32 + size_low,
+    createdAt: row.created_at,
+    updatedAt: row.updated_at,
   }
 }
 

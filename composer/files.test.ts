@@ -492,6 +492,43 @@ describe('a listing', () => {
   })
 })
 
+describe('what is said about a file', () => {
+  test('is changed without its content: what is given replaces all that was said, and readers go on', async () => {
+    const { id, createdAt } = await put('c/n', 'content', { metadata: { a: '1', b: '2' }, contentType: 'text/plain' })
+    const reading = await composer.files.read({ path: 'c/n' })
+    expect(await composer.files.set({ path: 'c/n' }, { metadata: { c: '3' } })).toMatchObject({
+      id,
+      createdAt,
+      metadata: { c: '3' },
+      contentType: 'text/plain',
+      etag: md5('content'),
+    })
+    expect(await composer.files.set({ path: id }, { contentType: 'image/png' })).toMatchObject({ metadata: { c: '3' } })
+    expect(await composer.files.set({ path: 'c/n' }, { metadata: {} })).toMatchObject({ metadata: {}, contentType: 'image/png' })
+    expect(await contentOf(reading)).toEqual(Buffer.from('content'))
+    await daemon.stop()
+    await start()
+    expect(await composer.files.show({ path: 'c/n' })).toMatchObject({ id, metadata: {}, contentType: 'image/png' })
+  })
+
+  test('is refused where it passes the limits, or of what is not there or was replaced', async () => {
+    await composer.files.createContainer('c', { versioned: true })
+    const old = await put('c/n', 'one', { metadata: { a: '1' } })
+    const present = await put('c/n', 'two', { metadata: { a: '2' } })
+    const set = async (path: string, changes: Parameters<typeof composer.files.set>[1]) =>
+      await composer.files.set({ path }, changes)
+    await expect(set('c/n', { metadata: { a: 'x'.repeat(257) } })).rejects.toMatchObject({ code: 'METADATA_INVALID' })
+    await expect(set('c/n', { contentType: 'text\nplain' })).rejects.toMatchObject({ code: 'METADATA_INVALID' })
+    await expect(set('c/m', { metadata: {} })).rejects.toMatchObject({ code: 'FILE_NOT_FOUND' })
+    await expect(set('d/n', { metadata: {} })).rejects.toMatchObject({ code: 'CONTAINER_NOT_FOUND' })
+    await expect(set(old.id, { metadata: {} })).rejects.toMatchObject({ code: 'ARGUMENT_INVALID' })
+    expect(await composer.files.show({ path: old.id })).toMatchObject({ metadata: { a: '1' } })
+    await composer.files.delete({ path: 'c/n' })
+    await expect(set('c/n', { metadata: {} })).rejects.toMatchObject({ code: 'FILE_NOT_FOUND' })
+    await expect(set(present.id, { metadata: {} })).rejects.toMatchObject({ code: 'ARGUMENT_INVALID' })
+  })
+})
+
 describe('a versioned container', () => {
   test('keeps what puts replace and what is deleted, until a version is deleted by its id', async () => {
     await composer.files.createContainer('c', { versioned: true })
@@ -557,6 +594,84 @@ describe('containers', () => {
     await composer.files.deleteContainer('b')
     expect(await composer.files.listContainers()).toEqual([])
   })
+})
+
+test('the metadata of a container is changed item by item', async () => {
+  await composer.files.createContainer('c', { metadata: { a: '1', b: '2' } })
+  await composer.files.setContainer('c', { metadata: { a: '', c: '3', none: '' } })
+  expect(await composer.files.setContainer('c', { versioned: true })).toMatchObject({
+    metadata: { b: '2', c: '3' },
+    versioned: true,
+  })
+  const many = Object.fromEntries(Array.from({ length: 89 }, (_, index) => [`k${index}`, 'v']))
+  await expect(composer.files.setContainer('c', { metadata: many })).rejects.toMatchObject({ code: 'METADATA_INVALID' })
+  await expect(composer.files.setContainer('d', { versioned: true })).rejects.toMatchObject({ code: 'CONTAINER_NOT_FOUND' })
+  expect(await composer.files.showContainer('c')).toMatchObject({ metadata: { b: '2', c: '3' } })
+})
+
+function mulberry32(seed: number): () => number {
+  let state = seed
+  return () => {
+    state = (state + 0x6d2b79f5) | 0
+    let mixed = Math.imul(state ^ (state >>> 15), 1 | state)
+    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32
+  }
+}
+
+async function* brokenOff(lengthBytes: number): AsyncGenerator<Uint8Array> {
+  yield Buffer.alloc(lengthBytes, 1)
+  throw new Error('the sender is gone')
+}
+
+function ignoreMissing(error: unknown): void {
+  if (!isAtollError(error, 'FILE_NOT_FOUND')) throw error
+}
+
+function ignoreLost(error: unknown): void {
+  if (!isAtollError(error, 'FILE_STREAM_LOST')) throw error
+}
+
+test('containers know how much is in them, whatever happens to their files', async () => {
+  const seed = randomBytes(4).readUInt32LE()
+  const random = mulberry32(seed)
+  const below = (end: number): number => Math.floor(random() * end)
+  const pick = <T>(of: readonly T[]): T => of[below(of.length)] as T
+  const containers = ['a', 'b']
+  for (let huge = 0; huge < 2; huge += 1) await composer.volumes.create({ name: `huge-${huge}`, sizeBytes: 2 ** 45 })
+  const readings: Reading[] = []
+  const counted = async (name: string) => {
+    const { entries } = await composer.files.list(name)
+    return {
+      fileCount: entries.length,
+      sizeBytes: entries.reduce((sum, entry) => sum + ('sizeBytes' in entry ? entry.sizeBytes : 0), 0),
+    }
+  }
+  await composer.files.createContainer('a')
+  await composer.files.createContainer('b', { versioned: true })
+  for (let step = 0; step < 150; step += 1) {
+    const container = pick(containers)
+    const path = `${container}/${pick(['x', 'y', 'z'])}`
+    const roll = below(100)
+    const versions = (await composer.files.list(container, { versions: true })).entries.flatMap((entry) =>
+      'id' in entry ? [entry.id] : [],
+    )
+    if (roll < 30) await put(path, 'x'.repeat(below(10_000)))
+    else if (roll < 45) await composer.files.putFrom({ container, name: path.slice(2), from: `volume:huge-${below(2)}` })
+    else if (roll < 60) await composer.files.delete({ path }).catch(ignoreMissing)
+    else if (roll < 70 && versions.length > 0) await composer.files.delete({ path: pick(versions) })
+    else if (roll < 80) await composer.files.read({ path }).then((reading) => readings.push(reading), ignoreMissing)
+    else if (roll < 85) await readings.pop()?.content.close()
+    else if (roll < 90) await composer.files.setContainer(container, { versioned: below(2) === 0 })
+    else if (roll < 95) await put(path, '', { stream: brokenOff(below(5000)) }).catch(ignoreLost)
+    else await composer.files.set({ path }, { metadata: { step: String(step) } }).catch(ignoreMissing)
+    expect(await composer.files.showContainer(container), `seed ${seed}, step ${step}`).toMatchObject(await counted(container))
+  }
+  for (const { content } of readings) await content.close()
+  const views = await composer.files.listContainers()
+  await daemon.stop()
+  await start()
+  expect(await composer.files.listContainers(), `seed ${seed}`).toEqual(views)
 })
 
 test('more readers than there may be are refused, and those that are done make room', async () => {

@@ -23,8 +23,9 @@ export function register(file: Command): void {
   registerContainers(file)
 }
 
-function collect(value: string, all: readonly string[]): string[] {
-  return [...all, value]
+/** `all` is false behind `--no-…`. */
+function collect(value: string, all: readonly string[] | false): string[] {
+  return [...(all === false ? [] : all), value]
 }
 
 interface PutOptions {
@@ -33,6 +34,12 @@ interface PutOptions {
   readonly contentType?: string
   readonly pool?: string
   readonly replace: boolean
+}
+
+interface SetOptions {
+  /** false: `--no-meta`. */
+  readonly meta: readonly string[] | false
+  readonly contentType?: string
 }
 
 interface GetOptions {
@@ -246,6 +253,31 @@ function registerNames(file: Command): void {
   )
   withExample(
     file
+      .command('set')
+      .description('change what is said about a file; its content stays')
+      .argument('<container/name>', 'or an id')
+      .option(
+        '--meta <key=value>',
+        'something to remember about it, instead of all that was said before; may be repeated',
+        collect,
+        [],
+      )
+      .option('--no-meta', 'forget all that was said')
+      .option('--content-type <type>', 'what it is')
+      .action(async (path: string, options: SetOptions, command: Command) => {
+        const context = contextOf(command)
+        const { contentType, meta } = options
+        const metadata = meta === false ? {} : meta.length === 0 ? undefined : readMetadata(meta)
+        if (metadata === undefined && contentType === undefined)
+          throw usageError('say what to change: --meta, --no-meta or --content-type')
+        const body = { path, metadata, contentType, project: context.project }
+        const document = await context.client.post<FileSummary>('/v1/file', body)
+        context.print(document, () => document.id)
+      }),
+    'atoll file set logs/2026/november.log --meta reviewed=yes --content-type text/plain',
+  )
+  withExample(
+    file
       .command('delete')
       .description('delete a file; a versioned container keeps what was there')
       .argument('<container/name>', 'or the id of a version')
@@ -337,7 +369,7 @@ function fileText(file: FileDocument): string {
     ['what', file.current ? null : versionKind(file)],
     ['size', `${formatBytes(file.sizeBytes)} (${file.sizeBytes} bytes)`],
     ['type', file.contentType],
-    ['md5', file.etag],
+    ['md5', file.etag ?? (file.deleteMarker ? null : 'not known: made without reading the content')],
     ['pool', file.pool],
     ['used', bytesIfKnown(file.usedBytes)],
     ['shared', bytesIfKnown(file.sharedBytes)],
@@ -374,6 +406,15 @@ async function printContainers(context: CommandContext): Promise<void> {
   )
 }
 
+interface ContainerOptions {
+  readonly versioned?: boolean
+  readonly meta: readonly string[]
+}
+
+function containerBody(context: CommandContext, container: string, { versioned, meta }: ContainerOptions): object {
+  return { container, versioned, metadata: meta.length === 0 ? undefined : readMetadata(meta), project: context.project }
+}
+
 function registerContainers(file: Command): void {
   const container = withExample(
     file.command('container').description('make, change and delete containers'),
@@ -389,10 +430,10 @@ function registerContainers(file: Command): void {
       .description('make a container; a put makes one by itself')
       .argument('<container>')
       .option('--versioned <on|off>', 'keep what puts and deletes replace (default: off)', onOff)
-      .action(async (name: string, options: { versioned?: boolean }, command: Command) => {
+      .option('--meta <key=value>', 'something to remember about it; may be repeated', collect, [])
+      .action(async (name: string, options: ContainerOptions, command: Command) => {
         const context = contextOf(command)
-        const body = { container: name, versioned: options.versioned, project: context.project }
-        const document = await context.client.post<ContainerDocument>('/v1/containers', body)
+        const document = await context.client.post<ContainerDocument>('/v1/containers', containerBody(context, name, options))
         context.print(document, () => document.id)
       }),
     'atoll file container create notes --versioned on',
@@ -402,11 +443,13 @@ function registerContainers(file: Command): void {
       .command('set')
       .description('change a container')
       .argument('<container>')
-      .requiredOption('--versioned <on|off>', 'keep what puts and deletes replace', onOff)
-      .action(async (name: string, options: { versioned: boolean }, command: Command) => {
+      .option('--versioned <on|off>', 'keep what puts and deletes replace', onOff)
+      .option('--meta <key=value>', 'something to remember about it; KEY= forgets that; may be repeated', collect, [])
+      .action(async (name: string, options: ContainerOptions, command: Command) => {
         const context = contextOf(command)
-        const body = { container: name, versioned: options.versioned, project: context.project }
-        const document = await context.client.post<ContainerDocument>('/v1/container', body)
+        if (options.versioned === undefined && options.meta.length === 0)
+          throw usageError('say what to change: --versioned or --meta')
+        const document = await context.client.post<ContainerDocument>('/v1/container', containerBody(context, name, options))
         context.print(document, () => containerText(document))
       }),
     'atoll file container set notes --versioned off',

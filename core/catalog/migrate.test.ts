@@ -5,6 +5,7 @@ import Database from 'better-sqlite3'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { catalogFormatVersion } from './migrate.ts'
 import { createTables } from './migrations/0001-create-tables.ts'
+import { migrations } from './migrations/index.ts'
 import { openCatalog } from './open-catalog.ts'
 import { adminProject } from './schema.ts'
 import { kyselyOver, SqliteConnection } from './sqlite-connection.ts'
@@ -50,6 +51,40 @@ test('a catalog of the first format is brought to the present one and keeps its 
     ])
     expect(await catalog.db.selectFrom('containers').selectAll().execute()).toEqual([])
     expect(await catalog.db.selectFrom('files').selectAll().execute()).toEqual([])
+  } finally {
+    await catalog.close()
+  }
+})
+
+test('the files of an older catalog are counted when it is brought forward', async () => {
+  const path = join(folder, 'catalog.db')
+  await firstFormat(path)
+  const database = new Database(path)
+  const db = kyselyOver(new SqliteConnection(database, path), async () => () => {}) as never
+  for (const { up } of migrations.slice(1, 5)) await up(db)
+  database.pragma('foreign_keys = off')
+  const [project, pool] = [adminProject.id, ids.pool]
+  database.exec(`update meta set value = '5' where key = 'format_version';
+    insert into containers values ('c', '${project}', 'c', 0, '{}', 1, 1), ('d', '${project}', 'd', 0, '{}', 1, 1);`)
+  for (const [id, sizeBytes, isCurrent] of [
+    ['f1', 2 ** 49, 1],
+    ['f2', 5, 1],
+    ['f3', 70, 0],
+  ] as const) {
+    database.exec(`
+      insert into resources values ('${id}', '${project}', 'file', 'f', ${sizeBytes}, 0, 0, '${pool}', null, null, 'available', 1, 1);
+      insert into files values ('${id}', '${project}', 'c', '${id}', ${isCurrent}, 0, 0, null, 't', '{}', 1);`)
+  }
+  database.close()
+  const catalog = await openCatalog(path, { reserveBytes: 0 })
+  try {
+    const counts = async () => await catalog.db.selectFrom('container_counts').selectAll().orderBy('container_id').execute()
+    const none = { container_id: 'd', file_count: 0, size_high: 0, size_low: 0 }
+    expect(await counts()).toEqual([{ container_id: 'c', file_count: 2, size_high: 2 ** 17, size_low: 5 }, none])
+    await catalog.write(async (tx) => void (await tx.deleteFrom('resources').where('id', '=', 'f1').execute()))
+    expect(await counts()).toEqual([{ container_id: 'c', file_count: 1, size_high: 0, size_low: 5 }, none])
+    await catalog.write(async (tx) => void (await tx.deleteFrom('containers').where('id', '=', 'd').execute()))
+    expect(await counts()).toHaveLength(1)
   } finally {
     await catalog.close()
   }

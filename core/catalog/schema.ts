@@ -183,6 +183,15 @@ export interface ContainersTable {
   updated_at: number
 }
 
+/** What is in a container, old versions left out; written by triggers (migration 0006). */
+export interface ContainerCountsTable {
+  container_id: string
+  file_count: number
+  /** Of all sizes together: the bytes are `size_high * 2 ** 32 + size_low`, and `size_low` may be any number. */
+  size_high: number
+  size_low: number
+}
+
 export interface FilesTable {
   /** The resource with the content; also the version's id. */
   id: string
@@ -241,6 +250,7 @@ export interface Schema {
   pages: PagesTable
   page_ranges: PageRangesTable
   containers: ContainersTable
+  container_counts: ContainerCountsTable
   files: FilesTable
   export_changes: ExportChangesTable
   export_pools: ExportPoolsTable
@@ -257,6 +267,7 @@ export type AttachmentRow = Selectable<AttachmentsTable>
 export type JobRow = Selectable<JobsTable>
 export type PageRangeRow = Selectable<PageRangesTable>
 export type ContainerRow = Selectable<ContainersTable>
+export type ContainerCountsRow = Selectable<ContainerCountsTable>
 export type FileRow = Selectable<FilesTable>
 export type NewResource = Insertable<ResourcesTable>
 export type ResourceUpdate = Updateable<ResourcesTable>

@@ -22,6 +22,7 @@ interface File {
 interface Container {
   readonly name: string
   readonly fileCount: number
+  readonly sizeBytes: number
   readonly versioned: boolean
 }
 
@@ -206,6 +207,30 @@ describe('files', () => {
     expect(home.json<File[]>('file', 'list', 'c').map(({ name }) => name)).toEqual(['kept'])
     expect(home.json<Container[]>('file', 'list')).toHaveLength(1)
     home.cli('file', 'delete', 'c/kept')
+  })
+
+  test('what is said about a file and a container is changed without the content', async () => {
+    const id = home.cli('file', 'put', 'c/n', await source('in', 'content'), '--meta', 'a=1', '--meta', 'b=2').trim()
+    expect(home.cli('file', 'set', 'c/n', '--meta', 'c=3', '--content-type', 'text/plain').trim()).toBe(id)
+    expect(home.json<File>('file', 'show', 'c/n')).toMatchObject({ id, metadata: { c: '3' }, contentType: 'text/plain' })
+    expect(home.json<File>('file', 'set', id, '--no-meta')).toMatchObject({ metadata: {}, contentType: 'text/plain' })
+    expect(home.run('file', 'set', 'c/n').exitCode).toBe(2)
+    expect(home.fail('file', 'set', 'c/m', '--no-meta')).toBe('FILE_NOT_FOUND')
+    expect(home.fail('file', 'set', 'c/n', '--content-type', 'ü')).toBe('METADATA_INVALID')
+    home.cli('file', 'container', 'create', 'd', '--meta', 'a=1', '--meta', 'b=2')
+    expect(home.json('file', 'container', 'set', 'd', '--meta', 'a=', '--meta', 'c=3')).toMatchObject({
+      metadata: { b: '2', c: '3' },
+    })
+    expect(home.run('file', 'container', 'set', 'd').exitCode).toBe(2)
+    home.cli('file', 'container', 'delete', 'd')
+    expect(home.json<Container[]>('file', 'list')).toMatchObject([{ name: 'c', fileCount: 1, sizeBytes: 7 }])
+    home.cli('image', 'create', 'unread', '--from', 'file:c/n')
+    home.cli('file', 'put', 'c/unread', '--from', 'image:unread')
+    expect(home.json<File>('file', 'show', 'c/unread').etag).toBeNull()
+    expect(home.cli('file', 'show', 'c/unread')).toMatch(/^md5: +not known/m)
+    home.cli('image', 'delete', 'unread')
+    for (const name of ['n', 'unread']) home.cli('file', 'delete', `c/${name}`)
+    home.cli('file', 'container', 'delete', 'c')
   })
 
   test('names that are awkward in a URL, a shell or a terminal work', async () => {

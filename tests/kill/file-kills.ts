@@ -181,6 +181,11 @@ async function checkAll(home: TestHome, names: readonly string[], oracle: Oracle
     }
     oracle.settle(name, content)
   }
+  const [counted] = await home.jsonMeanwhile<{ fileCount: number; sizeBytes: number }[]>('file', 'list')
+  const sizeBytes = listed.reduce((sum, file) => sum + file.sizeBytes, 0)
+  if (counted?.fileCount !== listed.length || counted.sizeBytes !== sizeBytes) {
+    throw new Error(`${listed.length} files with ${sizeBytes} bytes are counted as ${JSON.stringify(counted)}`)
+  }
   if (listed.length > names.length) throw new Error(`${listed.length} files instead of at most ${names.length}`)
   const { findings } = await home.jsonMeanwhile<{ findings: unknown[] }>('check')
   if (findings.length > 0) throw new Error(`check finds ${JSON.stringify(findings)}`)

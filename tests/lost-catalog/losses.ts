@@ -245,9 +245,11 @@ class Losses {
   }
 
   async #files(): Promise<string[]> {
-    const containers = await this.#run<{ name: string }[]>('file', 'list')
-    if (containers.length === 0) return []
-    return (await this.#run<{ name: string }[]>('file', 'list', 'box')).map(({ name }) => name)
+    const [box] = await this.#run<{ fileCount: number }[]>('file', 'list')
+    if (box === undefined) return []
+    const names = (await this.#run<{ name: string }[]>('file', 'list', 'box')).map(({ name }) => name)
+    if (box.fileCount !== names.length) throw new Error(`${names.length} files are counted as ${box.fileCount}`)
+    return names
   }
 
   async #compare(context: string, fixed: Fixed): Promise<void> {

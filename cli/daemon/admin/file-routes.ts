@@ -28,7 +28,13 @@ const count = z.coerce.number().int().min(0)
 const scope = z.strictObject(projectField)
 const container = { container: typedText, ...projectField }
 const oneContainer = z.strictObject(container)
-const creation = z.strictObject({ versioned: z.boolean().optional(), metadata: metadata.optional(), ...container })
+const containerChange = z.strictObject({ versioned: z.boolean().optional(), metadata: metadata.optional(), ...container })
+const fileChange = z.strictObject({
+  path: typedText,
+  contentType: typedText.optional(),
+  metadata: metadata.optional(),
+  ...projectField,
+})
 const listing = z.strictObject({
   prefix: typedText.optional(),
   delimiter: typedText.optional(),
@@ -71,7 +77,7 @@ export function addFileRoutes(server: FastifyInstance, { composer, stopping }: A
     return toDocument(await files.showContainer(name, options))
   })
   server.post('/v1/containers', async (request, reply) => {
-    const { container: name, ...options } = checkRequest(creation, request.body)
+    const { container: name, ...options } = checkRequest(containerChange, request.body)
     const { container: view, created } = await files.createContainer(name, options)
     if (!created) {
       throw new AtollError('NAME_TAKEN', `there is already a container named ${JSON.stringify(name)}`, {
@@ -81,7 +87,7 @@ export function addFileRoutes(server: FastifyInstance, { composer, stopping }: A
     return reply.code(201).send(toDocument(view))
   })
   server.post('/v1/container', async (request) => {
-    const { container: name, ...options } = checkRequest(creation, request.body)
+    const { container: name, ...options } = checkRequest(containerChange, request.body)
     return toDocument(await files.setContainer(name, options))
   })
   server.delete('/v1/container', async (request) => {
@@ -95,6 +101,11 @@ export function addFileRoutes(server: FastifyInstance, { composer, stopping }: A
     return { entries: entries.map((entry) => ('commonPrefix' in entry ? entry : toDocument(entry))), next }
   })
   server.get('/v1/file', async (request) => toDocument(await files.show(checkRequest(oneFile, request.query))))
+  server.post('/v1/file', async (request) => {
+    const { contentType, metadata: said, ...ref } = checkRequest(fileChange, request.body)
+    const changes = { ...(said === undefined ? {} : { metadata: said }), ...(contentType === undefined ? {} : { contentType }) }
+    return toDocument(await files.set(ref, changes))
+  })
   server.delete('/v1/file', async (request) => {
     const ref = checkRequest(oneFile, request.query)
     await files.delete(ref)

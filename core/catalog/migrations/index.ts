@@ -11,6 +11,7 @@ import { createFiles } from './0002-files.ts'
 import { addPoolSettings } from './0004-pool-settings.ts'
 import { exportOutbox } from './0003-export-outbox.ts'
 import { orderResources } from './0005-resource-order.ts'
+import { countContainers } from './0006-container-counts.ts'
 
 export interface Migration {
   readonly name: string
@@ -18,4 +19,11 @@ export interface Migration {
   up(tx: Kysely<unknown>): Promise<void>
 }
 
-export const migrations: readonly Migration[] = [createTables, createFiles, exportOutbox, addPoolSettings, orderResources]
+export const migrations: readonly Migration[] = [
+  createTables,
+  createFiles,
+  exportOutbox,
+  addPoolSettings,
+  orderResources,
+  countContainers,
+]
