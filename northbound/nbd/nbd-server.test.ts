@@ -8,6 +8,9 @@ import { KiB, MiB, NbdFixture } from './testing/nbd-fixture.ts'
 
 const { option, optionReply } = protocol
 
+/** Of what goes on when other faults are set. */
+const heldMs = 1_000_000
+
 let fixture: NbdFixture
 afterEach(async () => {
   await fixture.close()
@@ -123,11 +126,13 @@ describe('the NBD server', () => {
     fixture.exports.add('disk', device)
     const connection = await connect(fixture.uri())
     await connection.write(0, Buffer.alloc(4096, 1))
-    store.setFaults({ seed: 1, rules: [{ operation: 'sync', errno: 0, delayMs: 300 }] })
+    store.setFaults({ seed: 1, rules: [{ operation: 'sync', errno: 0, delayMs: heldMs }] })
     const flushed = connection.flush()
     // The request must have been received: a read behind it has been answered.
     await connection.read(0, 512)
-    await fixture.server.drain()
+    const drained = fixture.server.drain()
+    store.setFaults({ seed: 1, rules: [] })
+    await drained
     await flushed
     await connection.closed
     expect(fixture.exports.count('disk')).toBe(0)
@@ -148,12 +153,13 @@ describe('the NBD server', () => {
     const target = kind === 'unix' ? fixture.uri() : { host: host!, port: port! }
     const connection = await connect(target, { exportName: 'disk' })
     await connection.write(0, Buffer.alloc(4096, 1))
-    store.setFaults({ seed: 1, rules: [{ operation: 'sync', errno: 0, delayMs: 2000 }] })
+    store.setFaults({ seed: 1, rules: [{ operation: 'sync', errno: 0, delayMs: heldMs }] })
     const flushed = connection.flush()
     await connection.read(0, 512)
     const drained = (kind === 'unix' ? fixture.server : tcp).drain()
     await expect(connection.write(0, Buffer.alloc(MiB, 2))).rejects.toMatchObject({ errnoName: 'ESHUTDOWN' })
     await expect(connection.read(0, 512)).rejects.toMatchObject({ errnoName: 'ESHUTDOWN' })
+    store.setFaults({ seed: 1, rules: [] })
     await flushed
     await drained
     expect((await connection.closed)?.code).toBe('NBD_CONNECTION_LOST')

@@ -172,7 +172,7 @@ fn a_clone_behaves_as_a_plain_array_through_writes_snapshots_checkpoints_and_reo
         for _ in 0..120 {
             match random.below(20) {
                 0 => {
-                    let reports = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(5)).unwrap();
+                    let reports = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(300)).unwrap();
                     mutate(&mut random, &world.device, &mut model.clone());
                     // The write above came after the swap: take it from the device, the snapshot must not have it.
                     snapshots.push((reports[0].frozen.clone(), model.clone()));
@@ -256,7 +256,7 @@ fn no_crash_state_loses_a_flushed_write_or_shows_a_value_that_was_never_possible
                 }),
                 3 => {
                     // A snapshot whose transaction comes after a flushed write to the new layer: crash states lie on both sides.
-                    Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(5)).unwrap();
+                    Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(300)).unwrap();
                     mutate(&mut random, &world.device, &mut model);
                     possible.wrote(&model);
                     if random.below(2) == 0 {
@@ -317,7 +317,7 @@ fn check_boundaries(store: &MemoryStore, from: u64, catalog: &Catalog, possible:
             }
             assert!(read_all(&device) == expected, "{context}: a partial write merged with stale bytes");
             // Life goes on: a snapshot into whatever the crash left of the next layer, a flush, a crash of the process.
-            Device::swap(&[(device.clone(), world.next_spec())], Duration::from_secs(5)).unwrap();
+            Device::swap(&[(device.clone(), world.next_spec())], Duration::from_secs(300)).unwrap();
             device.write(0, &[0x66; 7]).unwrap();
             expected[..7].fill(0x66);
             device.flush().unwrap();
@@ -363,7 +363,7 @@ fn four_threads_snapshots_and_flushes_at_once_leave_every_thread_its_own_bytes_a
         .collect();
     let mut snapshots = Vec::new();
     for round in 0..40 {
-        let reports = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(20)).unwrap();
+        let reports = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(300)).unwrap();
         let checkpoint = world.device.checkpoint(world.catalog.next_page_id).unwrap().unwrap();
         world.commit_swap(checkpoint);
         let frozen = reports[0].frozen.clone();
@@ -503,7 +503,7 @@ fn a_shrink_that_is_not_committed_is_taken_back_and_one_that_is_leaves_zeros_beh
 #[test]
 fn a_swap_past_its_deadline_changes_nothing() {
     let (world, fault) = faulty_world();
-    fault.set_plan(FaultPlan { seed: 1, rules: vec![FaultRule { delay_ms: 2_000, ..rule("write", 0, 1) }] });
+    fault.set_plan(FaultPlan { seed: 1, rules: vec![FaultRule { delay_ms: u32::MAX, ..rule("write", 0, 1) }] });
     let writer = {
         let device = world.device.clone();
         std::thread::spawn(move || device.write(0, &[5; SLOT]))
@@ -513,9 +513,10 @@ fn a_swap_past_its_deadline_changes_nothing() {
     }
     let error = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_millis(1)).err().unwrap();
     assert_eq!(error.code, "DEVICE_BUSY");
+    fault.set_plan(FaultPlan::default());
     writer.join().unwrap().unwrap();
-    assert_eq!(Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(5)).unwrap().len(), 1);
-    let error = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(5)).err().unwrap();
+    assert_eq!(Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(300)).unwrap().len(), 1);
+    let error = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(300)).err().unwrap();
     assert_eq!(error.code, "SWAP_UNCOMMITTED");
 }
 
@@ -530,7 +531,7 @@ fn a_catalog_that_is_older_than_the_pool_is_told_so() {
     world.checkpoint();
     assert_eq!(open(&world.store, &old).err().unwrap().code, "CATALOG_BEHIND");
     let before_snapshot = world.catalog.clone();
-    Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(5)).unwrap();
+    Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(300)).unwrap();
     let checkpoint = world.device.checkpoint(world.catalog.next_page_id).unwrap().unwrap();
     world.commit_swap(checkpoint);
     assert_eq!(open(&world.store, &before_snapshot).err().unwrap().code, "CATALOG_BEHIND");
@@ -561,7 +562,7 @@ fn what_changed_since_a_snapshot_and_where_data_lies_is_told_to_the_slot() {
     let mut world = clone_world(Arc::new(MemoryStore::new(u64::MAX, false)), 32 * SLOT_BYTES);
     // The first half is the image's. Two slots are the volume's own before the snapshot.
     world.device.write(20 * SLOT_BYTES, &[1; 2 * SLOT]).unwrap();
-    let reports = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(5)).unwrap();
+    let reports = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(300)).unwrap();
     let base = reports[0].frozen.clone();
     assert!(changed_slots(&world.device, &base, 32).iter().all(|changed| !changed));
     world.device.write(3 * SLOT_BYTES + 100, &[2; 10]).unwrap();
@@ -611,7 +612,7 @@ fn what_is_not_called_changed_reads_as_it_did_at_the_snapshot() {
             for _ in 0..random.below(20) {
                 mutate(&mut random, &world.device, &mut model);
             }
-            let reports = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(5)).unwrap();
+            let reports = Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(300)).unwrap();
             snapshots.push((reports[0].frozen.clone(), read_all(&world.device)));
             let checkpoint = world.device.checkpoint(world.catalog.next_page_id).unwrap().unwrap();
             world.commit_swap(checkpoint);
@@ -684,7 +685,7 @@ fn what_was_answered_but_not_flushed_outlives_the_process_and_not_the_boot() {
             for step in 0..30 {
                 if step == swap_at && random.below(2) == 0 {
                     // Killed before the swap is committed.
-                    Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(5)).unwrap();
+                    Device::swap(&[(world.device.clone(), world.next_spec())], Duration::from_secs(300)).unwrap();
                 }
                 match random.below(16) {
                     0 => world.device.flush().unwrap(),

@@ -152,9 +152,14 @@ impl World {
         self.inject(FaultRule { skip_count, errno, ..rule(operation) });
     }
 
-    /// The next calls answer late.
-    pub(super) fn delay(&self, operation: &str, apply_count: u64, delay_ms: u32) {
-        self.inject(FaultRule { apply_count, delay_ms, ..rule(operation) });
+    /// The next calls answer when they are let go.
+    pub(super) fn hold(&self, operation: &str, apply_count: u64) {
+        self.inject(FaultRule { apply_count, delay_ms: u32::MAX, ..rule(operation) });
+    }
+
+    /// Whatever is held goes on, and nothing fails any more.
+    pub(super) fn let_go(&self) {
+        self.faults.set_plan(FaultPlan::default());
     }
 
     pub(super) fn inject(&self, rule: FaultRule) {

@@ -9,7 +9,7 @@ use atoll_io::{FaultPlan, LayerId, Store};
 use std::io::{Read, Write};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[test]
 fn what_is_written_is_read_back_at_any_alignment_with_every_kind_of_reply() {
@@ -453,14 +453,14 @@ fn a_read_that_waits_for_its_disk_does_not_hold_up_others_and_reads_wait_side_by
         client.write(index * 8192, &[index as u8 + 1; 8192]);
     }
     // Two reads meet their disk, and it takes its time; everything after them is at hand.
-    world.delay("read", 2, 1500);
+    world.hold("read", 2);
     let mut bytes = request_bytes(READ, 0, 1, 0, 8192);
     bytes.extend(request_bytes(READ, 0, 2, 8192, 8192));
     client.stream.write_all(&bytes).unwrap();
     world.wait_injected(2);
-    world.faults.set_plan(FaultPlan::default());
     // Its answer is the first: both of the others wait, and neither for the other.
     assert_eq!(client.read(16_384, 8192), [3; 8192]);
+    world.let_go();
     let mut late: Vec<(u64, Vec<u8>)> = (0..2).map(|_| client.answer(Some((0, 8192)))).map(|answer| (answer.cookie, answer.data)).collect();
     late.sort();
     assert_eq!(late, [(1, vec![1; 8192]), (2, vec![2; 8192])]);
@@ -509,7 +509,7 @@ fn a_snapshot_between_reads_that_wait_takes_its_turn() {
             client.stream.write_all(&bytes).unwrap();
             if round == 20 {
                 let (device, next) = (world.device.clone(), next.clone());
-                swapping = Some(std::thread::spawn(move || Device::swap(&[(device, next)], Duration::from_secs(30)).map(drop)));
+                swapping = Some(std::thread::spawn(move || Device::swap(&[(device, next)], Duration::from_secs(300)).map(drop)));
             }
             for _ in 0..64 {
                 assert_eq!(client.answer_to_any(4096).data, [6; 4096]);
@@ -527,12 +527,13 @@ fn a_slow_flush_does_not_hold_up_other_requests_of_its_connection() {
     let world = world();
     let mut client = world.connect(|_| {});
     client.write(0, &[1; 4096]);
-    // The sync answers late; the read behind it must not wait for it.
-    world.delay("sync", 1, 300);
+    // The read behind the sync must not wait for it.
+    world.hold("sync", 1);
     let flush = client.send(FLUSH, 0, 0, 0, &[]);
     world.wait_injected(1);
     let read = client.send(READ, 0, 0, 4096, &[]);
     assert_eq!(client.answer(Some((0, 4096))).cookie, read);
+    world.let_go();
     let answer = client.answer(None);
     assert_eq!((answer.cookie, answer.error), (flush, 0));
 }
@@ -554,15 +555,23 @@ fn latencies_count_every_request_once_and_hold_the_wait_for_a_slow_backend() {
     assert_eq!(by_kind, [1, 2, 2, 1, 1]);
     let quick_reads = latencies.backend_read.counts();
 
-    world.delay("read", 1, 300);
+    // The threads of the requests before may still be putting things away.
+    while world.device.stats().requests_waiting > 0 {
+        std::thread::yield_now();
+    }
+    world.hold("read", 1);
     let read = client.send(READ, 0, 8192, 4096, &[]);
     world.wait_injected(1);
     let stats = world.device.stats();
     assert_eq!((stats.requests_waiting, stats.backend_reads_running, stats.backend_syncs_running), (1, 1, 0));
+    let held_at = Instant::now();
+    std::thread::sleep(Duration::from_millis(20));
+    let held = held_at.elapsed();
+    world.let_go();
     assert_eq!(client.answer(Some((8192, 4096))).cookie, read);
     assert_eq!(counted(&latencies.read), 2);
     for latency in [&latencies.read, &latencies.backend_read] {
-        assert!(latency.counts().sum_nanoseconds >= 300_000_000);
+        assert!(u128::from(latency.counts().sum_nanoseconds) >= held.as_nanos());
     }
     assert_eq!(counted(&latencies.backend_read), quick_reads.counts.iter().sum::<u64>() + 1);
     while world.device.stats().requests_waiting > 0 {

@@ -7,17 +7,16 @@ fn requests_that_come_while_a_connection_drains_are_answered_shutdown_and_then_i
     let mut client = world.connect(|_| {});
     client.write(0, &[1; 4096]);
     // Something is in flight for as long as the test wants: a flush whose sync waits.
-    world.delay("sync", 1, 3000);
+    world.hold("sync", 1);
     let flush = client.send(FLUSH, 0, 0, 0, &[]);
     world.wait_injected(1);
     client.connection.drain();
-    let started_at = std::time::Instant::now();
     for (command, length, payload) in
         [(READ, 4096, 0), (WRITE, 4096, 4096), (WRITE, 1 << 20, 1 << 20), (BLOCK_STATUS, 4096, 0), (TRIM, 4096, 0)]
     {
         assert_eq!(client.call(command, 0, 0, length, &vec![2; payload]).error, ESHUTDOWN);
     }
-    assert!(started_at.elapsed() < std::time::Duration::from_secs(3), "they did not wait for the flush");
+    world.let_go();
     let answer = client.answer(None);
     assert_eq!((answer.cookie, answer.error), (flush, 0), "what was in flight is finished");
     assert_eq!(client.expect_closed().reason, ServeEndReason::Closed);
@@ -45,7 +44,7 @@ fn a_client_that_never_stops_asking_does_not_keep_a_drain_from_its_end() {
         refused_count += 1;
     }
     assert!(refused_count > 0);
-    assert!(started_at.elapsed() < std::time::Duration::from_secs(10));
+    assert!(started_at.elapsed() < std::time::Duration::from_secs(300));
     client.connection.wait_ended();
 }
 
