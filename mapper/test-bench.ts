@@ -105,7 +105,7 @@ interface Backend {
 }
 
 export class Bench {
-  readonly inner: Catalog
+  inner: Catalog
   readonly backend: Backend
   readonly poolId: string
   readonly engines: Engine[]
@@ -166,6 +166,15 @@ export class Bench {
     await this.mapper.close()
     await this.engine.close()
     await this.#start()
+  }
+
+  /** What `restart` does, or with `kill` what that does, with a catalog as it was when `earlier` was taken (`inner.serialize`). */
+  async restoreCatalog(earlier: Uint8Array, { kill = false }: { kill?: boolean } = {}): Promise<void> {
+    const lost = this.inner
+    this.inner = await openCatalog(earlier)
+    if (kill) await this.kill()
+    else await this.restart()
+    await lost.close()
   }
 
   async #start(): Promise<void> {
