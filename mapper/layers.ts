@@ -40,6 +40,8 @@ export class Layers {
   readonly #spares = new Map<string, Spare[]>()
   readonly #refilling = new Set<string>()
   readonly #homes = new Map<number, Home>()
+  /** Called spares by their rows, and named by somebody: nobody is given one. */
+  readonly #withheld = new Set<number>()
   #closed = false
 
   constructor(context: Dependencies) {
@@ -56,11 +58,17 @@ export class Layers {
       .where('layers.state', '=', 'spare')
       .where('layers.volume_id', 'is', null)
       .execute()
+    const spares = rows.filter((row) => !this.#withheld.has(row.alias))
     this.#spares.set(
       poolId,
-      rows.map((row) => ({ alias: row.alias, id: row.id, poolId })),
+      spares.map((row) => ({ alias: row.alias, id: row.id, poolId })),
     )
     this.#refill(poolId)
+  }
+
+  /** These are spares to nobody, whatever their rows say. Before `load`. */
+  withhold(aliases: Iterable<number>): void {
+    for (const alias of aliases) this.#withheld.add(alias)
   }
 
   /** Forgets the spares of a pool that is being deleted, so that nobody is given one. */

@@ -102,7 +102,7 @@ const closeConcurrency = 16
 export async function openMapper(options: MapperOptions): Promise<Mapper> {
   const { catalog, log } = options
   await noteUnopened({ catalog, log })
-  const nextPageId = await recoverPages({ catalog })
+  const nextPageId = await recoverPages({ catalog, engine: options.engine, log })
   const mapper = new Mapper(options, nextPageId)
   for (const row of await mapper.pools.list()) {
     try {

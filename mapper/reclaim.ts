@@ -120,11 +120,15 @@ export class Reclaimer {
     let freedBytes = 0
     let sweptPages = 0
     let failure: unknown
+    /** What the roots name; while one cannot be read, it may be anything. */
+    let mayName = (_alias: number): boolean => true
     const pin = context.pins.pin()
     try {
       const boundary = context.pageIds.boundary()
       const sealed = await this.#sealedLayers(poolIds)
       const reach = await this.#mark(checkCancelled)
+      const named = new Set(reach.layers())
+      mayName = (alias) => named.has(alias)
       await this.#condemn(sealed.filter((layer) => reach.slotCount(layer.alias) === 0))
       const exported = new Set<string>()
       for (const id of poolIds) if (await context.exporter.flushedForPunch(id)) exported.add(id)
@@ -141,7 +145,7 @@ export class Reclaimer {
       sweptPages = await this.#sweep(pin, reach, boundary, checkCancelled)
     } catch (error) {
       if (isAtollError(error, 'JOB_CANCELLED')) throw error
-      // A map that cannot be read protects everything sealed. What was condemned before (by a delete) goes all the same.
+      // A map that cannot be read protects everything that is sealed or condemned.
       failure = error
       await context.engine.readBarrier()
     } finally {
@@ -151,7 +155,7 @@ export class Reclaimer {
     let removedLayers = 0
     for (const id of poolIds) {
       checkCancelled()
-      const removed = await removeCondemned(context, id)
+      const removed = await removeCondemned(context, id, { mayName })
       freedBytes += removed.freedBytes
       removedLayers += removed.layerCount
       for (const alias of removed.aliases) this.#punched.delete(alias)

@@ -2,24 +2,30 @@
  * What an earlier process left unfinished, put right before anything is served.
  *
  * Rules (each step may be interrupted and is done again at the next start):
+ * - A row that says that nobody needs something is not believed where that would destroy what a map or a volume names
+ *   (references.ts): what contradicts is kept as it is, logged, never given to anybody, and left to `atoll check`. The maps are
+ *   walked only where there is something to destroy, or where a row cannot be true.
  * - Pages of a range that is still recorded belong to a checkpoint that was not committed: deleted.
  * - Layers are removed and sealed only when the pool's export has what let them go (`flushed`): until then an import needs them.
  *   Where the export cannot be written they wait for a later reclaim.
- * - A layer in `making` whose file is empty: nothing refers to it; its file is removed, then its row.
- * - A layer in `making`, or a spare of nobody, whose file is not empty: this catalog is an older one, and in a newer one the
- *   layer is a volume's. The row goes and the file stays, as one without a row.
+ * - A layer in `making` whose file is empty and that has no journal: nothing refers to it; its file is removed, then its row.
+ * - A layer in `making`, or a spare of nobody, that was used (its file is not empty, or it has a journal): this catalog is an
+ *   older one, and in a newer one the layer is a volume's. The row goes and the file stays, as one without a row.
  * - A layer in `condemned`: nothing refers to it, and at start nobody reads; its file is removed, then its row.
  * - A layer in `closing`: the transaction that put another one in its place is committed; it is sealed.
  * - A spare whose file is missing is no spare: its row goes.
  * - A file without a row is reported and left alone (I11): after a restore of an older catalog it may be the newest data.
  */
-import { isAtollError } from '@atoll/core'
-import type { LayerListing, PoolHandle } from '@atoll/southbound'
+import { isAtollError, type LayerState } from '@atoll/core'
+import type { PoolHandle } from '@atoll/southbound'
 import type { MapperContext } from './context.ts'
+import { readReferences, type References, writtenLayers } from './references.ts'
 import { deletePageRange } from './staged-pages.ts'
 
 /** Files removed with one commit of their rows. */
 const removeBatch = 64
+/** Pages looked at together. */
+const pagesAtOnce = 2048
 /** Unknown files named in the log; `unknownLayers` lists all of them. */
 const namedUnknownMax = 20
 
@@ -30,13 +36,14 @@ export const epochMax = Number.MAX_SAFE_INTEGER
 /** In the table `meta`: no page id below this is given out. */
 export const pageIdsFromKey = 'page_ids_from'
 
+const keptBecause = 'maps or volumes name them (or a map that cannot be read may): they are kept; see atoll check'
+
 type CatalogOnly = Pick<MapperContext, 'catalog'>
 
 /** The first page number that was never used, after the pages of unfinished checkpoints were deleted. */
-export async function recoverPages(context: CatalogOnly): Promise<number> {
+export async function recoverPages(context: Pick<MapperContext, 'catalog' | 'engine' | 'log'>): Promise<number> {
   const { db, pages } = context.catalog
-  const ranges = await db.selectFrom('page_ranges').selectAll().execute()
-  for (const range of ranges) await deletePageRange(context, range.first_page_id, range.end_page_id)
+  await deleteUnfinished(context)
   const shared = await db
     .selectFrom('volumes')
     .select((query) => query.fn.max('shared_below_page').as('highest'))
@@ -47,6 +54,30 @@ export async function recoverPages(context: CatalogOnly): Promise<number> {
   return Math.max((await pages.maxId()) + 1, Number(shared?.highest ?? 0), Number(kept?.value ?? 0), 1)
 }
 
+async function deleteUnfinished(context: Pick<MapperContext, 'catalog' | 'engine' | 'log'>): Promise<void> {
+  const { db, pages } = context.catalog
+  let references: References | undefined
+  for (const { first_page_id: first, end_page_id: end } of await db.selectFrom('page_ranges').selectAll().execute()) {
+    for (let from = first; from < end;) {
+      const ids = await pages.listIds(from, end, pagesAtOnce)
+      if (ids.length > 0) references ??= await readReferences(context)
+      const named = ids.find((id) => references?.hasPage(id) === true)
+      if (named !== undefined) {
+        context.log.error(
+          { firstPageId: first, endPageId: end, pageId: named },
+          'pages are recorded of an unfinished checkpoint, and are part of a map: they are kept; see atoll check',
+        )
+        break
+      }
+      if (ids.length === pagesAtOnce) from = (ids.at(-1) ?? end) + 1
+      else {
+        await deletePageRange(context, first, end)
+        break
+      }
+    }
+  }
+}
+
 /**
  * Puts the layers of a pool right that was just opened. What cannot be done now is logged and stays for the next start.
  * @throws AtollError CATALOG_ERROR and the like; errors of the pool are logged
@@ -54,12 +85,12 @@ export async function recoverPages(context: CatalogOnly): Promise<number> {
 export async function recoverPool(context: MapperContext, poolId: string): Promise<void> {
   const { log, pools } = context
   const pool = pools.handle(poolId)
-  const listing = new Map((await pool.listLayers()).map((layer) => [layer.id, layer]))
-  await disownWritten(context, poolId, listing)
-  await removeMaking(context, pool, poolId)
-  await dropMissingSpares(context, poolId, listing)
-  await dropStraySpares(context, poolId)
-  await removeCondemned(context, poolId)
+  let walk: Promise<References> | undefined
+  const references = async (): Promise<References> => await (walk ??= context.pins.run(async () => await readReferences(context)))
+  const kept = await sortOutUnused(context, pool, references)
+  context.layers.withhold(kept)
+  await removeMaking(context, pool, kept)
+  await removeCondemned(context, poolId, { references })
   await sealClosing(context, poolId)
   const unknown = await unknownLayers(context, poolId)
   if (unknown.length > 0) {
@@ -79,72 +110,161 @@ export async function unknownLayers(context: MapperContext, poolId: string): Pro
   return listing.map((layer) => layer.id).filter((id) => !known.has(id))
 }
 
+interface UnusedLayer extends LayerIds {
+  readonly state: LayerState
+  readonly volume_id: string | null
+}
+
 /**
- * I11: layers that nobody was given, and that were written all the same. A new volume would read what is in them, and a removal
- * would take it from whoever has the newer catalog.
+ * Layers that are called unused, and are not as such a layer is: what nobody names is dealt with by what it is. Returns those
+ * that somebody names.
  */
-async function disownWritten(context: MapperContext, poolId: string, listing: ReadonlyMap<string, LayerListing>): Promise<void> {
-  const unused = [...(await layersIn(context, poolId, 'making')), ...(await layersIn(context, poolId, 'spare'))]
-  const written = unused.filter((row) => {
+async function sortOutUnused(
+  context: MapperContext,
+  pool: PoolHandle,
+  references: () => Promise<References>,
+): Promise<Set<number>> {
+  const { layers } = context
+  const listing = new Map((await pool.listLayers()).map((layer) => [layer.id, layer]))
+  const unused = await unusedLayers(context, pool.poolId)
+  const written = await writtenLayers(
+    context,
+    unused.map((row) => row.alias),
+  )
+  const odd: { row: UnusedLayer; isUsed: boolean }[] = []
+  for (const row of unused) {
     const file = listing.get(row.id)
-    return row.volume_id === null && file !== undefined && (file.lengthBytes > 0 || file.allocatedBytes > 0)
+    const isUsed = (file !== undefined && (file.lengthBytes > 0 || file.allocatedBytes > 0)) || (await hasJournal(pool, row.id))
+    const isPlain = row.volume_id === null && !isUsed && (row.state === 'making' || file !== undefined)
+    if (!isPlain || written.has(row.alias)) odd.push({ row, isUsed })
+  }
+  if (odd.length === 0) return new Set()
+  const { hasLayer } = await references()
+  const kinds = Map.groupBy(odd, ({ row, isUsed }) => {
+    if (written.has(row.alias) || hasLayer(row.alias)) return 'named'
+    if (row.state === 'spare' && row.volume_id !== null) return 'stray'
+    return isUsed || row.state === 'making' ? 'used' : 'missing'
   })
-  if (written.length === 0) return
-  context.log.error(
-    { poolId, layerIds: written.map((row) => row.id) },
+  const rowsOf = (kind: 'named' | 'stray' | 'used' | 'missing') => (kinds.get(kind) ?? []).map(({ row }) => row)
+  tell(context, pool.poolId, rowsOf('named'), `layers are recorded as unused, and ${keptBecause}`)
+  // A spare that was a volume's may have been written: it is nobody's any more.
+  for (const { alias } of rowsOf('stray'))
+    await context.catalog.write(async (tx) => await layers.move(tx, alias, ['spare'], 'condemned'))
+  // I11: a new volume would read what is in them, and a removal would take it from whoever has the newer catalog.
+  tell(
+    context,
+    pool.poolId,
+    rowsOf('used'),
     'layers that this catalog never used have been written: it is older than the pool; their files are kept, without a row',
   )
-  await context.layers.forget(written.map((row) => row.alias))
+  // Whoever made them a spare lost the file since.
+  tell(context, pool.poolId, rowsOf('missing'), 'files of spare layers are missing: other spares are made', 'warn')
+  await layers.forget([...rowsOf('used'), ...rowsOf('missing')].map((row) => row.alias))
+  return new Set(rowsOf('named').map((row) => row.alias))
 }
 
-async function removeMaking(context: MapperContext, pool: PoolHandle, poolId: string): Promise<void> {
-  const rows = await layersIn(context, poolId, 'making')
-  await removeAll(context, pool, rows)
+/** Layers in `making`, and spares but those that are the next layer of their volume. */
+async function unusedLayers(context: CatalogOnly, poolId: string): Promise<UnusedLayer[]> {
+  return await context.catalog.db
+    .selectFrom('layers')
+    .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
+    .leftJoin('volumes', (join) =>
+      join.onRef('volumes.next_alias', '=', 'layers.alias').onRef('volumes.id', '=', 'layers.volume_id'),
+    )
+    .select(['layers.alias', 'layers.id', 'layers.state', 'layers.volume_id'])
+    .where('replicas.pool_id', '=', poolId)
+    .where((query) =>
+      query.or([
+        query('layers.state', '=', 'making'),
+        query.and([query('layers.state', '=', 'spare'), query('volumes.id', 'is', null)]),
+      ]),
+    )
+    .execute()
 }
 
-/** Spares that are nobody's and have no file: whoever made them a spare lost the file since. */
-async function dropMissingSpares(
+/** One that was written, or sealed: the mark of that stays as long as the layer. */
+async function hasJournal(pool: PoolHandle, layerId: string): Promise<boolean> {
+  try {
+    return (await pool.store.inspectJournal(layerId, null, epochMax, lsnMax)).segmentCount > 0
+  } catch (error) {
+    if (isAtollError(error, 'IO_ERROR')) throw error
+    // There is one, damaged as it is.
+    return true
+  }
+}
+
+function tell(
   context: MapperContext,
   poolId: string,
-  listing: ReadonlyMap<string, LayerListing>,
-): Promise<void> {
-  const spares = (await layersIn(context, poolId, 'spare')).filter((row) => row.volume_id === null && !listing.has(row.id))
-  if (spares.length > 0)
-    context.log.warn(
-      { poolId, layerIds: spares.map((row) => row.id) },
-      'files of spare layers are missing: other spares are made',
-    )
-  await context.layers.forget(spares.map((row) => row.alias))
+  rows: readonly LayerIds[],
+  message: string,
+  level: 'warn' | 'error' = 'error',
+): void {
+  if (rows.length > 0) context.log[level]({ poolId, layerIds: rows.map((row) => row.id) }, message)
 }
 
-/** A spare with a volume that does not name it as its next layer may have been written: it goes. */
-async function dropStraySpares(context: MapperContext, poolId: string): Promise<void> {
-  const { db } = context.catalog
-  const spares = (await layersIn(context, poolId, 'spare')).filter((row) => row.volume_id !== null)
-  if (spares.length === 0) return
-  const named = new Set((await db.selectFrom('volumes').select('next_alias').execute()).map((row) => row.next_alias))
-  for (const stray of spares.filter((row) => !named.has(row.alias))) {
-    await context.catalog.write(async (tx) => await context.layers.move(tx, stray.alias, ['spare'], 'condemned'))
-  }
+async function removeMaking(context: MapperContext, pool: PoolHandle, kept: ReadonlySet<number>): Promise<void> {
+  const rows = await layersIn(context, pool.poolId, 'making')
+  await removeAll(
+    context,
+    pool,
+    rows.filter((row) => !kept.has(row.alias)),
+  )
 }
 
 /**
  * Removes condemned layers of a pool: the files, then the rows. The caller has made sure that nothing reads them any more:
- * at start nobody does, later `readBarrier` after they were condemned.
+ * at start nobody does, later `readBarrier` after they were condemned. What a map or a volume names stays: `mayName` says
+ * which layers maps did name not long ago (default: any), and these are looked for in the maps as they are now.
  */
 export async function removeCondemned(
   context: MapperContext,
   poolId: string,
+  {
+    mayName = () => true,
+    references = async () => await context.pins.run(async () => await readReferences(context)),
+  }: { mayName?: (alias: number) => boolean; references?: () => Promise<References> } = {},
 ): Promise<{ freedBytes: number; layerCount: number; aliases: number[] }> {
-  const rows = await layersIn(context, poolId, 'condemned')
   const nothing = { freedBytes: 0, layerCount: 0, aliases: [] }
+  const condemned = await layersIn(context, poolId, 'condemned')
+  if (condemned.length === 0) return nothing
+  const pool = context.pools.handle(poolId)
+  const sizes = await pool.store.allocatedBytes(condemned.map((row) => row.id))
+  const allocatedBytes = new Map(condemned.map((row, index) => [row.alias, Math.max(0, sizes[index] ?? 0)]))
+  const isNamed = await namedAmong(context, pool, condemned, { allocatedBytes, mayName, references })
+  const rows = condemned.filter((row) => !isNamed(row))
   // After the rows were read: the export then has every commit that condemned one of them.
   if (rows.length === 0 || !(await context.exporter.flushedForPunch(poolId))) return nothing
-  const pool = context.pools.handle(poolId)
-  const sizes = new Map((await pool.listLayers()).map((layer) => [layer.id, layer.allocatedBytes]))
-  const removed = await removeAll(context, pool, rows)
-  const freedBytes = removed.reduce((sum, row) => sum + (sizes.get(row.id) ?? 0), 0)
-  return { freedBytes, layerCount: removed.length, aliases: removed.map((row) => row.alias) }
+  const aliases = (await removeAll(context, pool, rows)).map((row) => row.alias)
+  const freedBytes = aliases.reduce((sum, alias) => sum + (allocatedBytes.get(alias) ?? 0), 0)
+  return { freedBytes, layerCount: aliases.length, aliases }
+}
+
+/** Which condemned layers stay. One that holds nothing and was never sealed is part of nothing but what wrote it. */
+async function namedAmong(
+  context: MapperContext,
+  pool: PoolHandle,
+  condemned: readonly LayerIds[],
+  options: {
+    allocatedBytes: ReadonlyMap<number, number>
+    mayName: (alias: number) => boolean
+    references: () => Promise<References>
+  },
+): Promise<(row: LayerIds) => boolean> {
+  const written = await writtenLayers(
+    context,
+    condemned.map((row) => row.alias),
+  )
+  const asked: LayerIds[] = []
+  for (const row of condemned) {
+    if (!options.mayName(row.alias)) continue
+    if ((options.allocatedBytes.get(row.alias) ?? 0) > 0 || (await hasJournal(pool, row.id))) asked.push(row)
+  }
+  const references = asked.length === 0 ? undefined : await options.references()
+  const named = new Set([...written, ...asked.map((row) => row.alias).filter((alias) => references?.hasLayer(alias))])
+  const isNamed = (row: LayerIds): boolean => named.has(row.alias)
+  tell(context, pool.poolId, condemned.filter(isNamed), `layers are to be removed, and ${keptBecause}`)
+  return isNamed
 }
 
 interface LayerIds {
@@ -183,16 +303,32 @@ async function removeOne(pool: PoolHandle, id: string): Promise<void> {
 
 /** Seals layers whose place another one has taken, where the process died or the backend failed before that was done. */
 export async function sealClosing(context: MapperContext, poolId: string): Promise<void> {
-  for (const { volume_id: volumeId } of await layersIn(context, poolId, 'closing')) {
+  for (const { volume_id: volumeId } of await closingIn(context, poolId)) {
     if (volumeId === null) await sealClosingOf(context, poolId, null)
     // Under the volume's lock, because a swap that is being committed right now seals its layer itself.
     else await context.locks.run([volumeId], async () => await sealClosingOf(context, poolId, volumeId))
   }
 }
 
+/** Without those that a volume still writes, whatever their rows say: a seal would cut their journals. */
+async function closingIn(context: MapperContext, poolId: string) {
+  const rows = await layersIn(context, poolId, 'closing')
+  const written = await writtenLayers(
+    context,
+    rows.map((row) => row.alias),
+  )
+  tell(
+    context,
+    poolId,
+    rows.filter((row) => written.has(row.alias)),
+    'layers are to be sealed, and volumes write them: they are kept as they are; see atoll check',
+  )
+  return rows.filter((row) => !written.has(row.alias))
+}
+
 async function sealClosingOf(context: MapperContext, poolId: string, volumeId: string | null): Promise<void> {
   const pool = context.pools.handle(poolId)
-  const closing = (await layersIn(context, poolId, 'closing')).filter((row) => row.volume_id === volumeId)
+  const closing = (await closingIn(context, poolId)).filter((row) => row.volume_id === volumeId)
   if (closing.length === 0 || !(await context.exporter.flushed([poolId]))) return
   for (const layer of closing) {
     try {
@@ -224,7 +360,7 @@ export async function sealFile(context: MapperContext, pool: PoolHandle, volumeI
   }
 }
 
-async function layersIn(context: CatalogOnly, poolId: string, state: 'making' | 'spare' | 'closing' | 'condemned') {
+async function layersIn(context: CatalogOnly, poolId: string, state: 'making' | 'closing' | 'condemned') {
   return await context.catalog.db
     .selectFrom('layers')
     .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')

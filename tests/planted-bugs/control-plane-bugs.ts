@@ -35,6 +35,28 @@ export const controlPlaneBugs: PlantedBug[] = [
     tests: history,
   },
   {
+    name: 'a start removes what its row calls condemned, whatever maps name',
+    edits: [
+      {
+        file: 'mapper/recover.ts',
+        find: '(await hasJournal(pool, row.id))) asked.push(row)',
+        replace: '(await hasJournal(pool, row.id))) continue',
+      },
+    ],
+    tests: ['mapper/recover.test.ts'],
+  },
+  {
+    name: 'a start takes a layer for a spare that its row calls one, whatever maps name',
+    edits: [
+      {
+        file: 'mapper/recover.ts',
+        find: "if (written.has(row.alias) || hasLayer(row.alias)) return 'named'",
+        replace: "if (written.has(row.alias)) return 'named'",
+      },
+    ],
+    tests: ['mapper/recover.test.ts'],
+  },
+  {
     name: 'a volume is swapped before the export names its next layer',
     edits: [{ file: 'mapper/share.ts', find: 'if (unnamed.length > 0) {', replace: 'if (unnamed.length < 0) {' }],
     tests: history,

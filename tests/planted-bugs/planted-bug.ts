@@ -7,7 +7,7 @@ export interface PlantedBug {
   /** A sentence about what is wrong. */
   readonly name: string
   readonly edits: readonly Edit[]
-  /** Arguments of `cargo test`, or of the crash history. */
+  /** Arguments of `cargo test`, or of the crash history; or a file of tests, and options. */
   readonly tests: readonly string[]
 }
 

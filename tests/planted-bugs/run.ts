@@ -48,8 +48,14 @@ const suites: Record<string, Suite> = {
   },
   'control-plane': {
     bugs: controlPlaneBugs,
-    passes: (root, tests, timeoutMs) =>
-      run(process.execPath, [join(root, 'tests/crash/run-history.ts'), ...tests], {}, timeoutMs),
+    passes: (root, tests, timeoutMs) => {
+      const isFile = tests[0]?.endsWith('.test.ts') === true
+      const program = isFile
+        ? ['node_modules/vitest/vitest.mjs', 'run', '--root', root, '--testTimeout=60000', '--hookTimeout=60000']
+        : ['tests/crash/run-history.ts']
+      const [path = '', ...options] = program
+      return run(process.execPath, [join(root, path), ...options, ...tests], {}, timeoutMs)
+    },
   },
 }
 
