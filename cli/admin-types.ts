@@ -9,6 +9,7 @@ import type {
   FileView,
   ImageView,
   JobView,
+  PoolAcceptView,
   PoolImportView,
   PoolView,
   ResourceUsage,
@@ -51,6 +52,7 @@ export interface FileListingDocument {
 export type PoolDocument = Document<PoolView>
 export type ActivityDocument = Activity
 export type PoolImportDocument = PoolImportView
+export type PoolAcceptDocument = PoolAcceptView
 export type JobDocument = Document<JobView>
 export type CheckDocument = CheckResult
 export type BackupDocument = BackupInfo & { readonly path: string }

@@ -22,7 +22,7 @@ export type { FileReader, Stretch } from './file-reader.ts'
 export { imageFormats, type ImageFormat } from './image-format.ts'
 export type { CatalogService } from './catalog-service.ts'
 export type { CheckParams, CheckResult, CheckService } from './check-job.ts'
-export type { PoolExportView, PoolImportView, PoolService, PoolState, PoolView } from './pool-service.ts'
+export type { PoolAcceptView, PoolExportView, PoolImportView, PoolService, PoolState, PoolView } from './pool-service.ts'
 export {
   activityIntervalMsMax,
   activityIntervalMsMin,

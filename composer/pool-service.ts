@@ -7,6 +7,7 @@ import {
   shownSettings,
   type DeviceTotals,
   type ExportStatus,
+  type PoolAcceptReport,
   type PoolImport,
   type PoolImportReport,
   type PoolSpace,
@@ -77,6 +78,8 @@ export interface PoolState {
 
 export type PoolImportView = Omit<PoolImportReport, 'exportedAt'> & { readonly exportedAt: string | null }
 
+export type PoolAcceptView = Omit<PoolAcceptReport, 'exportedAt'> & { readonly exportedAt: string | null }
+
 export interface PoolExportView {
   /** behind: it cannot be written, see `error`; ahead: it is of a newer catalog than this one and is left as it is. */
   state: 'current' | 'behind' | 'ahead'
@@ -137,6 +140,17 @@ export class PoolService {
   async import(options: PoolImport): Promise<PoolImportView> {
     checkName('pool', options.name)
     const { exportedAt, ...report } = await this.context.mapper.importPool(options)
+    return { ...report, exportedAt: exportedAt === null ? null : new Date(exportedAt).toISOString() }
+  }
+
+  /**
+   * Says what is given up if this catalog, which is older than the pool, is to count; `confirmed`: it counts from now on. See
+   * pool-accept.ts of the mapper.
+   * @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE, POOL_NOT_AHEAD, IO_ERROR, FORMAT_VERSION
+   */
+  async accept(pool: string, options: { confirmed: boolean }): Promise<PoolAcceptView> {
+    const { mapper, resolver } = this.context
+    const { exportedAt, ...report } = await mapper.acceptPool((await resolver.pool(pool)).id, options)
     return { ...report, exportedAt: exportedAt === null ? null : new Date(exportedAt).toISOString() }
   }
 

@@ -220,6 +220,11 @@ export const errorCatalogue = {
     'The pool cannot be imported beside what this home has already.',
     'Import it into a fresh home: `atoll serve --home DIR` with a new folder, then `atoll pool import`.',
   ),
+  POOL_NOT_AHEAD: entry(
+    409,
+    'The export in the pool is not newer than the catalog, so there is nothing to accept.',
+    'Look at `atoll pool show POOL`: the state of its export is `ahead` where there is.',
+  ),
   POOL_CLOSED: entry(503, 'The pool is closed.', 'Start the daemon again, or open the pool.', true),
   POOL_UNAVAILABLE: entry(
     503,

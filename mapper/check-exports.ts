@@ -9,15 +9,20 @@ export async function checkExports({ mapper, state, add, step }: CheckContext): 
     const status = mapper.exporter.status(pool.id)
     const handle = mapper.pools.find(pool.id)
     if (status === null || handle === undefined) continue
+    const refused = [...mapper.olderCatalog.refused(pool.id).keys()].filter((id) => state.resourcesById.has(id))
     if (status.state === 'ahead') {
-      const count = mapper.olderCatalog.refusedCount(pool.id)
       add({
         severity: 'error',
         kind: 'catalog-older',
         object: pool.id,
-        message: `pool "${pool.name}" was used by a newer state of this catalog: ${count} resources that it deleted or changed are refused, and nothing of the pool is freed; bring the newer catalog back, or import the pool into a fresh home (atoll pool import)`,
+        message: `pool "${pool.name}" was used by a newer state of this catalog: ${refused.length} resources that it deleted or changed are refused, and nothing of the pool is freed; bring the newer catalog back, import the pool into a fresh home (atoll pool import), or give up what is newer (atoll pool accept)`,
       })
       continue
+    }
+    for (const id of refused) {
+      const row = state.resourcesById.get(id)
+      const message = `${row?.kind} "${row?.name}" is of a time before what was given up in pool "${pool.name}": what it holds may be gone, so it is refused; delete it, or roll a volume back to one of its snapshots`
+      add({ severity: 'error', kind: 'catalog-older', object: id, message })
     }
     if (status.state === 'behind') {
       const why = status.error === null ? '' : ` (${status.error.code}: ${status.error.message})`

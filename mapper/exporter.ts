@@ -37,6 +37,7 @@ import {
   pageBatchMax,
   type PoolRowOf,
   presentTables,
+  raiseExportSeq,
   readRowsByKey,
   readRowsOfPool,
   type RowKey,
@@ -65,6 +66,8 @@ export const retryDelayMs = 1000
 /** A new base is written when the deltas since the last one are longer than it and than this. */
 const deltaBytesMin = 4 * 2 ** 20
 const deltaCountMax = 1024
+/** Far above what a newer state of this catalog may have noted; more than any delta has. */
+const acceptedAhead = 2 ** 32
 /** More notes than these are not read into one delta: a pool that missed as many gets a new base. */
 const notesMax = 50_000
 /** Notes that every export has are deleted when there are so many. */
@@ -238,10 +241,11 @@ export class Exporter {
       last: await lastExportSeq(tx),
       first: await tx.selectFrom('export_changes').select('seq').orderBy('seq').limit(1).executeTakeFirst(),
     }))
+    // Also where the older catalog was accepted since: what it must not use stays refused.
+    await catalog.read(async (tx) => await this.#context.olderCatalog.recall(tx, poolId))
     if (known?.is_ahead === 1 || found.reachedSeq > Math.min(last, before)) {
       state.isAhead = true
-      if (known?.is_ahead === 1) await catalog.read(async (tx) => await this.#context.olderCatalog.recall(tx, poolId))
-      else await this.#noticeOlder(state)
+      if (known?.is_ahead !== 1) await this.#noticeOlder(state)
       log.error(
         { poolId, catalogSeq: Math.min(last, before), exportSeq: found.reachedSeq },
         'the export in the pool is newer than this catalog: the catalog is an older copy; the export is left as it is, and nothing of the pool is freed',
@@ -291,6 +295,36 @@ export class Exporter {
     this.#startBase(state, { renew: true })
     await state.basing
     if (state.error !== null) throw state.error
+  }
+
+  /**
+   * This catalog counts from now on, although the export is of a newer state of it: what only that has is given up, and the
+   * export is written anew. With the commit that says so the outbox goes on far above whatever the newer state has noted, so
+   * that it finds itself the older one if it ever comes back. Returns when the export is whole, or cannot be written.
+   * @throws AtollError POOL_NOT_AHEAD
+   */
+  async accept(poolId: string): Promise<void> {
+    const { catalog } = this.#context
+    const state = this.#pools.get(poolId)
+    if (state?.isAhead !== true) {
+      throw new AtollError('POOL_NOT_AHEAD', `the export of pool ${poolId} is not newer than the catalog`, { values: { poolId } })
+    }
+    const { reachedSeq = 0 } = (await loadExport(state.pool.store, { chainOnly: true })) ?? {}
+    await this.#turn.run(async () => {
+      await catalog.write(
+        async (tx) => {
+          await raiseExportSeq(tx, Math.max(reachedSeq, await lastExportSeq(tx)) + acceptedAhead)
+          // Every pool gets a new base over that: none can go on from a note before it.
+          await tx.deleteFrom('export_changes').execute()
+          await rememberIn(tx, { ...state, isAhead: false })
+        },
+        { emergency: true },
+      )
+      state.isAhead = false
+    })
+    this.#startBase(state)
+    await this.flush()
+    await state.basing
   }
 
   /** The pool is closed or deleted; with `remove` its export goes with it. */

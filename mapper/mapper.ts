@@ -56,6 +56,7 @@ import { openLocked, type OpenOptions } from './open.ts'
 import { OpenTable, type OpenEntry } from './open-table.ts'
 import { PageIds } from './page-ids.ts'
 import { PagePins } from './page-pins.ts'
+import { acceptPool, type PoolAcceptReport } from './pool-accept.ts'
 import { importPool, type PoolImport, type PoolImportReport } from './pool-import.ts'
 import { PoolService } from './pool-service.ts'
 import { Pools } from './pools.ts'
@@ -171,6 +172,11 @@ export class Mapper {
   /** See `importPool` in pool-import.ts. One at a time. */
   async importPool(wanted: PoolImport): Promise<PoolImportReport> {
     return await this.#importing.run(async () => await importPool(this.#context, this.pools, wanted))
+  }
+
+  /** See `acceptPool` in pool-accept.ts. */
+  async acceptPool(poolId: string, options: { confirmed: boolean }): Promise<PoolAcceptReport> {
+    return await acceptPool(this.#context, this.pools, poolId, options)
   }
 
   /** Brings what is durable in the catalog into the exports of the pools; false: one of these could not be written. */

@@ -16,7 +16,7 @@
 import { AtollError, type CatalogTransaction, type ExportedRow, type ResourceRow } from '@atoll/core'
 import type { LoadedExport } from './export-load.ts'
 
-type Verdict = 'deleted' | 'changed'
+export type Verdict = 'deleted' | 'changed'
 
 /** What of an export is compared. */
 type NewerState = Pick<LoadedExport, 'rows' | 'header'>
@@ -75,13 +75,13 @@ export class OlderCatalog {
     this.#verdicts.get(row.home_pool_id)?.delete(row.id)
   }
 
-  isRefused(row: Pick<ResourceRow, 'id' | 'home_pool_id'>): boolean {
-    return this.#verdicts.get(row.home_pool_id)?.has(row.id) === true
+  /** Resources of a pool that are refused, with the reason. */
+  refused(poolId: string): ReadonlyMap<string, Verdict> {
+    return this.#verdicts.get(poolId) ?? new Map<string, Verdict>()
   }
 
-  /** Resources of a pool that are refused. */
-  refusedCount(poolId: string): number {
-    return this.#verdicts.get(poolId)?.size ?? 0
+  isRefused(row: Pick<ResourceRow, 'id' | 'home_pool_id'>): boolean {
+    return this.#verdicts.get(row.home_pool_id)?.has(row.id) === true
   }
 
   /** @throws AtollError CATALOG_BEHIND for a resource that a newer state of the catalog has deleted or changed */

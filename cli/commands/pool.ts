@@ -1,5 +1,5 @@
 import type { Command } from 'commander'
-import type { JobDocument, PoolDocument, PoolImportDocument } from '../admin-types.ts'
+import type { JobDocument, PoolAcceptDocument, PoolDocument, PoolImportDocument } from '../admin-types.ts'
 import { segment } from '../client/admin-client.ts'
 import { usageError } from '../client/cli-error.ts'
 import { formatBytes } from '../terminal/format-bytes.ts'
@@ -61,6 +61,20 @@ export function register(pool: Command): void {
         if (report.failed.length + report.damages.length > 0) process.exitCode = 1
       }),
     'atoll pool import default --take-over',
+  )
+  withExample(
+    pool
+      .command('accept')
+      .description('let an older catalog count for a pool, and give up what the pool has newer')
+      .argument('<pool>', 'name or id of a pool whose export is ahead of the catalog')
+      .option('--yes', 'do it; without this it only says what would be given up', false)
+      .action(async (name: string, { yes }: { yes: boolean }, command: Command) => {
+        const context = contextOf(command)
+        const report = await context.client.post<PoolAcceptDocument>(`/v1/pools/${segment(name)}/accept`, { confirmed: yes })
+        context.print(report, () => acceptText(report))
+        if (!report.accepted) process.exitCode = 1
+      }),
+    'atoll pool accept default --yes',
   )
   withExample(
     pool
@@ -182,6 +196,34 @@ function importText(report: PoolImportDocument): string {
   return [...lines, ...report.notes].join('\n')
 }
 
+/** What of the newer state is given up: what is named in each list, and what it means. */
+const listsOfAcceptance = {
+  onlyInExport: 'not in this catalog: given up',
+  changed: 'newer in the pool: given up, and what this catalog has of it is refused (CATALOG_BEHIND)',
+  deleted: 'deleted in the newer state: refused (CATALOG_BEHIND), since what it held may be gone',
+} as const
+
+function acceptText(report: PoolAcceptDocument): string {
+  const time = report.exportedAt === null ? '' : ` of ${report.exportedAt}`
+  const lines = [
+    report.accepted
+      ? `this catalog counts for pool ${report.name}; the newer state${time} is given up`
+      : `nothing was changed; with --yes the newer state${time} of pool ${report.name} is given up for good`,
+  ]
+  for (const [list, meaning] of Object.entries(listsOfAcceptance)) {
+    const rows = report[list as keyof typeof listsOfAcceptance]
+    if (rows.length > 0) lines.push(`${meaning}:`, ...rows.map(({ kind, id, name }) => `  ${kind} ${name} (${id})`))
+  }
+  if (report.damages.length > 0) {
+    const damages = report.damages.map(({ record, message }) => `  ${record}: ${message}`)
+    lines.push('damaged or missing in the export, so there may be more:', ...damages)
+  }
+  const { length } = report.unknownLayers
+  if (length > 0)
+    lines.push(`${length} layers that this catalog does not know are left alone: ${report.unknownLayers.join(', ')}`)
+  return lines.join('\n')
+}
+
 export interface PoolFinding {
   readonly severity: 'note' | 'warning' | 'error'
   readonly kind: string
@@ -243,7 +285,7 @@ function poolText(pool: PoolDocument): string {
 }
 
 function exportText({ state, behindSince, error }: NonNullable<PoolDocument['export']>): string {
-  if (state === 'ahead') return 'ahead: it is of a newer catalog than this one, and is left as it is'
+  if (state === 'ahead') return 'ahead: it is of a newer catalog than this one, and is left as it is (see atoll pool accept)'
   if (state === 'current') return 'current'
   return `behind since ${behindSince ?? 'now'}${error === null ? '' : `: ${error.code}: ${error.message}`}`
 }

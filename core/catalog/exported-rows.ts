@@ -142,8 +142,16 @@ async function sequenceOf(tx: CatalogTransaction, table: keyof Schema): Promise<
 
 /** From now on new layers get aliases above `alias`. Inside a write. */
 export async function raiseLayerAliases(tx: CatalogTransaction, alias: number): Promise<void> {
-  const present = await lastLayerAlias(tx)
-  if (present >= alias) return
-  await sql`delete from sqlite_sequence where name = 'layers'`.execute(tx)
-  await sql`insert into sqlite_sequence (name, seq) values ('layers', ${alias})`.execute(tx)
+  await raiseSequence(tx, 'layers', alias)
+}
+
+/** From now on new notes in the outbox get numbers above `seq`. Inside a write. */
+export async function raiseExportSeq(tx: CatalogTransaction, seq: number): Promise<void> {
+  await raiseSequence(tx, 'export_changes', seq)
+}
+
+async function raiseSequence(tx: CatalogTransaction, table: keyof Schema, seq: number): Promise<void> {
+  if ((await sequenceOf(tx, table)) >= seq) return
+  await sql`delete from sqlite_sequence where name = ${table}`.execute(tx)
+  await sql`insert into sqlite_sequence (name, seq) values (${table}, ${seq})`.execute(tx)
 }

@@ -126,5 +126,17 @@ describe('a backup of the catalog', () => {
     home.cli('snapshot', 'delete', 'disk@doomed')
     home.cli('volume', 'delete', 'gone')
     expect(await read('first@now')).toEqual(pattern(5, mebibyte))
+
+    // The newer catalog is not coming back.
+    const asked = home.run('pool', 'accept', 'default')
+    expect([asked.exitCode, asked.stdout]).toEqual([1, expect.stringMatching(/nothing was changed[^]*volume made /)])
+    expect(look(home).map(({ kind }) => kind)).toContain('catalog-older')
+    const accepted = home.json<{ accepted: boolean; onlyInExport: { name: string }[] }>('pool', 'accept', 'default', '--yes')
+    expect(accepted).toMatchObject({ accepted: true, onlyInExport: [expect.objectContaining({ name: 'made' })] })
+    expect(home.fail('pool', 'accept', 'default', '--yes')).toBe('POOL_NOT_AHEAD')
+    expect(home.json<{ export: { state: string } }>('pool', 'show', 'default').export.state).toBe('current')
+    expect(look(home).map(({ kind }) => kind)).not.toContain('catalog-older')
+    expect(await read('disk@kept')).toEqual(pattern(1, mebibyte))
+    expect(await read('disk')).toEqual(pattern(3, mebibyte))
   })
 })

@@ -57,6 +57,29 @@ export const controlPlaneBugs: PlantedBug[] = [
     tests: ['mapper/recover.test.ts'],
   },
   {
+    name: 'an accepted older catalog serves at the next start what may be gone',
+    edits: [
+      {
+        file: 'mapper/exporter.ts',
+        find: 'await catalog.read(async (tx) => await this.#context.olderCatalog.recall(tx, poolId))',
+        replace: '',
+      },
+    ],
+    tests: ['mapper/pool-accept.test.ts'],
+  },
+  {
+    name: 'a catalog that was given up goes on where it was when it comes back',
+    edits: [{ file: 'mapper/exporter.ts', find: ' + acceptedAhead)', replace: ')' }],
+    tests: ['mapper/pool-accept.test.ts'],
+  },
+  {
+    name: 'a pool that is opened late is compared with what the outbox is by then',
+    edits: [
+      { file: 'mapper/exporter.ts', find: 'found.reachedSeq > Math.min(last, before)', replace: 'found.reachedSeq > last' },
+    ],
+    tests: ['mapper/exporter.test.ts'],
+  },
+  {
     name: 'a volume is swapped before the export names its next layer',
     edits: [{ file: 'mapper/share.ts', find: 'if (unnamed.length > 0) {', replace: 'if (unnamed.length < 0) {' }],
     tests: history,

@@ -15,6 +15,7 @@ const creation = z.strictObject({
 })
 
 const setting = z.strictObject({ settings })
+const acceptance = z.strictObject({ confirmed: z.boolean() })
 const importation = z.strictObject({
   name: typedText,
   driver: typedText.optional(),
@@ -48,6 +49,10 @@ export function addPoolRoutes(server: FastifyInstance, { composer }: AdminContex
   server.post('/v1/pools/:pool/settings', async (request) => {
     const { pool } = checkRequest(named, request.params)
     return toDocument(await pools.set(pool, checkRequest(setting, request.body).settings))
+  })
+  server.post('/v1/pools/:pool/accept', async (request) => {
+    const { pool } = checkRequest(named, request.params)
+    return await pools.accept(pool, checkRequest(acceptance, request.body))
   })
   server.post('/v1/pools/:pool/check', async (request) => ({
     findings: await pools.check(checkRequest(named, request.params).pool),
