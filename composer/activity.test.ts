@@ -33,6 +33,42 @@ describe('what is going on', () => {
     return new TestClient(daemon.composer, id)
   }
 
+  test('is how quickly jobs move bytes, too', async () => {
+    const { composer } = daemon
+    const [more, end] = [Promise.withResolvers<void>(), Promise.withResolvers<void>()]
+    async function* stream(): AsyncGenerator<Uint8Array> {
+      yield Buffer.alloc(mebibyte, 1)
+      await more.promise
+      yield Buffer.alloc(3 * mebibyte, 2)
+      await end.promise
+    }
+    const { id, subject } = await composer.images.importStream({ name: 'moving', stream: stream(), sizeBytes: 8 * mebibyte })
+    const moved = async (bytes: number): Promise<void> =>
+      await until(async () => (await composer.jobs.show(id)).progressBytes === bytes)
+    await moved(mebibyte)
+    const asked = composer.activity.over(1000)
+    more.resolve()
+    await moved(4 * mebibyte)
+    timers.expireAll()
+    const { intervalMs, jobs } = await asked
+    const job = {
+      id,
+      kind: 'image-import-stream',
+      subject,
+      name: 'moving',
+      progressBytes: 4 * mebibyte,
+      totalBytes: 8 * mebibyte,
+    }
+    expect(jobs).toMatchObject([job])
+    expect(((jobs[0]?.bytesPerSecond ?? 0) * intervalMs) / 1000).toBeCloseTo(3 * mebibyte)
+    expect(Math.abs((jobs[0]?.secondsLeft ?? 0) - (intervalMs / 1000) * (4 / 3))).toBeLessThan(1.01)
+    end.resolve()
+    await composer.jobs.wait(id)
+    const later = composer.activity.over(1000)
+    timers.expireAll()
+    expect((await later).jobs).toEqual([])
+  })
+
   test('is what happened in the interval, of every attached volume and of every pool', async () => {
     const { composer } = daemon
     const [first] = [await attach('first', 'default'), await attach('second', 'faulty')]

@@ -1,6 +1,6 @@
 /**
- * What is going on: rates and latencies of every attached volume and of every pool's backend, as the difference of two looks
- * at counters that only grow. Nothing is kept between two questions but, for the slow-backend flag, the last look.
+ * What is going on: rates and latencies of every attached volume and of every pool's backend, and how quickly jobs move bytes, as
+ * the difference of two looks at counters. Nothing is kept between two questions but, for the slow-backend flag, the last look.
  *
  * Rule: a backend is slow when its reads or syncs of an interval took longer than the limits below on average, or when some
  * were under way at both ends of the interval and none was done in between.
@@ -18,6 +18,8 @@ import {
 import { noTotals, totalsOf, type DeviceTotals, type Mapper } from '@atoll/mapper'
 import { latencyBucketEndsSeconds, type Device } from '@atoll/native'
 import type { Exports } from './exports.ts'
+import type { JobView } from './job-kind.ts'
+import type { Jobs } from './jobs.ts'
 import { delay, type SetTimer } from './timers.ts'
 
 /** Reads of a backend take less on average, or it is slow. */
@@ -68,12 +70,30 @@ export interface PoolActivity {
   slow: boolean
 }
 
+/** A job that moved bytes at the end of the interval. */
+export interface JobActivity {
+  id: string
+  kind: string
+  /** Id of what it works on. */
+  subject: string
+  /** Of that; null: it is no volume, snapshot or image that is there. */
+  name: string | null
+  progressBytes: number
+  /** null: not known. */
+  totalBytes: number | null
+  bytesPerSecond: number
+  /** null: not known. */
+  secondsLeft: number | null
+}
+
 export interface Activity {
   intervalMs: number
   /** By name. */
   volumes: VolumeActivity[]
   /** By name. */
   pools: PoolActivity[]
+  /** In the order they were started. */
+  jobs: JobActivity[]
 }
 
 /** What an attached volume has done since it was opened. */
@@ -105,12 +125,14 @@ interface Look {
   readonly volumes: ReadonlyMap<string, VolumeLook>
   /** By id of the pool. */
   readonly pools: ReadonlyMap<string, DeviceTotals>
+  readonly jobs: readonly JobView[]
 }
 
 export interface ActivityOptions {
   readonly catalog: Catalog
   readonly mapper: Mapper
   readonly exports: Exports
+  readonly jobs: Jobs
   readonly log: Logger
   readonly clock: Clock
   readonly setTimer: SetTimer
@@ -189,12 +211,29 @@ export class ActivityMonitor {
         slow: isSlowBackend(earlier, later),
       }
     })
-    return { intervalMs: after.atMs - before.atMs, volumes: volumes.toSorted(byName), pools }
+    const jobs = await this.#jobs(before.jobs, after.jobs, seconds)
+    return { intervalMs: after.atMs - before.atMs, volumes: volumes.toSorted(byName), pools, jobs }
   }
 
   #look(): Look {
-    const { clock, mapper } = this.#options
-    return { atMs: clock.monotonicMs(), volumes: this.#volumes(), pools: mapper.pools.totals() }
+    const { clock, jobs, mapper } = this.#options
+    return { atMs: clock.monotonicMs(), volumes: this.#volumes(), pools: mapper.pools.totals(), jobs: jobs.moving() }
+  }
+
+  async #jobs(before: readonly JobView[], after: readonly JobView[], seconds: number): Promise<JobActivity[]> {
+    if (after.length === 0) return []
+    const { catalog } = this.#options
+    const subjects = after.map(({ subject }) => subject)
+    const rows = await catalog.db.selectFrom('resources').select(['id', 'name']).where('id', 'in', subjects).execute()
+    const names = new Map(rows.map(({ id, name }) => [id, name]))
+    return after.map(({ id, kind, subject, progressBytes, totalBytes, rateBytesPerSecond }) => {
+      const known = before.find((job) => job.id === id)
+      // One that was begun meanwhile may have gone on where it was long ago; one that began anew has gone back.
+      const bytesPerSecond = known === undefined ? rateBytesPerSecond : Math.max(0, progressBytes - known.progressBytes) / seconds
+      const leftBytes = totalBytes === null ? null : Math.max(0, totalBytes - progressBytes)
+      const secondsLeft = leftBytes === null || bytesPerSecond === 0 ? null : Math.ceil(leftBytes / bytesPerSecond)
+      return { id, kind, subject, name: names.get(subject) ?? null, progressBytes, totalBytes, bytesPerSecond, secondsLeft }
+    })
   }
 
   #volumes(): Map<string, VolumeLook> {

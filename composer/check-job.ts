@@ -26,6 +26,7 @@ export function checkKind(mapper: Mapper): JobKind {
     kind: 'check',
     // It looks at one state: it cannot go on later where it was.
     pausable: false,
+    movesBytes: false,
     // Recorded on a full disk, too: then most of all somebody wants to know.
     freesSpace: true,
     parallelMax: 1,

@@ -147,7 +147,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   })
   const reclaim = new ReclaimScheduler({ jobs, log, setTimer })
   const space = new SpaceMonitor({ mapper, log, setTimer })
-  const activity = new ActivityMonitor({ catalog, mapper, exports, log, clock, setTimer })
+  const activity = new ActivityMonitor({ catalog, mapper, exports, jobs, log, clock, setTimer })
   const context: ServiceContext = { catalog, mapper, resolver, attachments, devices, jobs, reclaim, space, activity, locks, log }
 
   await attachments.start()

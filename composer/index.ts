@@ -28,6 +28,7 @@ export {
   activityIntervalMsMin,
   type Activity,
   type ActivityMonitor,
+  type JobActivity,
   type OperationActivity,
   type PoolActivity,
   type VolumeActivity,

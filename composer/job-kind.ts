@@ -33,6 +33,8 @@ export interface JobKind {
   readonly pausable: boolean
   /** Default false. True: the job gives space back, so it is recorded on a full disk, too. */
   readonly freesSpace?: boolean
+  /** Default true. False: what it reports is a count of something else. */
+  readonly movesBytes?: boolean
   /** At most this many jobs of the kind run at a time. */
   readonly parallelMax: number
   /**

@@ -196,6 +196,12 @@ export class Jobs {
     return counts
   }
 
+  /** The jobs that run now and move bytes, in the order they came. */
+  moving(): JobView[] {
+    const moving = [...this.live.values()].filter(({ running, kind }) => running !== null && kind.movesBytes !== false)
+    return moving.map((job) => this.viewOf(job))
+  }
+
   /** Ids of what unfinished jobs work on, with the job's id. */
   subjects(): ReadonlyMap<string, string> {
     return new Map([...this.live.values()].map(({ row }) => [row.subject, row.id]))

@@ -1,7 +1,7 @@
 import type { Command } from 'commander'
 import type { ActivityDocument } from '../admin-types.ts'
 import { usageError } from '../client/cli-error.ts'
-import { formatBytes } from '../terminal/format-bytes.ts'
+import { formatBytes, formatSeconds } from '../terminal/format-bytes.ts'
 import { formatTable } from '../terminal/table.ts'
 import { contextOf, withExample } from './command-context.ts'
 
@@ -33,8 +33,8 @@ export function register(top: Command): void {
   withExample(top, 'atoll top --interval 5', 'atoll top --once --json')
 }
 
-/** Volumes first, the busiest at the top; then the backends of the pools. */
-export function activityText({ volumes, pools }: ActivityDocument): string {
+/** Volumes first, the busiest at the top; then the backends of the pools, then what moves bytes in the background. */
+export function activityText({ volumes, pools, jobs }: ActivityDocument): string {
   const busiest = volumes.toSorted((a, b) => load(b) - load(a))
   const parts = [
     volumes.length === 0
@@ -81,9 +81,26 @@ export function activityText({ volumes, pools }: ActivityDocument): string {
         pool.slow ? 'slow' : 'ok',
       ]),
     ),
+    ...(jobs.length === 0 ? [] : [jobsTable(jobs)]),
     'ms: mean / 99th percentile',
   ]
   return parts.join('\n\n')
+}
+
+function jobsTable(jobs: ActivityDocument['jobs']): string {
+  return formatTable(
+    ['job', 'of', 'moved', 'rate', 'left', 'id'],
+    jobs.map((job) => [
+      job.kind,
+      job.name ?? job.subject,
+      job.totalBytes === null
+        ? formatBytes(job.progressBytes)
+        : `${formatBytes(job.progressBytes)} of ${formatBytes(job.totalBytes)}`,
+      `${formatBytes(Math.round(job.bytesPerSecond))}/s`,
+      job.secondsLeft === null ? null : formatSeconds(job.secondsLeft),
+      job.id,
+    ]),
+  )
 }
 
 type Operations = ActivityDocument['volumes'][number]['reads']
