@@ -10,9 +10,10 @@
  *   earlier import, too, which the pool's own epoch tells apart: a catalog may be lost again before it has exported anything.
  * - Aliases and page ids stay as they are, since maps name them. New ones are given far above, so that another pool of the same
  *   lost catalog still fits in afterwards.
- * - What cannot be brought back is named with the reason. While anything is missing or damaged, layers that nothing here refers
+ * - What cannot be brought back is named with the reason; a snapshot whose volume cannot be becomes an image. While anything is missing or damaged, layers that nothing here refers
  *   to get no row: their files are kept (I11), because what is missing may be what refers to them.
  */
+import { setImmediate as nextTurn } from 'node:timers/promises'
 import {
   adminProject,
   AtollError,
@@ -58,6 +59,15 @@ export interface ImportFailure {
   readonly reason: string
 }
 
+/** A snapshot that is an image now, because what it is a snapshot of is not there. */
+export interface SnapshotAsImage {
+  readonly id: string
+  /** Of the image. */
+  readonly name: string
+  readonly snapshotName: string
+  readonly volumeId: string
+}
+
 export interface PoolImportReport {
   readonly poolId: string
   readonly name: string
@@ -69,6 +79,8 @@ export interface PoolImportReport {
   /** What is here now and can be opened, by kind. */
   readonly broughtBack: Record<ResourceKind, number>
   readonly failed: readonly ImportFailure[]
+  /** Snapshots of volumes that could not be brought back. */
+  readonly asImages: readonly SnapshotAsImage[]
   /** Resources that a damaged or missing record may have changed or deleted. */
   readonly uncertain: readonly { readonly kind: ResourceKind; readonly id: string; readonly name: string }[]
   readonly damages: readonly ExportDamage[]
@@ -84,6 +96,9 @@ const pageIdsAhead = 2 ** 32
 const importHolder = 'import'
 /** Pages inserted, and looked up, at a time. */
 const pageBatch = 512
+/** Rows inserted in one turn of the event loop. */
+const rowsAtOnce = 200
+const nameLengthMax = 255
 const notBroughtBack = 'attachments, jobs and leases are not in an export: attach the volumes again'
 
 /** The rows that go into the catalog, and what does not. */
@@ -93,6 +108,7 @@ interface Plan {
   readonly rows: ReadonlyMap<ExportedTable, readonly ExportedRow[]>
   readonly pageIds: readonly number[]
   readonly failed: readonly ImportFailure[]
+  readonly asImages: readonly SnapshotAsImage[]
 }
 
 /**
@@ -237,9 +253,19 @@ async function planImport(context: MapperContext, loaded: LoadedExport): Promise
       kept.set(row['id'], row)
     }
   }
+  const asImages: SnapshotAsImage[] = []
+  const names = new Map(all.map((row) => [row['id'], String(row['name'])]))
   for (const row of all.filter((each) => each['kind'] === 'snapshot')) {
-    if (kept.has(row['volume_id'])) kept.set(row['id'], row)
-    else failed.push(failure(row, 'VOLUME_NOT_FOUND', `its volume ${row['volume_id']} could not be brought back`))
+    const volumeId = String(row['volume_id'])
+    if (kept.has(volumeId)) {
+      kept.set(row['id'], row)
+      continue
+    }
+    // What it holds needs no volume.
+    const snapshotName = String(row['name'])
+    const name = [...(names.has(volumeId) ? [names.get(volumeId)] : []), snapshotName].join('-').slice(0, nameLengthMax)
+    kept.set(row['id'], changed(row, { kind: 'image', name, volume_id: null }))
+    asImages.push({ id: String(row['id']), name, snapshotName, volumeId })
   }
   const resources = [...kept.values()]
   const reached = await reachOf(context, loaded, resources)
@@ -248,8 +274,8 @@ async function planImport(context: MapperContext, loaded: LoadedExport): Promise
   const written = new Set(keptVolumes.flatMap((row) => [row['active_alias'], row['next_alias']]))
   const keptLayers = layers.filter((row) => {
     const volumeId = row['volume_id'] ?? null
-    // It may hold what nobody here knows of; only a sealed one means the same without its volume.
-    if (volumeId !== null && !kept.has(volumeId) && row['state'] !== 'sealed') return false
+    // It may hold what nobody here knows of; only one that is written no more means the same without its volume.
+    if (volumeId !== null && !kept.has(volumeId) && row['state'] !== 'sealed' && row['state'] !== 'closing') return false
     return isWhole || written.has(row['alias']) || reached.aliases.has(Number(row['alias']))
   })
   const keptAliases = new Set(keptLayers.map((row) => row['alias']))
@@ -265,7 +291,7 @@ async function planImport(context: MapperContext, loaded: LoadedExport): Promise
     ['volumes', keptVolumes.map((row) => (keptAliases.has(row['next_alias']) ? row : changed(row, { next_alias: null })))],
     ['files', [...files.values()].filter((row) => kept.has(row['id']))],
   ])
-  return { loaded, resources, rows, pageIds: reached.pageIds, failed }
+  return { loaded, resources, rows, pageIds: reached.pageIds, failed, asImages }
 }
 
 interface Reached {
@@ -362,7 +388,9 @@ async function insertAll(
     ): Promise<void> => {
       if (!present.has(table)) return
       const columns = await columnsOf(tx, table)
-      for (const row of rows) {
+      for (const [index, row] of rows.entries()) {
+        // Of a large pool this takes long: whatever needs no catalog goes on meanwhile.
+        if (index % rowsAtOnce === rowsAtOnce - 1) await nextTurn()
         const known = Object.fromEntries(Object.entries(row).filter(([name]) => columns.has(name)))
         if (columns.has('project_id') && !projects.has(row['project_id'])) known['project_id'] = adminProject.id
         try {
@@ -422,6 +450,7 @@ async function insertAll(
         missing,
         missing.map((id) => pages.get(id) as Uint8Array),
       )
+      await nextTurn()
     }
     await tx
       .insertInto('export_pools')
@@ -612,6 +641,7 @@ function reportPlan(plan: Plan | null, wanted: PoolImport, owner: string | null)
     exportedAt: plan?.loaded.header.writtenAt ?? null,
     broughtBack: count(plan?.resources ?? []),
     failed: plan?.failed ?? [],
+    asImages: plan?.asImages ?? [],
     uncertain,
     damages: plan?.loaded.damages ?? [],
     unknownLayers: [],

@@ -172,6 +172,7 @@ export function register(pool: Command): void {
 /** The parts of a report that are lists: what is named in each, and what it means. */
 const listsOfImport = {
   failed: 'could not be brought back',
+  asImages: 'snapshots that are images now, since their volumes could not be brought back',
   uncertain: 'may be out of date, since records of the export are damaged or missing',
   damages: 'damaged or missing in the export',
 } as const
@@ -183,6 +184,9 @@ function importText(report: PoolImportDocument): string {
   const lines = [`${report.dryRun ? 'would bring' : 'brought'} back ${counts}${time}`]
   const entries = {
     failed: report.failed.map((entry) => `${entry.kind} ${entry.name} (${entry.id}): ${entry.code}: ${entry.reason}`),
+    asImages: report.asImages.map(
+      (entry) => `snapshot ${entry.snapshotName} of ${entry.volumeId} as image ${entry.name} (${entry.id})`,
+    ),
     uncertain: report.uncertain.map((entry) => `${entry.kind} ${entry.name} (${entry.id})`),
     damages: report.damages.map((entry) => `${entry.record}: ${entry.message}`),
   }
