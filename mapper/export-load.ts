@@ -36,7 +36,7 @@ export interface LoadedExport {
   /** Of the record that was written last. */
   readonly header: ExportHeader
   /** The number of the base, and of the first delta that comes after it; null: there is none that can be read. */
-  readonly base: { readonly number: number; readonly deltasFrom: number } | null
+  readonly base: { readonly number: number; readonly deltasFrom: number; readonly partCount: number } | null
   /** All changes up to this one are in it. */
   readonly reachedSeq: number
   /** Number of the last delta record that was applied; 0: none. */
@@ -111,7 +111,7 @@ class Loader {
     const numbers = (kind: RecordName['kind']) => this.#names.filter((name) => name.kind === kind).map((name) => name.number)
     return {
       header: this.#header,
-      base: base === null || base.last === null ? null : { number: base.number, deltasFrom },
+      base: base === null || base.last === null ? null : { number: base.number, deltasFrom, partCount: base.records.length },
       reachedSeq: this.#reachedSeq,
       lastDelta: this.#lastDelta,
       baseNumberMax: Math.max(0, ...numbers('base')),

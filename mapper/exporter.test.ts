@@ -4,6 +4,7 @@ import { makeMemoryDriver } from '@atoll/southbound'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { recordPrefix } from './export-format.ts'
 import { loadExport } from './export-load.ts'
+import { isLong } from './exporter.ts'
 import { type Mapper, openMapper } from './mapper.ts'
 import { Bench, bytes, failingCatalog, LogLines, ManualTimers, slot } from './test-bench.ts'
 
@@ -51,6 +52,18 @@ describe('the export of a pool', () => {
     await bench.mapper.idle()
     expect((await records()).length).toBeLessThan(200)
     expect((await exported('resources')).map((row) => row['name'])).toEqual(['disk-1099'])
+  })
+
+  test('is written anew less often the more is in it, and before an open has too many records to read', () => {
+    const deltas = (count: number, each = 1000) => ({ deltaCount: count, deltaBytes: count * each })
+    const mebibyte = 2 ** 20
+    expect(isLong({ baseBytes: 1000, ...deltas(1024) })).toBe(false)
+    expect(isLong({ baseBytes: 1000, ...deltas(1025) })).toBe(true)
+    expect(isLong({ baseBytes: 1000, ...deltas(5, mebibyte) })).toBe(true)
+    expect(isLong({ baseBytes: 70 * mebibyte, ...deltas(4000) })).toBe(false)
+    expect(isLong({ baseBytes: 70 * mebibyte, ...deltas(5000) })).toBe(true)
+    expect(isLong({ baseBytes: 70 * mebibyte, ...deltas(80, mebibyte) })).toBe(true)
+    expect(isLong({ baseBytes: 2 ** 40, ...deltas(16 * 1024 + 1) })).toBe(true)
   })
 
   test('that cannot be written lets operations succeed, is shown, and nothing that it names is freed until it can', async () => {

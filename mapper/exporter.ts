@@ -65,7 +65,12 @@ export const flushDelayMs = 20
 export const retryDelayMs = 1000
 /** A new base is written when the deltas since the last one are longer than it and than this. */
 const deltaBytesMin = 4 * 2 ** 20
-const deltaCountMax = 1024
+/** It is also written when they are many: every open reads all of them. A large base is written for more of them. */
+const deltaCountMin = 1024
+const deltaCountMax = 16 * 1024
+const baseBytesPerDelta = 16 * 1024
+/** What a part of a base that is there already is taken for. */
+const partBytes = 2 ** 20
 /** Far above what a newer state of this catalog may have noted; more than any delta has. */
 const acceptedAhead = 2 ** 32
 /** More notes than these are not read into one delta: a pool that missed as many gets a new base. */
@@ -268,7 +273,7 @@ export class Exporter {
       exportedSeq: Math.min(exportedSeq, last),
       recordedSeq: found.reachedSeq,
       lastDelta: found.lastDelta,
-      baseBytes: deltaBytesMin,
+      baseBytes: found.base.partCount * partBytes,
       deltaBytes: found.deltaBytes,
       deltaCount: found.deltaCount,
     }
@@ -453,8 +458,7 @@ export class Exporter {
       for (const state of states) this.#failed(state, error)
     }
     for (const state of states) {
-      const isLong = state.deltaBytes > Math.max(state.baseBytes, deltaBytesMin) || state.deltaCount > deltaCountMax
-      if (isLong && state.hasBase && state.error === null) this.#startBase(state, { renew: true })
+      if (isLong(state) && state.hasBase && state.error === null) this.#startBase(state, { renew: true })
     }
   }
 
@@ -729,6 +733,16 @@ export class Exporter {
       log.warn({ err: error }, 'the outbox of the exports is not trimmed for now')
     }
   }
+}
+
+/** Whether a new base costs less than going on with the deltas. */
+export function isLong({
+  baseBytes,
+  deltaBytes,
+  deltaCount,
+}: Pick<PoolExport, 'baseBytes' | 'deltaBytes' | 'deltaCount'>): boolean {
+  const countMax = Math.min(deltaCountMax, Math.max(deltaCountMin, baseBytes / baseBytesPerDelta))
+  return deltaBytes > Math.max(baseBytes, deltaBytesMin) || deltaCount > countMax
 }
 
 /** Set once a resource has been made whose map refers to layers of another pool than its own. */
