@@ -21,9 +21,16 @@ pub struct Reach {
     counted: HashMap<u64, Box<[u32; SLOTS]>>,
     /// How far into each page, at each place where it stands, slots were counted. A page stands at one place unless somebody
     /// forged it; counting by place keeps what it really refers to.
-    visited: BTreeMap<(u64, u64), u64>,
+    visited: BTreeMap<(u64, u64), Visited>,
     /// Pages that must be read, or read again because a later root reaches further into them.
     pending: BTreeMap<u64, Vec<Visit>>,
+}
+
+/// A page that was reached, at one place.
+struct Visited {
+    /// What its first parent wants. One that wants another one is damaged, or the page is: it is read once more for that parent.
+    crc: u32,
+    slot_limit: u64,
 }
 
 /// A page still to be read, for one place where it stands.
@@ -117,18 +124,18 @@ impl Reach {
             PageWord::Page { id, crc } => {
                 match self.visited.entry((id, base)) {
                     Entry::Vacant(entry) => {
-                        entry.insert(slot_limit);
+                        entry.insert(Visited { crc, slot_limit });
                         // A leaf that lies beyond the limit is reached and need not be read.
                         if level == 0 && slot_limit == 0 {
                             return;
                         }
                     }
-                    Entry::Occupied(entry) if *entry.get() >= slot_limit => return,
-                    Entry::Occupied(mut entry) => *entry.get_mut() = slot_limit,
+                    Entry::Occupied(entry) if entry.get().crc == crc && entry.get().slot_limit >= slot_limit => return,
+                    Entry::Occupied(mut entry) => entry.get_mut().slot_limit = slot_limit.max(entry.get().slot_limit),
                 }
                 let visits = self.pending.entry(id).or_default();
                 match visits.iter_mut().find(|visit| (visit.base, visit.level, visit.crc) == (base, level, crc)) {
-                    Some(visit) => visit.slot_limit = slot_limit,
+                    Some(visit) => visit.slot_limit = visit.slot_limit.max(slot_limit),
                     None => visits.push(Visit { base, level, crc, slot_limit }),
                 }
             }

@@ -54,6 +54,25 @@ fn leading_to(catalog: &Catalog, roots: &[RootRef], page_id: u64) -> Vec<u64> {
 }
 
 #[test]
+fn a_parent_that_wants_another_checksum_is_found_whoever_was_there_before() {
+    let mut catalog = Catalog::new();
+    let (_, whole) = maps(&mut catalog);
+    let damaged = RootRef { crc: whole.crc ^ 1, ..whole };
+    let page_id = whole.word & ((1 << 60) - 1);
+    for roots in [[whole, damaged], [damaged, whole]] {
+        let together = walk(&catalog, &roots, MapCheck::default());
+        let mut one_by_one = MapCheck::default();
+        for root in roots {
+            one_by_one = walk(&catalog, &[root], one_by_one);
+        }
+        for check in [together, one_by_one] {
+            let faults: Vec<_> = check.faults().iter().map(|fault| (fault.page_id, fault.code)).collect();
+            assert_eq!(faults, [(page_id, MapErrorCode::PageCorrupt)]);
+        }
+    }
+}
+
+#[test]
 fn nothing_is_found_in_whole_maps() {
     let mut catalog = Catalog::new();
     let (first, second) = maps(&mut catalog);
