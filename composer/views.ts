@@ -25,9 +25,9 @@ export interface ResourceView {
 }
 
 export interface ResourceUsage {
-  /** Bytes that go when it is deleted; null: its map cannot be read. */
+  /** Bytes that go when it is deleted; null: its map cannot be read, or maps differ in too much to tell. */
   usedBytes: number | null
-  /** Bytes that others refer to, too; null: its map cannot be read. */
+  /** Bytes that others refer to, too; null as above. */
   sharedBytes: number | null
 }
 

@@ -5,12 +5,13 @@
  * or removed meanwhile is told. How long a file is says little: a layer is as long as what was written (I4). Only where a map
  * got every slot of a layer by a write, its file must reach to the last of them.
  */
-import { toAtollError, type LayerRow } from '@atoll/core'
+import { toAtollError, type LayerRow, type ReplicaRow } from '@atoll/core'
 import type { PoolHandle } from '@atoll/southbound'
 import { nameResources, type CheckContext, type Found } from './check-finding.ts'
 import type { WalkedMaps } from './check-maps.ts'
 import { epochMax, lsnMax, sealFile } from './recover.ts'
 import { slotBytes } from './size.ts'
+import { eachInTurns, filterInTurns, mapInTurns } from './turns.ts'
 
 /** Layers looked at at the same time. */
 const concurrency = 16
@@ -20,13 +21,13 @@ const bytesOf = (slots: number): number => slots * slotBytes
 export async function checkLayers(check: CheckContext, maps: WalkedMaps): Promise<void> {
   const { mapper, state } = check
   await checkFiles(check, maps)
-  checkReplicas(check, maps)
-  checkStray(check, maps)
+  await eachInTurns(state.replicas, (replica) => checkReplica(check, maps, replica))
+  await checkStray(check, maps)
   for (const pool of state.pools) {
     const handle = mapper.pools.find(pool.id)
     if (handle === undefined) continue
-    checkUnknown(check, pool.id)
-    const layers = state.layers.filter((layer) => state.homes.get(layer.alias)?.includes(pool.id) === true)
+    await checkUnknown(check, pool.id)
+    const layers = await filterInTurns(state.layers, (layer) => state.homes.get(layer.alias)?.includes(pool.id) === true)
     await checkLengths(check, maps, handle, layers)
     await checkSpares(check, maps, handle, layers)
     await checkSeals(check, handle, layers)
@@ -38,15 +39,15 @@ export async function checkLayers(check: CheckContext, maps: WalkedMaps): Promis
 async function checkFiles(check: CheckContext, maps: WalkedMaps): Promise<void> {
   const { mapper, state, add } = check
   const missing: LayerRow[] = []
-  for (const layer of state.layers) {
+  const isUnlisted = (layer: LayerRow, poolId: string): boolean => state.listings.get(poolId)?.has(layer.id) === false
+  const unlisted = await filterInTurns(state.layers, (layer) => {
     const isNeeded =
       ['active', 'closing', 'sealed'].includes(layer.state) || (layer.state === 'spare' && layer.volume_id !== null)
-    if (!isNeeded) continue
-    for (const poolId of state.homes.get(layer.alias) ?? []) {
-      const listing = state.listings.get(poolId)
-      if (listing === undefined || listing.has(layer.id)) continue
-      if (await isStillMissing(mapper, poolId, layer)) missing.push(layer)
-    }
+    return isNeeded && state.homes.get(layer.alias)?.some((poolId) => isUnlisted(layer, poolId)) === true
+  })
+  for (const layer of unlisted) {
+    for (const poolId of state.homes.get(layer.alias) ?? [])
+      if (isUnlisted(layer, poolId) && (await isStillMissing(mapper, poolId, layer))) missing.push(layer)
   }
   if (missing.length === 0) return
   const rows = await maps.referring(missing.map((layer) => layer.alias))
@@ -68,37 +69,36 @@ async function isStillMissing(mapper: CheckContext['mapper'], poolId: string, la
 
 /** A row that a map may need to find its data is left alone: what names it is wrong then, or what it says. */
 function mendUnlessNamed(
-  { walk, isComplete }: WalkedMaps,
+  { named, isComplete }: WalkedMaps,
   alias: number,
   mend: () => Promise<string | null>,
 ): Pick<Found, 'mend'> {
-  return isComplete && walk.slotEnd(alias) === 0 ? { mend } : {}
+  return isComplete && !named.has(alias) ? { mend } : {}
 }
 
-function checkReplicas({ mapper, state, add }: CheckContext, maps: WalkedMaps): void {
-  for (const replica of state.replicas) {
-    if (state.layersByAlias.has(replica.layer_alias)) continue
-    const object = `layer ${replica.layer_alias}`
-    add({
-      severity: 'warning',
-      kind: 'replica-of-nothing',
-      object,
-      message: `pool ${replica.pool_id} is said to hold ${object}, which the catalog does not have`,
-      ...mendUnlessNamed(maps, replica.layer_alias, async () => {
-        await mapper.catalog.write(
-          async (tx) => await tx.deleteFrom('replicas').where('layer_alias', '=', replica.layer_alias).execute(),
-        )
-        return 'the row was deleted'
-      }),
-    })
-  }
+function checkReplica({ mapper, state, add }: CheckContext, maps: WalkedMaps, replica: ReplicaRow): void {
+  if (state.layersByAlias.has(replica.layer_alias)) return
+  const object = `layer ${replica.layer_alias}`
+  add({
+    severity: 'warning',
+    kind: 'replica-of-nothing',
+    object,
+    message: `pool ${replica.pool_id} is said to hold ${object}, which the catalog does not have`,
+    ...mendUnlessNamed(maps, replica.layer_alias, async () => {
+      await mapper.catalog.write(
+        async (tx) => await tx.deleteFrom('replicas').where('layer_alias', '=', replica.layer_alias).execute(),
+      )
+      return 'the row was deleted'
+    }),
+  })
 }
 
 /** What a volume was to write next and does not name may have been written: it can be no spare of anybody. */
-function checkStray({ mapper, state, add }: CheckContext, maps: WalkedMaps): void {
-  const next = new Set(state.volumes.map((volume) => volume.next_alias))
-  for (const layer of state.layers) {
-    if (layer.state !== 'spare' || layer.volume_id === null || next.has(layer.alias)) continue
+async function checkStray({ mapper, state, add }: CheckContext, maps: WalkedMaps): Promise<void> {
+  const next = await mapInTurns(state.volumes, (volume) => volume.next_alias)
+  const spares = await filterInTurns(state.layers, (layer) => layer.state === 'spare' && layer.volume_id !== null)
+  for (const layer of spares) {
+    if (next.has(layer.alias)) continue
     add({
       severity: 'warning',
       kind: 'layer-stray',
@@ -120,10 +120,9 @@ function checkStray({ mapper, state, add }: CheckContext, maps: WalkedMaps): voi
 }
 
 /** Files that no row knows: reported, never removed (I11). */
-function checkUnknown({ state, add }: CheckContext, poolId: string): void {
-  const known = new Set(state.layers.map((layer) => layer.id))
-  for (const id of state.listings.get(poolId)?.keys() ?? []) {
-    if (known.has(id)) continue
+async function checkUnknown({ state, add }: CheckContext, poolId: string): Promise<void> {
+  const known = await mapInTurns(state.layers, (layer) => layer.id)
+  for (const id of await filterInTurns(state.listings.get(poolId)?.keys() ?? [], (listed) => !known.has(listed))) {
     const message = `the catalog does not know layer ${id} of pool ${poolId}; it is left alone: after a restore of an older catalog it may hold the newest data`
     add({ severity: 'warning', kind: 'layer-unknown', object: id, message })
   }
@@ -136,15 +135,22 @@ async function checkLengths(
   layers: readonly LayerRow[],
 ): Promise<void> {
   // The first layer of a fresh volume is the whole map, written or not; it is the only one that is given under epoch 0.
-  const written = layers.filter((layer) => layer.epoch > 0 && ['active', 'closing', 'sealed'].includes(layer.state))
+  const written = await filterInTurns(layers, (layer) => layer.epoch > 0 && ['active', 'closing', 'sealed'].includes(layer.state))
   // Listed after the roots were read: files only grow.
-  const lengths = new Map((await pool.listLayers()).map((listed) => [listed.id, listed.lengthBytes]))
-  const short = written.filter((layer) => (lengths.get(layer.id) ?? Infinity) < bytesOf(walk.slotEnd(layer.alias)))
+  const listed = await mapInTurns(await pool.listLayers(), (layer) => layer.id)
+  const lengthOf = (layer: LayerRow): number => listed.get(layer.id)?.lengthBytes ?? Infinity
+  const slotEnds = await walk.slotEnds(Uint32Array.from(written, (layer) => layer.alias))
+  const ends = new Map<LayerRow, number>()
+  await eachInTurns(written.entries(), ([index, layer]) => {
+    const endBytes = bytesOf(slotEnds[index] ?? 0)
+    if (lengthOf(layer) < endBytes) ends.set(layer, endBytes)
+  })
+  const short = [...ends.keys()]
   if (short.length === 0) return
   const rows = await referring(short.map((layer) => layer.alias))
   for (const layer of short) {
     const names = nameResources(rows.get(layer.alias) ?? [])
-    const message = `the file of layer ${layer.id} ends at ${lengths.get(layer.id)} bytes, but ${names} have data in it up to ${bytesOf(walk.slotEnd(layer.alias))}: bring it back from a backup of the pool`
+    const message = `the file of layer ${layer.id} ends at ${lengthOf(layer)} bytes, but ${names} have data in it up to ${ends.get(layer)}: bring it back from a backup of the pool`
     check.add({ severity: 'error', kind: 'layer-short', object: layer.id, message })
   }
 }
@@ -152,7 +158,8 @@ async function checkLengths(
 async function checkSpares(check: CheckContext, maps: WalkedMaps, pool: PoolHandle, layers: readonly LayerRow[]): Promise<void> {
   const { mapper, state, add } = check
   const listing = state.listings.get(pool.poolId)
-  for (const layer of layers.filter((row) => row.state === 'spare' && row.volume_id === null)) {
+  const spares = await filterInTurns(layers, (row) => row.state === 'spare' && row.volume_id === null)
+  for (const layer of spares) {
     const listed = listing?.get(layer.id)
     if (listed === undefined && (await isStillMissing(mapper, pool.poolId, layer))) {
       add({
@@ -186,7 +193,7 @@ async function checkSpares(check: CheckContext, maps: WalkedMaps, pool: PoolHand
 async function checkSeals(check: CheckContext, pool: PoolHandle, layers: readonly LayerRow[]): Promise<void> {
   const { mapper, add } = check
   // Of a layer whose volume is gone nobody can say it is active.
-  const sealed = layers.filter((layer) => layer.state === 'sealed' && layer.volume_id !== null)
+  const sealed = await filterInTurns(layers, (layer) => layer.state === 'sealed' && layer.volume_id !== null)
   for (let start = 0; start < sealed.length; start += concurrency) {
     check.step()
     await Promise.all(
@@ -227,11 +234,12 @@ async function checkAllocation(
 ): Promise<void> {
   let bytes = 0
   let count = 0
-  for (const layer of layers.filter((row) => row.state === 'sealed')) {
+  const sealed = await filterInTurns(layers, (row) => row.state === 'sealed')
+  for (const layer of sealed) {
     check.step()
     const length = check.state.listings.get(pool.poolId)?.get(layer.id)?.lengthBytes ?? 0
     if (length === 0) continue
-    const unreferenced = uncovered(await pool.store.extents(layer.id, 0, length), walk.runs(layer.alias))
+    const unreferenced = await pool.store.allocatedExcept(layer.id, await walk.runs(layer.alias))
     bytes += unreferenced
     if (unreferenced > 0) count += 1
   }
@@ -244,22 +252,4 @@ async function checkAllocation(
     message,
     mend: async () => `a reclaim freed ${(await check.reclaimer.run(null)).freedBytes} bytes`,
   })
-}
-
-/** Bytes of the data extents that lie in none of the runs (triples, ascending). */
-function uncovered(extents: readonly { offsetBytes: number; lengthBytes: number; data: boolean }[], runs: Float64Array): number {
-  let bytes = 0
-  let index = 0
-  for (const extent of extents) {
-    if (!extent.data) continue
-    let at = extent.offsetBytes
-    const end = at + extent.lengthBytes
-    while (at < end) {
-      while (index < runs.length && bytesOf((runs[index] ?? 0) + (runs[index + 1] ?? 0)) <= at) index += 3
-      const start = index < runs.length ? bytesOf(runs[index] ?? 0) : Infinity
-      if (start > at) bytes += Math.min(start, end) - at
-      at = index < runs.length ? Math.max(at, Math.min(end, bytesOf((runs[index] ?? 0) + (runs[index + 1] ?? 0)))) : end
-    }
-  }
-  return bytes
 }

@@ -7,11 +7,12 @@
  */
 import { setImmediate as nextTurn } from 'node:timers/promises'
 import { toAtollError, type LayerRow, type ResourceRow } from '@atoll/core'
-import { MapCheck } from '@atoll/native'
+import type { MapCheck } from '@atoll/native'
 import { nameResources, type CheckContext, type CheckKind, type Found } from './check-finding.ts'
-import { pageBatch } from './maps.ts'
+import { reachBatch } from './maps.ts'
 import { findExportedPages, findUsable, replacePage } from './page-restore.ts'
 import { pageOfRoot, rootOf, uniformOwner } from './root.ts'
+import { eachInTurns, filterInTurns } from './turns.ts'
 
 /** Page ids looked at in one turn of the event loop. */
 const sweepBatch = 2048
@@ -29,6 +30,8 @@ const pageKinds: Readonly<Record<string, CheckKind>> = {
 /** What the walk over all maps has found, for the parts that come after it. */
 export interface WalkedMaps {
   readonly walk: MapCheck
+  /** Layers that a map names. */
+  readonly named: ReadonlySet<number>
   /** False: pages are damaged, so that what is not reached may be needed all the same. */
   readonly isComplete: boolean
   /** Of these layers, the resources that refer to them. */
@@ -38,23 +41,19 @@ export interface WalkedMaps {
 /** @param boundary pages from here on may be of checkpoints under way (`PageIds.boundary`, asked before the rows were read) */
 export async function checkMaps(check: CheckContext, boundary: number): Promise<WalkedMaps> {
   const { state } = check
-  const walk = new MapCheck()
+  const walk = check.mapper.engine.mapCheck()
   const rootless = new Set<ResourceRow>()
   const onRootless = (row: ResourceRow, error: unknown): void => {
     rootless.add(row)
     const message = `the root of ${row.kind} "${row.name}" is none (${toAtollError(error).message}): bring the catalog back from a backup`
     check.add({ severity: 'error', kind: 'root-invalid', object: row.id, message })
   }
-  const fixed = state.resources.filter((row) => !state.volumesById.has(row.id))
+  const fixed = await filterInTurns(state.resources, (row) => !state.volumesById.has(row.id))
   await walkRoots(check, walk, fixed, onRootless)
   // Before the volumes' own: a snapshot or an image that names a layer which is still written would change.
-  const shared = Array.from(walk.layers()).filter((alias) => state.layersByAlias.get(alias)?.state === 'active')
-  await walkRoots(
-    check,
-    walk,
-    state.resources.filter((row) => state.volumesById.has(row.id)),
-    onRootless,
-  )
+  const shared = await filterInTurns(walk.layers(), (alias) => state.layersByAlias.get(alias)?.state === 'active')
+  const written = await filterInTurns(state.resources, (row) => state.volumesById.has(row.id))
+  await walkRoots(check, walk, written, onRootless)
   const rooted = rootless.size === 0 ? state.resources : state.resources.filter((row) => !rootless.has(row))
   const faults = walk.faults()
   const named = faults.slice(0, attributedMax)
@@ -94,7 +93,9 @@ export async function checkMaps(check: CheckContext, boundary: number): Promise<
   await checkNamedLayers(check, walk, referring, { shared, fixed })
   const isComplete = walk.faultCount() === 0 && rootless.size === 0
   if (isComplete) await checkGarbage(check, walk, boundary)
-  return { walk, isComplete, referring }
+  const namedLayers = new Set<number>()
+  await eachInTurns(walk.layers(), (alias) => namedLayers.add(alias))
+  return { walk, named: namedLayers, isComplete, referring }
 }
 
 async function walkRoots(
@@ -112,9 +113,9 @@ async function walkRoots(
     if (index % sweepBatch === sweepBatch - 1) await nextTurn()
   }
   for (;;) {
-    const ids = walk.pending(pageBatch)
+    const ids = walk.pending(reachBatch)
     if (ids.length === 0) return
-    walk.supply(ids, await check.mapper.catalog.pages.get(ids))
+    await walk.supply(ids, await check.mapper.catalog.pages.get(ids))
     check.step(ids.length)
     await nextTurn()
   }
@@ -131,8 +132,8 @@ async function findReferring(
   const parents = new Map<number, Set<number>>()
   const watched = new Set(wanted.pages)
   for (let level = 0; level < levelCount && (watched.size > 0 || (level === 0 && wanted.layers.length > 0)); level += 1) {
-    const layers = Float64Array.from(level === 0 ? wanted.layers : [])
-    const walk = new MapCheck({ pages: Float64Array.from(watched), layers })
+    const layers = Uint32Array.from(level === 0 ? wanted.layers : [])
+    const walk = check.mapper.engine.mapCheck({ pages: Float64Array.from(watched), layers })
     await walkRoots(check, walk, rows)
     forPairs(walk.layerReferrers(), (page, alias) => {
       pagesOfLayers.set(alias, [...(pagesOfLayers.get(alias) ?? []), page])
@@ -143,16 +144,19 @@ async function findReferring(
       parents.set(page, (parents.get(page) ?? new Set()).add(parent))
       watched.add(parent)
     })
+    walk.clear()
     if (level > 0 && watched.size === before) break
   }
-  const byRootPage = Map.groupBy(rows, (row) => pageOfRoot(rootOf(row)))
+  // The first in a message are the ones that were there first.
+  const byAge = rows.toSorted((a, b) => a.created_at - b.created_at)
+  const byRootPage = Map.groupBy(byAge, (row) => pageOfRoot(rootOf(row)))
   const above = (starts: readonly number[]): ResourceRow[] => {
     const seen = new Set(starts)
     for (const page of seen) for (const parent of parents.get(page) ?? []) seen.add(parent)
     return [...seen].flatMap((page) => byRootPage.get(page) ?? [])
   }
   const ofLayer = (alias: number): ResourceRow[] => [
-    ...rows.filter((row) => uniformOwner(rootOf(row)) === alias),
+    ...byAge.filter((row) => uniformOwner(rootOf(row)) === alias),
     ...above(pagesOfLayers.get(alias) ?? []),
   ]
   return {
@@ -172,7 +176,7 @@ async function checkNamedLayers(
   { shared, fixed }: { shared: readonly number[]; fixed: readonly ResourceRow[] },
 ): Promise<void> {
   const { state, add } = check
-  const wrong = Array.from(walk.layers()).filter((alias) => {
+  const wrong = await filterInTurns(walk.layers(), (alias) => {
     const layer = state.layersByAlias.get(alias)
     return layer === undefined || ['making', 'spare', 'condemned'].includes(layer.state)
   })

@@ -2,18 +2,19 @@
  * Rows against rows: what the database cannot say by itself. All of them are of one state of the catalog, so nothing that is
  * changed meanwhile looks wrong; what is mended is looked at again in the transaction that mends it.
  */
-import { checkVolumeSize, type LayerRow, type LayerState, type ResourceRow, type VolumeRow } from '@atoll/core'
+import { checkVolumeSize, type LayerRow, type LayerState, type LeaseRow, type ResourceRow, type VolumeRow } from '@atoll/core'
 import type { CheckContext } from './check-finding.ts'
+import { eachInTurns, mapInTurns } from './turns.ts'
 
 /** Tables whose dangling rows are told, and mended, here and in check-layers.ts rather than by their foreign key. */
 export const ownTables: ReadonlySet<string> = new Set(['leases', 'attachments', 'replicas'])
 
 export async function checkReferences(check: CheckContext): Promise<void> {
-  for (const row of check.state.resources) checkResource(check, row)
-  const nextOf = new Map(check.state.volumes.map((row) => [row.next_alias, row]))
-  for (const row of check.state.volumes) checkVolume(check, row, nextOf)
-  checkLayerRows(check)
-  checkLeases(check)
+  await eachInTurns(check.state.resources, (row) => checkResource(check, row))
+  const nextOf = await mapInTurns(check.state.volumes, (row) => row.next_alias)
+  await eachInTurns(check.state.volumes, (row) => checkVolume(check, row, nextOf))
+  await checkLayerRows(check)
+  await eachInTurns(check.state.leases, (row) => checkLease(check, row))
   await checkAttachments(check)
   await checkPageRanges(check)
 }
@@ -67,9 +68,9 @@ function checkRole({ state, add }: CheckContext, volume: VolumeRow, alias: numbe
   }
 }
 
-function checkLayerRows({ state, add }: CheckContext): void {
-  const active = new Set(state.volumes.map((volume) => volume.active_alias))
-  for (const layer of state.layers) {
+async function checkLayerRows({ state, add }: CheckContext): Promise<void> {
+  const active = await mapInTurns(state.volumes, (volume) => volume.active_alias)
+  await eachInTurns(state.layers, (layer) => {
     if (layer.state !== 'condemned' && (state.homes.get(layer.alias)?.length ?? 0) === 0) {
       const message = `the ${layer.state} layer ${layer.id} lies complete in no pool: bring the catalog back from a backup`
       add({ severity: 'error', kind: 'replica-missing', object: layer.id, message })
@@ -78,39 +79,37 @@ function checkLayerRows({ state, add }: CheckContext): void {
       const message = `layer ${layer.id} is recorded as written, but no volume names it${whose(layer)}: it is kept; delete the volume if it is not needed`
       add({ severity: 'warning', kind: 'layer-of-nobody', object: layer.id, message })
     }
-  }
+  })
 }
 
 function whose(layer: LayerRow): string {
   return layer.volume_id === null ? '' : ` (it was of ${layer.volume_id})`
 }
 
-function checkLeases({ mapper, state, add }: CheckContext): void {
-  for (const lease of state.leases) {
-    const volume = state.volumesById.get(lease.volume_id)
-    if (volume === undefined) {
-      add({
-        severity: 'warning',
-        kind: 'lease-of-nothing',
-        object: lease.volume_id,
-        message: `the lease that ${lease.holder} took on ${lease.volume_id} is of nothing that can be written`,
-        mend: async () =>
-          await mapper.catalog.write(async (tx) => {
-            const { numDeletedRows } = await tx
-              .deleteFrom('leases')
-              .where('volume_id', '=', lease.volume_id)
-              .where('volume_id', 'not in', tx.selectFrom('volumes').select('id'))
-              .executeTakeFirst()
-            return numDeletedRows === 0n ? null : 'the lease was deleted'
-          }),
-      })
-    } else if (lease.epoch > volume.epoch) {
-      const message = `the lease on ${volume.id} has epoch ${lease.epoch}, the volume is at ${volume.epoch}: bring the catalog back from a backup`
-      add({ severity: 'error', kind: 'epoch-behind', object: volume.id, message })
-    } else if (lease.released_at === null && mapper.open.volume(lease.volume_id) === undefined) {
-      const message = `${volume.id} was not closed by ${lease.holder}: its journal is replayed when it is opened next`
-      add({ severity: 'note', kind: 'volume-dirty', object: volume.id, message })
-    }
+function checkLease({ mapper, state, add }: CheckContext, lease: LeaseRow): void {
+  const volume = state.volumesById.get(lease.volume_id)
+  if (volume === undefined) {
+    add({
+      severity: 'warning',
+      kind: 'lease-of-nothing',
+      object: lease.volume_id,
+      message: `the lease that ${lease.holder} took on ${lease.volume_id} is of nothing that can be written`,
+      mend: async () =>
+        await mapper.catalog.write(async (tx) => {
+          const { numDeletedRows } = await tx
+            .deleteFrom('leases')
+            .where('volume_id', '=', lease.volume_id)
+            .where('volume_id', 'not in', tx.selectFrom('volumes').select('id'))
+            .executeTakeFirst()
+          return numDeletedRows === 0n ? null : 'the lease was deleted'
+        }),
+    })
+  } else if (lease.epoch > volume.epoch) {
+    const message = `the lease on ${volume.id} has epoch ${lease.epoch}, the volume is at ${volume.epoch}: bring the catalog back from a backup`
+    add({ severity: 'error', kind: 'epoch-behind', object: volume.id, message })
+  } else if (lease.released_at === null && mapper.open.volume(lease.volume_id) === undefined) {
+    const message = `${volume.id} was not closed by ${lease.holder}: its journal is replayed when it is opened next`
+    add({ severity: 'note', kind: 'volume-dirty', object: volume.id, message })
   }
 }
 

@@ -21,6 +21,7 @@ import { checkMaps } from './check-maps.ts'
 import { checkPools } from './check-pools.ts'
 import { checkReferences } from './check-references.ts'
 import type { MapperContext } from './context.ts'
+import { eachInTurns, inPieces, mapInTurns } from './turns.ts'
 import type { Reclaimer } from './reclaim.ts'
 
 export const checkSubjects = ['pools', 'catalog', 'references', 'maps', 'layers', 'journals', 'exports'] as const
@@ -48,8 +49,8 @@ export interface CheckReport {
   readonly repaired: number
 }
 
-/** Rows read in one turn of the event loop. */
-const rowBatch = 2000
+/** Page ids counted in one turn of the event loop. */
+const pagesAtOnce = 4096
 
 /** Findings that one check tells; more are counted only. */
 export const checkFindingsMax = 1000
@@ -98,7 +99,7 @@ export class Checker {
     await context.pins.run(async () => {
       const boundary = context.pageIds.boundary()
       const state = await readState(context, listings)
-      const { pageCount } = await context.catalog.pages.usage()
+      const pageCount = await countPages(context, boundary)
       let donePages = 0
       const step = (done = 0): void => {
         throwIfCancelled(options.signal)
@@ -117,6 +118,7 @@ export class Checker {
         if (!subjects.has('maps') && !subjects.has('layers')) return
         const maps = await checkMaps(subjects.has('maps') ? check : { ...check, add: () => undefined }, boundary)
         if (subjects.has('layers')) await checkLayers(check, maps)
+        maps.walk.clear()
       })
       await look('journals', async () => await checkJournals(check))
       await look('exports', async () => await checkExports(check))
@@ -128,7 +130,7 @@ export class Checker {
     for (const poolId of this.#context.pools.openIds()) {
       try {
         const listing = await this.#context.pools.handle(poolId).listLayers()
-        listings.set(poolId, new Map(listing.map((layer) => [layer.id, layer])))
+        listings.set(poolId, await mapInTurns(listing, (layer) => layer.id))
       } catch (error) {
         const { code, message } = toAtollError(error)
         add({
@@ -177,6 +179,17 @@ function throwIfCancelled(signal: AbortSignal | undefined): void {
   throw new AtollError('JOB_CANCELLED', 'the check was cancelled', { cause: signal.reason })
 }
 
+async function countPages({ catalog }: MapperContext, boundary: number): Promise<number> {
+  let count = 0
+  for (let from = 1; ;) {
+    const ids = await catalog.pages.listIds(from, boundary, pagesAtOnce)
+    count += ids.length
+    if (ids.length < pagesAtOnce) return count
+    from = (ids.at(-1) ?? from) + 1
+    await nextTurn()
+  }
+}
+
 async function readState(
   { catalog }: MapperContext,
   listings: ReadonlyMap<string, ReadonlyMap<string, LayerListing>>,
@@ -214,17 +227,15 @@ async function readState(
     ),
     pools: await tx.selectFrom('pools').selectAll().orderBy('name').execute(),
   }))
-  // The first in a message are the ones that were there first.
-  rows.resources.sort((a, b) => a.created_at - b.created_at)
   const homes = new Map<number, string[]>()
-  for (const row of rows.replicas) {
+  await eachInTurns(rows.replicas, (row) => {
     if (row.state === 'complete') homes.set(row.layer_alias, [...(homes.get(row.layer_alias) ?? []), row.pool_id])
-  }
+  })
   return {
     ...rows,
-    resourcesById: new Map(rows.resources.map((row) => [row.id, row])),
-    volumesById: new Map(rows.volumes.map((row) => [row.id, row])),
-    layersByAlias: new Map(rows.layers.map((row) => [row.alias, row])),
+    resourcesById: await mapInTurns(rows.resources, (row) => row.id),
+    volumesById: await mapInTurns(rows.volumes, (row) => row.id),
+    layersByAlias: await mapInTurns(rows.layers, (row) => row.alias),
     homes,
     listings,
   }
@@ -249,21 +260,4 @@ async function replicasAfter(
     .orderBy('pool_id')
     .limit(limit)
     .execute()
-}
-
-/** All rows that `read` gives, by their keys; the event loop turns after each piece. */
-async function inPieces<Row, Key>(
-  read: (after: Key, limit: number) => Promise<Row[]>,
-  keyOf: (row: Row) => Key,
-  before: Key,
-): Promise<Row[]> {
-  const rows: Row[] = []
-  for (let after = before; ;) {
-    const piece = await read(after, rowBatch)
-    rows.push(...piece)
-    const last = piece.at(-1)
-    if (last === undefined || piece.length < rowBatch) return rows
-    after = keyOf(last)
-    await nextTurn()
-  }
 }

@@ -539,7 +539,7 @@ export class Exporter {
                 values: { pageId: ids[index] ?? 0 },
               })
             })
-            reach.supply(ids, bodies)
+            await reach.supply(ids, bodies)
             for (const [index, body] of bodies.entries()) await pages.add({ id: ids[index] as number, body })
             await nextTurn()
           }

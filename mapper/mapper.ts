@@ -79,6 +79,8 @@ export interface MapperOptions {
   readonly clock?: Clock
   readonly setTimer?: SetTimer
   readonly newId?: NewId
+  /** Memory that telling what resources take may use (usage.ts); default: 512 MiB. */
+  readonly usageTableBytesMax?: number
 }
 
 /** A resource that is open. */
@@ -163,7 +165,7 @@ export class Mapper {
     this.#context = context
     this.#scheduler = new CheckpointScheduler(context)
     this.#reclaimer = new Reclaimer(context)
-    this.#usage = new Usage(context)
+    this.#usage = new Usage(context, options.usageTableBytesMax)
     this.#checker = new Checker(context, this.#reclaimer)
     this.pools = new PoolService(context, this.#usage)
     this.#scheduler.start()

@@ -12,11 +12,11 @@ import { aboutResource } from './rows.ts'
 
 /** Pages fetched in one turn of the event loop. */
 export const pageBatch = 256
-/** As many, where they are also read in that turn: a page of a long history has up to 48 KiB. */
-const reachBatch = 64
+/** As many, of maps with a long history: a page of one has up to 48 KiB. */
+export const reachBatch = 64
 
 interface PageSink {
-  supply(ids: Float64Array, bodies: Uint8Array[]): void
+  supply(ids: Float64Array, bodies: Uint8Array[]): Promise<void> | void
 }
 
 async function feed(context: Pick<MapperContext, 'catalog'>, sink: PageSink, ids: Float64Array): Promise<void> {
@@ -25,7 +25,7 @@ async function feed(context: Pick<MapperContext, 'catalog'>, sink: PageSink, ids
     if (body !== undefined) return body
     throw new AtollError('PAGE_MISSING', `map page ${ids[index]} is not in the catalog`, { values: { pageId: ids[index] ?? 0 } })
   })
-  sink.supply(ids, bodies)
+  await sink.supply(ids, bodies)
 }
 
 /**

@@ -6,7 +6,7 @@
  * was there.
  */
 import { setImmediate as nextTurn } from 'node:timers/promises'
-import { MapCheck, type RootRef } from '@atoll/native'
+import type { RootRef } from '@atoll/native'
 import type { MapperContext } from './context.ts'
 import { decodeRecord, parseRecordName, recordPrefix } from './export-format.ts'
 import { pageBatch } from './maps.ts'
@@ -40,18 +40,18 @@ export async function findExportedPages(
 
 /** The one of these bodies that the parent of the page means; `root` leads to it. Undefined: none, or the page is not reached. */
 export async function findUsable(
-  { catalog, pins }: Pick<MapperContext, 'catalog' | 'pins'>,
+  { catalog, engine, pins }: Pick<MapperContext, 'catalog' | 'engine' | 'pins'>,
   pageId: number,
   bodies: readonly Uint8Array[],
   root: RootRef,
 ): Promise<Uint8Array | undefined> {
   return await pins.run(async () => {
     for (const body of bodies) {
-      const walk = new MapCheck()
+      const walk = engine.mapCheck()
       walk.addRoot(root)
       for (let ids = walk.pending(pageBatch); ids.length > 0; ids = walk.pending(pageBatch)) {
         const present = await catalog.pages.get(ids)
-        walk.supply(
+        await walk.supply(
           ids,
           present.map((found, index) => (ids[index] === pageId ? body : found)),
         )

@@ -307,22 +307,26 @@ async function reachOf(context: MapperContext, loaded: LoadedExport, resources: 
   const aliases = new Set<number>()
   const pageIds = new Set<number>()
   let isWhole = true
-  const walk = (reach: Reach, root: RootRef): void => {
+  const walk = async (reach: Reach, root: RootRef): Promise<void> => {
     reach.addRoot(root, mapBytesMax)
     for (let ids = reach.pending(pageBatch); ids.length > 0; ids = reach.pending(pageBatch)) {
+      const bodies: Uint8Array[] = []
       for (const id of ids) {
         const body = loaded.pages.get(id)
-        if (body === undefined)
-          throw new AtollError('PAGE_MISSING', `map page ${id} is not in the export`, { values: { pageId: id } })
-        reach.supply(Float64Array.of(id), [body])
+        if (body === undefined) break
+        bodies.push(body)
         pageIds.add(id)
       }
+      await reach.supply(ids.subarray(0, bodies.length), bodies)
+      const missing = ids[bodies.length]
+      if (missing !== undefined)
+        throw new AtollError('PAGE_MISSING', `map page ${missing} is not in the export`, { values: { pageId: missing } })
     }
   }
   let reach = context.engine.reach()
   for (const root of roots.values()) {
     try {
-      walk(reach, root)
+      await walk(reach, root)
     } catch {
       // What it has reached so far counts. Each resource says for itself what is wrong, once it is here.
       isWhole = false

@@ -39,6 +39,7 @@ import type { PoolHandle } from '@atoll/southbound'
 import { checkpointLocked } from './checkpoint.ts'
 import { punchOrphansLocked } from './close.ts'
 import type { MapperContext } from './context.ts'
+import { eachInTurns, inPieces } from './turns.ts'
 import { dirtyVolumes } from './lease.ts'
 import { feedReach, pageBatch } from './maps.ts'
 import { settleLocked } from './open.ts'
@@ -122,22 +123,28 @@ export class Reclaimer {
     let failure: unknown
     /** What the roots name; while one cannot be read, it may be anything. */
     let mayName = (_alias: number): boolean => true
+    const reach = context.engine.reach()
     const pin = context.pins.pin()
     try {
       const boundary = context.pageIds.boundary()
       const sealed = await this.#sealedLayers(poolIds)
-      const reach = await this.#mark(checkCancelled)
-      const named = new Set(reach.layers())
+      await this.#mark(reach, checkCancelled)
+      const named = new Set<number>()
+      await eachInTurns(reach.layers(), (alias) => named.add(alias))
       mayName = (alias) => named.has(alias)
-      await this.#condemn(sealed.filter((layer) => reach.slotCount(layer.alias) === 0))
+      const slotCounts = await reach.slotCounts(Uint32Array.from(sealed, (layer) => layer.alias))
+      await this.#condemn(sealed.filter((_, index) => slotCounts[index] === 0))
       const exported = new Set<string>()
       for (const id of poolIds) if (await context.exporter.flushedForPunch(id)) exported.add(id)
       await context.engine.readBarrier()
       for (let doneLayers = 0; doneLayers < sealed.length;) {
         checkCancelled()
         const part = sealed.slice(doneLayers, doneLayers + layersAtOnce)
-        const mayPunch = part.filter((layer) => exported.has(layer.poolId))
-        const freed = await Promise.all(mayPunch.map(async (layer) => await this.#punch(layer, reach)))
+        const freed = await Promise.all(
+          part.map(async (layer, index) =>
+            exported.has(layer.poolId) ? await this.#punch(layer, reach, slotCounts[doneLayers + index] ?? 0) : 0,
+          ),
+        )
         freedBytes += freed.reduce((sum, bytes) => sum + bytes, 0)
         doneLayers += part.length
         options.onProgress?.({ doneLayers, totalLayers: sealed.length, freedBytes })
@@ -150,6 +157,7 @@ export class Reclaimer {
       await context.engine.readBarrier()
     } finally {
       pin.release()
+      reach.clear()
     }
 
     let removedLayers = 0
@@ -203,23 +211,36 @@ export class Reclaimer {
   }
 
   async #sealedLayers(poolIds: readonly string[]): Promise<SealedLayer[]> {
-    if (poolIds.length === 0) return []
-    const rows = await this.#context.catalog.db
-      .selectFrom('layers')
-      .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
-      .select(['layers.alias', 'layers.id', 'replicas.pool_id'])
-      .where('layers.state', '=', 'sealed')
-      .where('replicas.pool_id', 'in', poolIds)
-      .orderBy('layers.alias')
-      .execute()
-    return rows.map((row) => ({ alias: row.alias, id: row.id, poolId: row.pool_id }))
+    const layers: SealedLayer[] = []
+    for (const poolId of poolIds) {
+      const sealed = this.#context.catalog.db
+        .selectFrom('replicas')
+        .innerJoin('layers', 'layers.alias', 'replicas.layer_alias')
+        .select(['layers.alias', 'layers.id', 'replicas.pool_id as poolId'])
+        .where('replicas.pool_id', '=', poolId)
+        .where('layers.state', '=', 'sealed')
+        .orderBy('replicas.layer_alias')
+      const ofPool = await inPieces(
+        async (after, limit) => await sealed.where('replicas.layer_alias', '>', after).limit(limit).execute(),
+        (layer) => layer.alias,
+        0,
+      )
+      for (const layer of ofPool) layers.push(layer)
+    }
+    return layers
   }
 
-  async #mark(checkCancelled: () => void): Promise<Reach> {
+  async #mark(reach: Reach, checkCancelled: () => void): Promise<void> {
     const context = this.#context
-    // One statement, so one state of the catalog.
-    const rows = await context.catalog.db.selectFrom('resources').select(['id', 'root_word', 'root_crc']).execute()
-    const reach = context.engine.reach()
+    // One state of the catalog: a root that is shared and goes meanwhile is seen here or there.
+    const rows = await context.catalog.read(async (tx) => {
+      const resources = tx.selectFrom('resources').select(['id', 'root_word', 'root_crc']).orderBy('id')
+      return await inPieces(
+        async (after, limit) => await resources.where('id', '>', after).limit(limit).execute(),
+        (row) => row.id,
+        '',
+      )
+    })
     for (let start = 0; start < rows.length; start += rootsAtOnce) {
       const part = rows.slice(start, start + rootsAtOnce)
       try {
@@ -230,7 +251,6 @@ export class Reclaimer {
         throw await this.#nameOfUnreadable(part, error)
       }
     }
-    return reach
   }
 
   /** The error again, with the resource whose map it is: found by reading one after the other. */
@@ -281,14 +301,15 @@ export class Reclaimer {
     )
   }
 
-  async #punch(layer: SealedLayer, reach: Reach): Promise<number> {
+  /** @param slotCount slots of the layer that are reached */
+  async #punch(layer: SealedLayer, reach: Reach, slotCount: number): Promise<number> {
     const { pools, log } = this.#context
-    const slotCount = reach.slotCount(layer.alias)
     if (slotCount === 0 || this.#punched.get(layer.alias) === slotCount) return 0
     const pool = pools.find(layer.poolId)
     if (pool === undefined || pool.capabilities.punchUnitBytes === 0) return 0
     try {
-      const freedBytes = await withReserve(pool, async () => await pool.punchExcept(layer.id, reach.runs(layer.alias)))
+      const runs = await reach.runs(layer.alias)
+      const freedBytes = await withReserve(pool, async () => await pool.punchExcept(layer.id, runs))
       this.#punched.set(layer.alias, slotCount)
       return freedBytes
     } catch (error) {

@@ -9,7 +9,7 @@ import { adminProject, openCatalog, type Catalog, type ResourceRow } from '@atol
 import { Engine, mapBytesMax, type Device, type FaultRule, type Reach, type Store } from '@atoll/native'
 import { type Driver, makeMemoryDriver } from '@atoll/southbound'
 import type { MapperLog } from './context.ts'
-import { type Mapper, openMapper } from './mapper.ts'
+import { type Mapper, type MapperOptions, openMapper } from './mapper.ts'
 import type { SetTimer } from './timer.ts'
 
 export const slot = 4096
@@ -96,6 +96,8 @@ export interface BenchOptions {
   readonly files?: boolean
 }
 
+type LifeOptions = Pick<MapperOptions, 'usageTableBytesMax'>
+
 /** The store of the pool, and the engine that it belongs to: it outlives the mappers over it. */
 interface Backend {
   readonly store: Store
@@ -162,10 +164,10 @@ export class Bench {
   }
 
   /** A proper end and a new process. */
-  async restart(): Promise<void> {
+  async restart(options: LifeOptions = {}): Promise<void> {
     await this.mapper.close()
     await this.engine.close()
-    await this.#start()
+    await this.#start(options)
   }
 
   /** What `restart` does, or with `kill` what that does, with a catalog as it was when `earlier` was taken (`inner.serialize`). */
@@ -177,8 +179,8 @@ export class Bench {
     await lost.close()
   }
 
-  async #start(): Promise<void> {
-    const life = await live(this.inner, this.backend)
+  async #start(options: LifeOptions = {}): Promise<void> {
+    const life = await live(this.inner, this.backend, options)
     this.engines.push(life.engine)
     Object.assign(this, life)
   }
@@ -252,9 +254,9 @@ export class Bench {
       const row = rows.get(entry.id)
       if (row === undefined) return `layer file ${entry.id} has no row`
       if (row.state === 'condemned' || row.state === 'closing') return `layer ${row.alias} is left in ${row.state}`
-      if (row.state === 'sealed' && named.slotCount(row.alias) === 0)
-        return `layer ${row.alias} is sealed and referred to by nothing`
-      const runs = reach.runs(row.alias)
+      const [namedSlots] = await named.slotCounts(Uint32Array.of(row.alias))
+      if (row.state === 'sealed' && namedSlots === 0) return `layer ${row.alias} is sealed and referred to by nothing`
+      const runs = await reach.runs(row.alias)
       const extents = await this.store.extents(entry.id, 0, Math.max(slot, entry.lengthBytes))
       for (const extent of extents) {
         if (extent.data && !covered(runs, extent.offsetBytes, extent.lengthBytes)) {
@@ -289,7 +291,8 @@ export class Bench {
       const ofVolume = found.get(volume?.id ?? '')
       if (ofVolume !== undefined) ofVolume.usedBytes += entry.allocatedBytes
       if (layer.state === 'active') continue
-      const slots = new Map(rows.map((row) => [row.id, slotsOf(reaches.get(row.id)?.runs(layer.alias) ?? new Float64Array())]))
+      const slots = new Map<string, (slot: number) => boolean>()
+      for (const [id, reach] of reaches) slots.set(id, slotsOf(await reach.runs(layer.alias)))
       for (const extent of await this.store.extents(layer.id, 0, Math.max(slot, entry.lengthBytes))) {
         if (!extent.data) continue
         for (let at = extent.offsetBytes / slot; at * slot < extent.offsetBytes + extent.lengthBytes; at += 1) {
@@ -313,7 +316,7 @@ export class Bench {
     for (const row of rows) reach.addRoot({ word: row.root_word, crc: row.root_crc }, sizeOf(row))
     for (let ids = reach.pending(1000); ids.length > 0; ids = reach.pending(1000)) {
       const bodies = await this.inner.pages.get(ids)
-      reach.supply(ids, bodies as Uint8Array[])
+      await reach.supply(ids, bodies as Uint8Array[])
     }
     return reach
   }
@@ -339,7 +342,7 @@ interface Life {
 }
 
 /** A process: an engine and a mapper of their own. The lock of the store is the test's business, so it is not taken. */
-async function live(inner: Catalog, backend: Backend): Promise<Life> {
+async function live(inner: Catalog, backend: Backend, options: LifeOptions = {}): Promise<Life> {
   const engine = new Engine()
   const failing = failingCatalog(inner)
   const log = new LogLines()
@@ -350,6 +353,7 @@ async function live(inner: Catalog, backend: Backend): Promise<Life> {
     drivers: [unlocked(backend.faulty)],
     log,
     setTimer: timers.set,
+    ...options,
   })
   return { engine, mapper, failing, log, timers }
 }

@@ -81,6 +81,27 @@ describe('usage', () => {
     })
   })
 
+  it('is not known where the maps differ in more than may be kept, and everything else goes on', async () => {
+    const volume = await bench.volume('v', leaf)
+    const device = await bench.attach(volume.id)
+    await device.write(0, bytes(1, 16 * slot))
+    const snapshot = await bench.snapshot(volume.id, 'first')
+    await bench.restart({ usageTableBytesMax: 1 })
+    expect(await bench.mapper.usage(volume.id)).toEqual({ usedBytes: null, sharedBytes: null })
+    expect(await bench.mapper.usage(snapshot.id)).toEqual({ usedBytes: null, sharedBytes: null })
+    expect(bench.log.lines.filter(({ message }) => message.includes('differ in too much'))).toHaveLength(1)
+    await expect(bench.mapper.usage(nobody)).rejects.toMatchObject({ code: 'RESOURCE_NOT_FOUND' })
+    expect(await bench.mapper.pools.status(bench.poolId)).toMatchObject({ logicalBytes: 16 * slot, dedupRatio: 1 })
+    expect(await bench.mapper.check({ deep: true })).toMatchObject({ errors: 0, warnings: 0 })
+    await bench.mapper.deleteResource(volume.id, { withSnapshots: true })
+    expect((await bench.mapper.reclaim(null)).freedBytes).toBe(16 * slot)
+    expect(await bench.mapper.pools.status(bench.poolId)).toMatchObject({ logicalBytes: 0, dedupRatio: 1 })
+    // Another process with more memory knows.
+    const other = await bench.volume('other', leaf)
+    await bench.restart()
+    expect(await bench.mapper.usage(other.id)).toEqual({ usedBytes: 0, sharedBytes: 0 })
+  })
+
   it('of an unknown id is refused', async () => {
     await expect(bench.mapper.usage(nobody)).rejects.toMatchObject({ code: 'RESOURCE_NOT_FOUND' })
   })

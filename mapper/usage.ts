@@ -6,16 +6,17 @@
  *
  * Cost: a native table knows all roots at once (native/map, usage). The first call after a start reads every page of every
  * root once; a later one the pages that are new since. Reading pages is cut into pieces; all else is off the event loop. Memory:
- * as much as the maps differ in, up to `tableBytesMax`; a catalog whose maps differ in more has no usage (null).
+ * as much as the maps differ in, up to a bound (512 MiB); a catalog whose maps differ in more has no usage (null).
  */
 import { setImmediate as nextTurn } from 'node:timers/promises'
 import { isAtollError, Mutex } from '@atoll/core'
-import type { UsageTable } from '@atoll/native'
+import type { UsageRoots, UsageTable } from '@atoll/native'
 import type { MapperContext } from './context.ts'
+import { inPieces } from './turns.ts'
 import { requireResource } from './rows.ts'
 
 export interface ResourceUsage {
-  /** Only this resource refers to them. null: the maps differ in more than is kept in memory. */
+  /** Only this resource refers to them. null: the maps differ in more than is kept in memory, or layers have too many holes; so it stays until a restart. */
   readonly usedBytes: number | null
   /** Others refer to them, too. */
   readonly sharedBytes: number | null
@@ -26,14 +27,12 @@ export function isMapUnreadable(error: unknown): boolean {
   return isAtollError(error, 'PAGE_MISSING') || isAtollError(error, 'PAGE_CORRUPT') || isAtollError(error, 'FORMAT_VERSION')
 }
 
-/** Memory of the table: about 24 bytes for each run of slots in which one map differs from the next. */
-const tableBytesMax = 512 * 1024 * 1024
+/** Memory of the table: about 24 bytes for each run of slots in which one map differs from the next or a layer is allocated. */
+const tableBytesMaxDefault = 512 * 1024 * 1024
 /** Pages of up to 48 KiB that are fetched in one turn of the event loop. */
 const pagesAtOnce = 32
-/** Rows read in one turn of the event loop. */
-const rowsAtOnce = 4000
-/** How often all rows are read in pieces before they are read in one. */
-const attemptsMax = 3
+/** Resources that get their numbers in one turn of the event loop. */
+const namedAtOnce = 10_000
 /** Layers that one native call looks at. */
 const layersAtOnce = 256
 
@@ -47,6 +46,7 @@ interface RootRow {
 
 export class Usage {
   readonly #context: MapperContext
+  readonly #tableBytesMax: number
   readonly #oneAtATime = new Mutex()
   #table: UsageTable | null = null
   /** Numbers that the table knows resources by. */
@@ -60,8 +60,9 @@ export class Usage {
   /** The state of the catalog that the table is as of. */
   #commitsSeen = -1
 
-  constructor(context: MapperContext) {
+  constructor(context: MapperContext, tableBytesMax = tableBytesMaxDefault) {
     this.#context = context
+    this.#tableBytesMax = tableBytesMax
     context.catalog.onCommit(() => {
       this.#commitCount += 1
     })
@@ -106,7 +107,7 @@ export class Usage {
           return await fn(await this.#refresh())
         } catch (error) {
           // Whatever went wrong half-way: the next call begins anew.
-          if (!isMapUnreadable(error)) this.#table = null
+          if (!isMapUnreadable(error)) this.#drop()
           throw error
         }
       })
@@ -115,22 +116,19 @@ export class Usage {
 
   /** Brings the table up to the roots of now; null if it has become too large. */
   async #refresh(): Promise<UsageTable | null> {
-    const { catalog, engine, log, pools } = this.#context
+    const { catalog, engine, pools } = this.#context
     const openPools = pools.openIds().toSorted().join()
-    if (this.#table === null || openPools !== this.#openPools) {
+    if (openPools !== this.#openPools) this.#drop()
+    if (this.#table === null) {
       this.#table = engine.usage()
       this.#openPools = openPools
       this.#commitsSeen = -1
     }
     const table = this.#table
     if (this.#commitsSeen === this.#commitCount) return table
-    const { rows, commitCount } = await this.#roots()
-    const active = await catalog.db.selectFrom('layers').select('alias').where('state', '=', 'active').execute()
-    await nextTurn()
-    await table.setRoots(
-      this.#name(rows),
-      Uint32Array.from(active, (layer) => layer.alias),
-    )
+    const { rows, active, commitCount } = await this.#roots()
+    const roots = await this.#name(rows)
+    await table.setRoots(roots, Uint32Array.from(active))
     for (;;) {
       const ids = await table.pending(pagesAtOnce)
       const bodies = ids.length === 0 ? [] : await catalog.pages.get(ids)
@@ -139,40 +137,52 @@ export class Usage {
         bodies.map((body) => body ?? null),
       )
       if (ids.length === 0) break
-      const memoryBytes = await table.memoryBytes()
-      if (memoryBytes <= tableBytesMax) continue
-      log.warn({ memoryBytes, tableBytesMax }, 'the maps differ in too much to say what each resource takes')
-      this.#isOutgrown = true
-      this.#table = null
-      return null
+      if (await this.#isTooLarge(table)) return null
     }
-    await this.#scanLayers(table)
+    if (!(await this.#scanLayers(table))) return null
     this.#commitsSeen = commitCount
     return table
   }
 
-  /** All roots, of one state of the catalog. */
-  async #roots(): Promise<{ rows: RootRow[]; commitCount: number }> {
-    const { db } = this.#context.catalog
-    const query = db.selectFrom('resources').select(['id', 'volume_id', 'root_word', 'root_crc', 'home_pool_id']).orderBy('id')
-    for (let attempt = 0; attempt < attemptsMax; attempt += 1) {
+  /** True: it is given up. */
+  async #isTooLarge(table: UsageTable): Promise<boolean> {
+    const memoryBytes = await table.memoryBytes()
+    const tableBytesMax = this.#tableBytesMax
+    if (memoryBytes <= tableBytesMax) return false
+    const message = 'the maps differ in too much, or are too scattered, to say what each resource takes'
+    this.#context.log.warn({ memoryBytes, tableBytesMax }, message)
+    this.#isOutgrown = true
+    this.#drop()
+    return true
+  }
+
+  #drop(): void {
+    this.#table?.clear()
+    this.#table = null
+  }
+
+  /** All roots and active layers, of one state of the catalog. */
+  async #roots(): Promise<{ rows: RootRow[]; active: number[]; commitCount: number }> {
+    return await this.#context.catalog.read(async (tx) => {
       const commitCount = this.#commitCount
-      const rows: RootRow[] = []
-      for (let after = ''; ;) {
-        const part = await query.where('id', '>', after).limit(rowsAtOnce).execute()
-        rows.push(...part)
-        if (part.length < rowsAtOnce) break
-        after = part.at(-1)?.id ?? ''
-        await nextTurn()
-      }
-      if (commitCount === this.#commitCount) return { rows, commitCount }
-    }
-    // Somebody always commits in between: in one piece, however long that takes.
-    return { rows: await query.execute(), commitCount: this.#commitCount }
+      const roots = tx.selectFrom('resources').select(['id', 'volume_id', 'root_word', 'root_crc', 'home_pool_id']).orderBy('id')
+      const rows = await inPieces(
+        async (after, limit) => await roots.where('id', '>', after).limit(limit).execute(),
+        (row) => row.id,
+        '',
+      )
+      const layers = tx.selectFrom('layers').select('alias').where('state', '=', 'active').orderBy('alias')
+      const active = await inPieces(
+        async (after, limit) => await layers.where('alias', '>', after).limit(limit).execute(),
+        (row) => row.alias,
+        0,
+      )
+      return { rows, active: active.map((row) => row.alias), commitCount }
+    })
   }
 
   /** Gives every resource its number, and sets down which pool is its home. */
-  #name(rows: readonly RootRow[]) {
+  async #name(rows: readonly RootRow[]): Promise<UsageRoots> {
     const keys = new Map<string, number>()
     const keyOf = (id: string): number => {
       const key = keys.get(id) ?? this.#keys.get(id) ?? this.#nextKey++
@@ -180,23 +190,31 @@ export class Usage {
       return key
     }
     const roots = {
-      keys: Float64Array.from(rows, (row) => keyOf(row.id)),
+      keys: new Float64Array(rows.length),
+      lineages: new Float64Array(rows.length),
+      words: new BigUint64Array(rows.length),
+      crcs: new Uint32Array(rows.length),
+    }
+    const keysByPool = new Map<string, number[]>()
+    for (const [index, row] of rows.entries()) {
+      const key = keyOf(row.id)
+      roots.keys[index] = key
       // A deleted volume has no row; its images are alike all the same.
-      lineages: Float64Array.from(rows, (row) => keyOf(row.volume_id ?? row.id)),
-      words: BigUint64Array.from(rows, (row) => row.root_word),
-      crcs: Uint32Array.from(rows, (row) => row.root_crc),
+      roots.lineages[index] = keyOf(row.volume_id ?? row.id)
+      roots.words[index] = row.root_word
+      roots.crcs[index] = row.root_crc
+      const ofPool = keysByPool.get(row.home_pool_id) ?? []
+      ofPool.push(key)
+      keysByPool.set(row.home_pool_id, ofPool)
+      if (index % namedAtOnce === namedAtOnce - 1) await nextTurn()
     }
     this.#keys = keys
-    this.#keysByPool = new Map()
-    for (const row of rows) {
-      const list = this.#keysByPool.get(row.home_pool_id) ?? []
-      list.push(keyOf(row.id))
-      this.#keysByPool.set(row.home_pool_id, list)
-    }
+    this.#keysByPool = keysByPool
     return roots
   }
 
-  async #scanLayers(table: UsageTable): Promise<void> {
+  /** False: it became too large. */
+  async #scanLayers(table: UsageTable): Promise<boolean> {
     const { layers, log, pools } = this.#context
     const aliases = await table.unknownLayers()
     const byPool = new Map<string, { aliases: number[]; ids: string[] }>()
@@ -215,8 +233,10 @@ export class Usage {
         const part = Uint32Array.from(list.aliases.slice(start, start + layersAtOnce))
         const failed = await table.scan(store, part, list.ids.slice(start, start + layersAtOnce))
         if (failed.length > 0) log.warn({ poolId, aliases: [...failed] }, 'what layers have allocated cannot be seen')
+        if (await this.#isTooLarge(table)) return false
       }
     }
+    return true
   }
 
   /** What active layers have allocated: of one volume, or of all whose home is a pool. */

@@ -72,16 +72,18 @@ export interface RawUsage {
   taken(key: number): Promise<Float64Array>
   totals(keys: Float64Array): Promise<Float64Array>
   memoryBytes(): Promise<number>
+  clear(): void
 }
 
 export interface RawReach {
   addRoot(root: RootRef, sizeBytes: number): void
   pending(limit: number): Float64Array
-  supply(ids: Float64Array, bodies: Uint8Array[]): void
+  supply(ids: Float64Array, bodies: Uint8Array[]): Promise<void>
   layers(): Uint32Array
-  runs(layer: number): Float64Array
-  slotCount(layer: number): number
+  runs(layer: number): Promise<Float64Array>
+  slotCounts(layers: Uint32Array): Promise<Float64Array>
   hasPages(ids: Float64Array): Uint8Array
+  clear(): void
 }
 
 /** A map page that cannot be used. */
@@ -95,15 +97,16 @@ export interface PageFault {
 export interface RawMapCheck {
   addRoot(root: RootRef): void
   pending(limit: number): Float64Array
-  supply(ids: Float64Array, bodies: (Uint8Array | undefined)[]): void
+  supply(ids: Float64Array, bodies: (Uint8Array | undefined)[]): Promise<void>
   faults(): PageFault[]
   faultCount(): number
   pageReferrers(): Float64Array
   layerReferrers(): Float64Array
-  slotEnd(layer: number): number
+  slotEnds(layers: Uint32Array): Promise<Float64Array>
   layers(): Uint32Array
-  runs(layer: number): Float64Array
+  runs(layer: number): Promise<Float64Array>
   hasPages(ids: Float64Array): Uint8Array
+  clear(): void
 }
 
 export interface StoreCapabilities {
@@ -115,6 +118,14 @@ export interface StoreCapabilities {
   ackIsDurable: boolean
   /** Survives the end of the process. */
   persistent: boolean
+}
+
+/** Lists of one length. */
+export interface LayerList {
+  /** 36 characters each. */
+  ids: Uint8Array
+  allocatedBytes: Float64Array
+  lengthBytes: Float64Array
 }
 
 export interface LayerEntry {
@@ -202,7 +213,7 @@ export interface RawStore {
   capabilities(): StoreCapabilities
   createLayer(id: string): Promise<void>
   removeLayer(id: string): Promise<void>
-  listLayers(): Promise<LayerEntry[]>
+  listLayers(): Promise<LayerList>
   layerExists(id: string): Promise<boolean>
   syncLayer(id: string): Promise<void>
   usage(): Promise<StoreUsage>
@@ -217,7 +228,7 @@ export interface RawStore {
   sealLayer(id: string, volumeId: string, epoch: number, finalLsn: number, successor: string | null): Promise<void>
   inspectJournal(id: string, volumeId: string | null, epoch: number, afterLsn: number): Promise<JournalSummary>
   punchExcept(id: string, keepRuns: Float64Array): Promise<number>
-  isPunchable(id: string, keepRuns: Float64Array): Promise<boolean>
+  allocatedExcept(id: string, keepRuns: Float64Array): Promise<number>
   extents(id: string, offsetBytes: number, lengthBytes: number): Promise<LayerExtent[]>
   allocatedBytes(ids: string[]): Promise<Float64Array>
   setFaults(plan: FaultPlan): void
@@ -432,6 +443,8 @@ export interface RawEngine {
   faultStore(inner: RawStore): RawStore
   mapLoader(root: RootRef): RawMapLoader
   usage(): RawUsage
+  reach(): RawReach
+  mapCheck(watchedPages: Float64Array, watchedLayers: Uint32Array): RawMapCheck
   uniformMap(owner: number): RawFrozenMap
   openFileDevice(path: string): Promise<RawDevice>
   openDevice(
@@ -473,8 +486,6 @@ interface Addon {
     batchLogDirectory: string | null,
     withoutIoUring: boolean,
   ) => RawEngine
-  Reach: new () => RawReach
-  MapCheck: new (watchedPages: Float64Array, watchedLayers: Float64Array) => RawMapCheck
   constants(): { slotBytes: number; leafBytes: number; mapBytesMax: number; latencyBucketEnds: number[] }
 }
 

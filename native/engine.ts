@@ -11,7 +11,7 @@ import {
 } from './addon.ts'
 import { Listener, TlsConfig } from './connection.ts'
 import { Device, flatten, type LayerRef } from './device.ts'
-import { FrozenMap, MapLoader, Reach } from './maps.ts'
+import { FrozenMap, MapCheck, MapLoader, Reach } from './maps.ts'
 import { UsageTable } from './usage-table.ts'
 import { call, settle } from './native-error.ts'
 import { Store } from './store.ts'
@@ -107,7 +107,12 @@ export class Engine {
   }
 
   reach(): Reach {
-    return new Reach()
+    return call(() => new Reach(this.#raw.reach()))
+  }
+
+  /** A walk that goes on after damaged pages; it notes who names `watched` pages and layers. */
+  mapCheck(watched: { pages?: Float64Array; layers?: Uint32Array } = {}): MapCheck {
+    return call(() => new MapCheck(this.#raw.mapCheck(watched.pages ?? new Float64Array(), watched.layers ?? new Uint32Array())))
   }
 
   /** What resources take, to be filled with their roots. */

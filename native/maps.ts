@@ -1,6 +1,5 @@
 /** Maps: frozen ones, the loader that builds one from pages, what a set of roots reaches. */
 import {
-  addon,
   type PageBatch,
   type PageFault,
   type RawFrozenMap,
@@ -129,13 +128,16 @@ export class MapLoader {
   }
 }
 
-/** What a set of roots refers to: slots by layer, and pages; each page is visited once however many roots share it. */
+/**
+ * What a set of roots refers to: slots by layer, and pages; each page is visited once however many roots share it. What takes
+ * long is done off the event loop; calls one after the other.
+ */
 export class Reach {
   readonly #raw: RawReach
 
-  constructor() {
-    const { Reach: RawClass } = addon()
-    this.#raw = call(() => new RawClass())
+  /** @internal */
+  constructor(raw: RawReach) {
+    this.#raw = raw
   }
 
   /** Adds a root of a resource of this size. */
@@ -149,8 +151,8 @@ export class Reach {
   }
 
   /** Gives pages that were pending. Errors as of `MapLoader.supply`. */
-  supply(ids: Float64Array, bodies: Uint8Array[]): void {
-    call(() => this.#raw.supply(ids, bodies))
+  supply(ids: Float64Array, bodies: Uint8Array[]): Promise<void> {
+    return settle(() => this.#raw.supply(ids, bodies))
   }
 
   /** Aliases of layers that anything refers to, ascending. */
@@ -159,31 +161,36 @@ export class Reach {
   }
 
   /** Slots of one layer that are referred to: triples of start slot, slot count, layer; merged, ascending. */
-  runs(layer: number): Float64Array {
-    return call(() => this.#raw.runs(layer))
+  runs(layer: number): Promise<Float64Array> {
+    return settle(() => this.#raw.runs(layer))
   }
 
-  slotCount(layer: number): number {
-    return call(() => this.#raw.slotCount(layer))
+  /** Slots of each of the layers that are referred to. */
+  slotCounts(layers: Uint32Array): Promise<Float64Array> {
+    return settle(() => this.#raw.slotCounts(layers))
   }
 
   /** For each id 1 if the page is reachable, else 0. */
   hasPages(ids: Float64Array): Uint8Array {
     return call(() => this.#raw.hasPages(ids))
   }
+
+  /** Forgets everything and gives its memory back, which the collector would do at some time. */
+  clear(): void {
+    call(() => this.#raw.clear())
+  }
 }
 
 /**
  * Walks over the pages of many roots and goes on after what is wrong: until `pending` is empty, fetch those pages and `supply`
- * them, undefined for one that is not there.
+ * them, undefined for one that is not there. What takes long is done off the event loop; calls one after the other.
  */
 export class MapCheck {
   readonly #raw: RawMapCheck
 
-  /** @param watched pages and layers for which the walk notes who names them */
-  constructor(watched: { pages?: Float64Array; layers?: Float64Array } = {}) {
-    const { MapCheck: RawClass } = addon()
-    this.#raw = call(() => new RawClass(watched.pages ?? new Float64Array(0), watched.layers ?? new Float64Array(0)))
+  /** @internal */
+  constructor(raw: RawMapCheck) {
+    this.#raw = raw
   }
 
   /** Adds a root, over the whole address space. @throws PAGE_CORRUPT if the word is no root's */
@@ -197,8 +204,8 @@ export class MapCheck {
   }
 
   /** Gives pages that were pending. What is wrong with them is told by `faults`. */
-  supply(ids: Float64Array, bodies: (Uint8Array | undefined)[]): void {
-    call(() => this.#raw.supply(ids, bodies))
+  supply(ids: Float64Array, bodies: (Uint8Array | undefined)[]): Promise<void> {
+    return settle(() => this.#raw.supply(ids, bodies))
   }
 
   /** The first ten thousand pages that cannot be used. */
@@ -226,18 +233,23 @@ export class MapCheck {
     return call(() => this.#raw.layers())
   }
 
-  /** The slot after the last one of a layer that is referred to; 0 if none is. */
-  slotEnd(layer: number): number {
-    return call(() => this.#raw.slotEnd(layer))
+  /** For each layer the slot after the last one of it that is referred to; 0 if none is. */
+  slotEnds(layers: Uint32Array): Promise<Float64Array> {
+    return settle(() => this.#raw.slotEnds(layers))
   }
 
   /** Slots of one layer that are referred to: triples as of `Reach.runs`. */
-  runs(layer: number): Float64Array {
-    return call(() => this.#raw.runs(layer))
+  runs(layer: number): Promise<Float64Array> {
+    return settle(() => this.#raw.runs(layer))
   }
 
   /** For each id 1 if the page is reached, else 0. What lies below damaged pages is not. */
   hasPages(ids: Float64Array): Uint8Array {
     return call(() => this.#raw.hasPages(ids))
+  }
+
+  /** Forgets everything and gives its memory back, which the collector would do at some time. */
+  clear(): void {
+    call(() => this.#raw.clear())
   }
 }

@@ -17,8 +17,6 @@ import {
   type FrozenMap,
   latencyBucketEndsSeconds,
   type LayerRef,
-  MapCheck,
-  Reach,
   type ServeNbdOptions,
   slotBytes,
   type Store,
@@ -169,9 +167,10 @@ describe('a store', () => {
     const device = await openVolume(await makeLayers(store, 2))
     await device.write(0, filled(64 * slotBytes, 9))
     await device.close()
-    expect(await store.isPunchable(layerId(1), Float64Array.of(2, 3, 1, 10, 1, 1))).toBe(true)
+    expect(await store.allocatedExcept(layerId(1), Float64Array.of(2, 3, 1, 10, 1, 1))).toBe(60 * slotBytes)
     const freed = await store.punchExcept(layerId(1), Float64Array.of(2, 3, 1, 10, 1, 1))
     expect(freed).toBe(60 * slotBytes)
+    expect(await store.allocatedExcept(layerId(1), Float64Array.of(2, 3, 1, 10, 1, 1))).toBe(0)
     expect(await store.extents(layerId(1), 0, 16 * slotBytes)).toEqual([
       { offsetBytes: 0, lengthBytes: 2 * slotBytes, data: false },
       { offsetBytes: 2 * slotBytes, lengthBytes: 3 * slotBytes, data: true },
@@ -307,10 +306,10 @@ describe('a device', () => {
       await third.close()
     }
 
-    const check = new MapCheck({ pages: Float64Array.of(...bodies.keys()), layers: Float64Array.of(1) })
+    const check = engine.mapCheck({ pages: Float64Array.of(...bodies.keys()), layers: Uint32Array.of(1) })
     check.addRoot(root)
     for (let pending = check.pending(10); pending.length > 0; pending = check.pending(10)) {
-      check.supply(
+      await check.supply(
         pending,
         [...pending].map((id) => (id === Math.min(...bodies.keys()) ? undefined : bodies.get(id))),
       )
@@ -326,22 +325,22 @@ describe('a device', () => {
     expect(check.pageReferrers().length).toBeGreaterThan(0)
     expect(check.layerReferrers().length).toBeGreaterThan(0)
     expect([...check.layers()]).toEqual([1])
-    expect(check.slotEnd(1)).toBeGreaterThan(0)
-    expect(check.runs(1).length).toBeGreaterThan(0)
+    expect([...(await check.slotEnds(Uint32Array.of(1, 2)))]).toEqual([8194, 0])
+    expect((await check.runs(1)).length).toBeGreaterThan(0)
     expect([...check.hasPages(Float64Array.of(100, 99))]).toEqual([1, 0])
     expect(await layers[0]!.store.inspectJournal(layers[0]!.id, null, 9, 1)).toMatchObject({ segmentCount: 1, tornTailBytes: 0 })
 
-    const reach = new Reach()
+    const reach = engine.reach()
     reach.addRoot(root, 64 * mebibyte)
     for (let pending = reach.pending(10); pending.length > 0; pending = reach.pending(10)) {
-      reach.supply(
+      await reach.supply(
         pending,
         [...pending].map((id) => bodies.get(id)!),
       )
     }
     expect([...reach.layers()]).toEqual([1])
-    expect([...reach.runs(1)]).toEqual([1, 1, 1, 8193, 1, 1])
-    expect(reach.slotCount(1)).toBe(2)
+    expect([...(await reach.runs(1))]).toEqual([1, 1, 1, 8193, 1, 1])
+    expect([...(await reach.slotCounts(Uint32Array.of(1, 2)))]).toEqual([2, 0])
     expect([...reach.hasPages(Float64Array.of(100, 99))]).toEqual([1, 0])
   })
 

@@ -1,4 +1,5 @@
 /** Stores: the native half of a pool. */
+import { setImmediate as nextTurn } from 'node:timers/promises'
 import type {
   CrashOptions,
   FaultPlan,
@@ -11,6 +12,11 @@ import type {
   StoreUsage,
 } from './addon.ts'
 import { call, settle } from './native-error.ts'
+
+/** Characters of a UUID. */
+const idLength = 36
+/** Layers listed in one turn of the event loop. */
+const entriesAtOnce = 10_000
 
 /** A held lock of a store. */
 export class StoreLock {
@@ -58,8 +64,17 @@ export class Store {
     return settle(() => this.raw.removeLayer(id))
   }
 
-  listLayers(): Promise<LayerEntry[]> {
-    return settle(() => this.raw.listLayers())
+  /** Many are made into objects in several turns of the event loop. */
+  async listLayers(): Promise<LayerEntry[]> {
+    const { ids, allocatedBytes, lengthBytes } = await settle(() => this.raw.listLayers())
+    const text = Buffer.from(ids.buffer, ids.byteOffset, ids.byteLength)
+    const entries: LayerEntry[] = []
+    for (const [index, bytes] of lengthBytes.entries()) {
+      const id = text.toString('latin1', index * idLength, (index + 1) * idLength)
+      entries.push({ id, allocatedBytes: allocatedBytes[index] ?? 0, lengthBytes: bytes })
+      if (index % entriesAtOnce === entriesAtOnce - 1) await nextTurn()
+    }
+    return entries
   }
 
   layerExists(id: string): Promise<boolean> {
@@ -147,9 +162,9 @@ export class Store {
     return settle(() => this.raw.punchExcept(id, keepRuns))
   }
 
-  /** Whether `punchExcept` with these runs would free anything. */
-  isPunchable(id: string, keepRuns: Float64Array): Promise<boolean> {
-    return settle(() => this.raw.isPunchable(id, keepRuns))
+  /** Bytes that a layer has allocated outside the given runs, which is what `punchExcept` with them would free. */
+  allocatedExcept(id: string, keepRuns: Float64Array): Promise<number> {
+    return settle(() => this.raw.allocatedExcept(id, keepRuns))
   }
 
   /** What of a range is allocated; a hint. */

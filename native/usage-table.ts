@@ -78,4 +78,9 @@ export class UsageTable {
   memoryBytes(): Promise<number> {
     return settle(() => this.#raw.memoryBytes())
   }
+
+  /** Forgets everything and gives its memory back, which the collector would do at some time. */
+  clear(): void {
+    call(() => this.#raw.clear())
+  }
 }

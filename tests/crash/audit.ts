@@ -12,7 +12,7 @@ export async function findLeak(catalog: Catalog, engine: Engine, store: Store): 
   for (const row of resources) reach.addRoot({ word: row.root_word, crc: row.root_crc }, row.size_bytes)
   for (let ids = reach.pending(pageBatch); ids.length > 0; ids = reach.pending(pageBatch)) {
     const bodies = await catalog.pages.get(ids)
-    reach.supply(
+    await reach.supply(
       ids,
       bodies.map((body, index) => body ?? fail(`page ${ids[index]} is missing`)),
     )
@@ -22,7 +22,7 @@ export async function findLeak(catalog: Catalog, engine: Engine, store: Store): 
   for (const entry of await store.listLayers()) {
     const layer = known.get(entry.id)
     if (layer === undefined) return `layer file ${entry.id} has no row`
-    const reachableBytes = await allocatedWithin(store, entry.id, reach.runs(layer.alias))
+    const reachableBytes = await allocatedWithin(store, entry.id, await reach.runs(layer.alias))
     if (entry.allocatedBytes > reachableBytes) {
       return `layer ${entry.id} (${layer.state}) holds ${entry.allocatedBytes} bytes, of which ${reachableBytes} are referred to`
     }

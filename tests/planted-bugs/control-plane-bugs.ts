@@ -111,8 +111,8 @@ export const controlPlaneBugs: PlantedBug[] = [
     edits: [
       {
         file: 'mapper/reclaim.ts',
-        find: ".select(['id', 'root_word', 'root_crc']).execute()",
-        replace: ".select(['id', 'root_word', 'root_crc']).where('kind', '<>', 'snapshot').execute()",
+        find: ".select(['id', 'root_word', 'root_crc']).orderBy('id')",
+        replace: ".select(['id', 'root_word', 'root_crc']).where('kind', '<>', 'snapshot').orderBy('id')",
       },
     ],
     tests: history,

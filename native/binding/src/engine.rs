@@ -2,13 +2,13 @@
 use crate::connection::{JsListener, JsTlsConfig};
 use crate::convert::{JsRootRef, guard, invalid, to_root, to_u32, to_u64, to_uuid};
 use crate::device::{JsDevice, JsDeviceLimits, JsThrottleLimits, to_device_limits, to_layers, to_throttle_limits};
-use crate::map::{JsFrozenMap, JsMapLoader};
+use crate::map::{Bulky, JsFrozenMap, JsMapCheck, JsMapLoader, JsReach};
 use crate::promise::{Settler, rejected, run_on};
 use crate::store::JsStore;
 use crate::usage::JsUsage;
 use atoll_engine::{Device, DeviceEvent, DeviceSpec, Engine, EngineOptions, OpenReport, Result, TlsConfig, spawn_named};
 use atoll_io::MemoryStore;
-use atoll_map::{FrozenMap, MapLoader};
+use atoll_map::{FrozenMap, MapLoader, Reach, Usage};
 use napi::bindgen_prelude::{ClassInstance, Env, FnArgs, Function, Object};
 use napi::threadsafe_function::ThreadsafeFunctionCallMode;
 use napi_derive::napi;
@@ -169,7 +169,17 @@ impl JsEngine {
 
     #[napi]
     pub fn usage(&self) -> napi::Result<JsUsage> {
-        guard(|| Ok(JsUsage { engine: self.engine.clone(), usage: Default::default() }))
+        guard(|| Ok(JsUsage { usage: Bulky::new(self.engine.clone(), Usage::default()) }))
+    }
+
+    #[napi]
+    pub fn reach(&self) -> napi::Result<JsReach> {
+        guard(|| Ok(JsReach { reach: Bulky::new(self.engine.clone(), Reach::default()) }))
+    }
+
+    #[napi]
+    pub fn map_check(&self, watched_pages: &[f64], watched_layers: &[u32]) -> napi::Result<JsMapCheck> {
+        guard(|| JsMapCheck::watching(self.engine.clone(), watched_pages, watched_layers))
     }
 
     #[napi]

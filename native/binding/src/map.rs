@@ -1,9 +1,9 @@
 //! Maps, their pages, and what roots reach.
 use crate::convert::{JsRootRef, from_ids, from_root, from_runs, guard, invalid, to_ids, to_root, to_slot_limit, to_u32, to_u64, to_usize};
-use crate::promise::run_on;
+use crate::promise::{rejected, run_on};
 use atoll_engine::{Engine, EngineError, Result};
 use atoll_map::{FrozenMap, MapCheck, MapLoader, NewPage, PageSet, Reach, Referrer};
-use napi::bindgen_prelude::{Env, Float64Array, Object, Uint8Array, Uint32Array};
+use napi::bindgen_prelude::{Env, Float64Array, Object, ToNapiValue, Uint8Array, Uint32Array};
 use napi_derive::napi;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -207,60 +207,118 @@ fn used_up() -> EngineError {
     invalid("map loader", "finished", "one that is not")
 }
 
+/// Ids and bodies that belong together, as a thread of the engine may have them. Short lists: it copies the bodies.
+fn owned_pages<B>(ids: &[f64], bodies: Vec<B>, to_bytes: impl Fn(&B) -> Option<Vec<u8>>) -> Result<Vec<(u64, Option<Vec<u8>>)>> {
+    if ids.len() != bodies.len() {
+        return Err(invalid("bodies", bodies.len(), "as many as ids"));
+    }
+    Ok(to_ids("page id", ids)?.into_iter().zip(bodies.iter().map(to_bytes)).collect())
+}
+
+/// What grows with all maps of a catalog: shared with the threads that fill it, and let go by one of them, because that takes its
+/// time as well.
+pub(crate) struct Bulky<T: Send + 'static> {
+    pub(crate) engine: Arc<Engine>,
+    pub(crate) inner: Arc<Mutex<T>>,
+}
+
+impl<T: Send + 'static> Bulky<T> {
+    pub(crate) fn new(engine: Arc<Engine>, inner: T) -> Bulky<T> {
+        Bulky { engine, inner: Arc::new(Mutex::new(inner)) }
+    }
+
+    /// Runs `job` on a thread of those that never wait for a disk for long.
+    pub(crate) fn run<'env, R: ToNapiValue + Send + 'static>(
+        &self,
+        env: &'env Env,
+        job: impl FnOnce(&mut T) -> Result<R> + Send + 'static,
+    ) -> napi::Result<Object<'env>> {
+        let inner = self.inner.clone();
+        run_on(env, self.engine.control(), move || job(&mut inner.lock()))
+    }
+
+    /// Gives the memory back soon: the collector sees only a small object and may come late. What is under way ends before.
+    pub(crate) fn clear(&self)
+    where
+        T: Default,
+    {
+        let inner = self.inner.clone();
+        // After the close of the engine the process ends.
+        let _ = self.engine.bulk().submit(move || drop(std::mem::take(&mut *inner.lock())));
+    }
+}
+
+impl<T: Send + 'static> Drop for Bulky<T> {
+    fn drop(&mut self) {
+        let inner = self.inner.clone();
+        // After the close of the engine the process ends: then it goes here.
+        let _ = self.engine.bulk().submit(move || drop(inner));
+    }
+}
+
 #[napi(js_name = "Reach")]
-#[derive(Default)]
 pub struct JsReach {
-    reach: Mutex<Reach>,
+    pub(crate) reach: Bulky<Reach>,
 }
 
 #[napi]
 impl JsReach {
-    #[napi(constructor)]
-    pub fn new() -> JsReach {
-        JsReach::default()
-    }
-
     #[napi]
     pub fn add_root(&self, root: JsRootRef, size_bytes: f64) -> napi::Result<()> {
-        guard(|| Ok(self.reach.lock().add_root(to_root(&root)?, to_slot_limit(size_bytes)?)?))
+        guard(|| Ok(self.reach.inner.lock().add_root(to_root(&root)?, to_slot_limit(size_bytes)?)?))
     }
 
     #[napi]
     pub fn pending(&self, limit: f64) -> napi::Result<Float64Array> {
-        guard(|| Ok(from_ids(self.reach.lock().pending(to_usize("limit", limit)?))))
+        guard(|| Ok(from_ids(self.reach.inner.lock().pending(to_usize("limit", limit)?))))
     }
 
     #[napi]
-    pub fn supply(&self, ids: &[f64], bodies: Vec<Uint8Array>) -> napi::Result<()> {
-        guard(|| {
-            let mut reach = self.reach.lock();
-            supply(ids, &bodies, |id, body| Ok(reach.supply(id, body)?))
+    pub fn supply<'env>(&self, env: &'env Env, ids: &[f64], bodies: Vec<Uint8Array>) -> napi::Result<Object<'env>> {
+        let pages = match owned_pages(ids, bodies, |body| Some(body.to_vec())) {
+            Ok(pages) => pages,
+            Err(error) => return rejected::<()>(env, error),
+        };
+        self.reach.run(env, move |reach| {
+            for (id, body) in pages {
+                reach.supply(id, &body.unwrap_or_default())?;
+            }
+            Ok(())
         })
     }
 
     #[napi]
     pub fn layers(&self) -> napi::Result<Uint32Array> {
-        guard(|| Ok(Uint32Array::new(self.reach.lock().layers())))
+        guard(|| Ok(Uint32Array::new(self.reach.inner.lock().layers())))
     }
 
     #[napi]
-    pub fn runs(&self, layer: f64) -> napi::Result<Float64Array> {
-        guard(|| Ok(from_runs(&self.reach.lock().runs(to_u32("layer", layer)?))))
+    pub fn runs<'env>(&self, env: &'env Env, layer: f64) -> napi::Result<Object<'env>> {
+        let layer = guard(|| to_u32("layer", layer))?;
+        self.reach.run(env, move |reach| Ok(from_runs(&reach.runs(layer))))
     }
 
     #[napi]
-    pub fn slot_count(&self, layer: f64) -> napi::Result<f64> {
-        guard(|| Ok(self.reach.lock().slot_count(to_u32("layer", layer)?) as f64))
+    pub fn slot_counts<'env>(&self, env: &'env Env, layers: Uint32Array) -> napi::Result<Object<'env>> {
+        let layers = layers.to_vec();
+        self.reach.run(env, move |reach| Ok(from_ids(layers.into_iter().map(|layer| reach.slot_count(layer)))))
     }
 
     #[napi]
     pub fn has_pages(&self, ids: &[f64]) -> napi::Result<Uint8Array> {
-        guard(|| {
-            let reach = self.reach.lock();
-            let found = to_ids("page id", ids)?.into_iter().map(|id| u8::from(reach.has_page(id)));
-            Ok(Uint8Array::new(found.collect()))
-        })
+        guard(|| has_pages(&self.reach.inner.lock(), ids))
     }
+
+    #[napi]
+    pub fn clear(&self) {
+        self.reach.clear();
+    }
+}
+
+/// For each page 1 if it is reached, else 0.
+fn has_pages(reach: &Reach, ids: &[f64]) -> Result<Uint8Array> {
+    let found = to_ids("page id", ids)?.into_iter().map(|id| u8::from(reach.has_page(id)));
+    Ok(Uint8Array::new(found.collect()))
 }
 
 #[napi(object)]
@@ -272,37 +330,36 @@ pub struct JsPageFault {
 
 #[napi(js_name = "MapCheck")]
 pub struct JsMapCheck {
-    check: Mutex<MapCheck>,
+    check: Bulky<MapCheck>,
+}
+
+impl JsMapCheck {
+    pub(crate) fn watching(engine: Arc<Engine>, pages: &[f64], layers: &[u32]) -> Result<JsMapCheck> {
+        let check = MapCheck::watching(to_ids("page id", pages)?, layers.iter().copied());
+        Ok(JsMapCheck { check: Bulky::new(engine, check) })
+    }
 }
 
 #[napi]
 impl JsMapCheck {
-    #[napi(constructor)]
-    pub fn new(watched_pages: &[f64], watched_layers: &[f64]) -> napi::Result<JsMapCheck> {
-        guard(|| {
-            let layers = watched_layers.iter().map(|layer| to_u32("layer", *layer)).collect::<Result<Vec<_>>>()?;
-            Ok(JsMapCheck { check: Mutex::new(MapCheck::watching(to_ids("page id", watched_pages)?, layers)) })
-        })
-    }
-
     #[napi]
     pub fn add_root(&self, root: JsRootRef) -> napi::Result<()> {
-        guard(|| Ok(self.check.lock().add_root(to_root(&root)?)?))
+        guard(|| Ok(self.check.inner.lock().add_root(to_root(&root)?)?))
     }
 
     #[napi]
     pub fn pending(&self, limit: f64) -> napi::Result<Float64Array> {
-        guard(|| Ok(from_ids(self.check.lock().pending(to_usize("limit", limit)?))))
+        guard(|| Ok(from_ids(self.check.inner.lock().pending(to_usize("limit", limit)?))))
     }
 
     #[napi]
-    pub fn supply(&self, ids: &[f64], bodies: Vec<Option<Uint8Array>>) -> napi::Result<()> {
-        guard(|| {
-            if ids.len() != bodies.len() {
-                return Err(invalid("bodies", bodies.len(), "as many as ids"));
-            }
-            let mut check = self.check.lock();
-            for (id, body) in to_ids("page id", ids)?.into_iter().zip(&bodies) {
+    pub fn supply<'env>(&self, env: &'env Env, ids: &[f64], bodies: Vec<Option<Uint8Array>>) -> napi::Result<Object<'env>> {
+        let pages = match owned_pages(ids, bodies, |body| body.as_ref().map(|body| body.to_vec())) {
+            Ok(pages) => pages,
+            Err(error) => return rejected::<()>(env, error),
+        };
+        self.check.run(env, move |check| {
+            for (id, body) in pages {
                 check.supply(id, body.as_deref());
             }
             Ok(())
@@ -312,7 +369,7 @@ impl JsMapCheck {
     #[napi]
     pub fn faults(&self) -> napi::Result<Vec<JsPageFault>> {
         guard(|| {
-            let check = self.check.lock();
+            let check = self.check.inner.lock();
             let faults = check.faults().iter().map(|fault| {
                 let EngineError { code, message, .. } = fault.clone().into();
                 JsPageFault { page_id: fault.page_id as f64, code: code.to_owned(), message }
@@ -323,13 +380,13 @@ impl JsMapCheck {
 
     #[napi]
     pub fn fault_count(&self) -> napi::Result<f64> {
-        guard(|| Ok(self.check.lock().fault_count() as f64))
+        guard(|| Ok(self.check.inner.lock().fault_count() as f64))
     }
 
     #[napi]
     pub fn page_referrers(&self) -> napi::Result<Float64Array> {
         guard(|| {
-            let check = self.check.lock();
+            let check = self.check.inner.lock();
             let pairs = check.referrers().filter_map(|referrer| match referrer {
                 Referrer::OfPage(from, to) => Some([from as f64, to as f64]),
                 Referrer::OfLayer(..) => None,
@@ -339,14 +396,9 @@ impl JsMapCheck {
     }
 
     #[napi]
-    pub fn slot_end(&self, layer: f64) -> napi::Result<f64> {
-        guard(|| Ok(self.check.lock().slot_end(to_u32("layer", layer)?) as f64))
-    }
-
-    #[napi]
     pub fn layer_referrers(&self) -> napi::Result<Float64Array> {
         guard(|| {
-            let check = self.check.lock();
+            let check = self.check.inner.lock();
             let pairs = check.referrers().filter_map(|referrer| match referrer {
                 Referrer::OfPage(..) => None,
                 Referrer::OfLayer(from, to) => Some([from as f64, f64::from(to)]),
@@ -356,21 +408,29 @@ impl JsMapCheck {
     }
 
     #[napi]
-    pub fn layers(&self) -> napi::Result<Uint32Array> {
-        guard(|| Ok(Uint32Array::new(self.check.lock().reach().layers())))
+    pub fn slot_ends<'env>(&self, env: &'env Env, layers: Uint32Array) -> napi::Result<Object<'env>> {
+        let layers = layers.to_vec();
+        self.check.run(env, move |check| Ok(from_ids(layers.into_iter().map(|layer| check.slot_end(layer)))))
     }
 
     #[napi]
-    pub fn runs(&self, layer: f64) -> napi::Result<Float64Array> {
-        guard(|| Ok(from_runs(&self.check.lock().reach().runs(to_u32("layer", layer)?))))
+    pub fn layers(&self) -> napi::Result<Uint32Array> {
+        guard(|| Ok(Uint32Array::new(self.check.inner.lock().reach().layers())))
+    }
+
+    #[napi]
+    pub fn runs<'env>(&self, env: &'env Env, layer: f64) -> napi::Result<Object<'env>> {
+        let layer = guard(|| to_u32("layer", layer))?;
+        self.check.run(env, move |check| Ok(from_runs(&check.reach().runs(layer))))
     }
 
     #[napi]
     pub fn has_pages(&self, ids: &[f64]) -> napi::Result<Uint8Array> {
-        guard(|| {
-            let check = self.check.lock();
-            let found = to_ids("page id", ids)?.into_iter().map(|id| u8::from(check.reach().has_page(id)));
-            Ok(Uint8Array::new(found.collect()))
-        })
+        guard(|| has_pages(self.check.inner.lock().reach(), ids))
+    }
+
+    #[napi]
+    pub fn clear(&self) {
+        self.check.clear();
     }
 }

@@ -22,11 +22,13 @@ pub struct JsCapabilities {
     pub persistent: bool,
 }
 
+/// Lists of one length: an object for each layer would be made on the event loop, of which a pool may have a hundred thousand.
 #[napi(object)]
-pub struct JsLayerEntry {
-    pub id: String,
-    pub allocated_bytes: f64,
-    pub length_bytes: f64,
+pub struct JsLayerList {
+    /// 36 characters each.
+    pub ids: Uint8Array,
+    pub allocated_bytes: Float64Array,
+    pub length_bytes: Float64Array,
 }
 
 #[napi(object)]
@@ -187,13 +189,14 @@ impl JsStore {
     #[napi]
     pub fn list_layers<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
         self.run(env, |store| {
-            let entries = store.list_layers()?.into_iter();
-            let entries = entries.map(|entry| JsLayerEntry {
-                id: entry.id.to_string(),
-                allocated_bytes: entry.allocated_bytes as f64,
-                length_bytes: entry.length_bytes as f64,
-            });
-            Ok(entries.collect::<Vec<_>>())
+            let entries = store.list_layers()?;
+            let mut ids = Vec::with_capacity(entries.len() * 36);
+            entries.iter().for_each(|entry| ids.extend_from_slice(entry.id.to_string().as_bytes()));
+            Ok(JsLayerList {
+                ids: Uint8Array::new(ids),
+                allocated_bytes: Float64Array::new(entries.iter().map(|entry| entry.allocated_bytes as f64).collect()),
+                length_bytes: Float64Array::new(entries.iter().map(|entry| entry.length_bytes as f64).collect()),
+            })
         })
     }
 
@@ -324,19 +327,19 @@ impl JsStore {
         run_on(env, self.engine.bulk(), move || Ok(punch_except(&*store, to_layer_id(&id)?, &keep, &|| engine.is_closing())? as f64))
     }
 
-    /// Whether `punch_except` would free anything.
+    /// Bytes that are allocated outside the runs.
     #[napi]
-    pub fn is_punchable<'env>(&self, env: &'env Env, id: String, keep_runs: &[f64]) -> napi::Result<Object<'env>> {
+    pub fn allocated_except<'env>(&self, env: &'env Env, id: String, keep_runs: &[f64]) -> napi::Result<Object<'env>> {
         let keep = guard(|| to_runs(keep_runs))?;
         let (store, engine) = (self.store.clone(), self.engine.clone());
         run_on(env, self.engine.bulk(), move || {
             let layer = store.open_layer(to_layer_id(&id)?, OpenMode::ReadOnly)?;
-            let mut found = false;
-            visit_gaps(&*layer, &keep, &|| engine.is_closing(), &mut |_, _| {
-                found = true;
-                Ok(Go::Stop)
+            let mut sum_bytes = 0;
+            visit_gaps(&*layer, &keep, &|| engine.is_closing(), &mut |_, length_bytes| {
+                sum_bytes += length_bytes;
+                Ok(())
             })?;
-            Ok(found)
+            Ok(sum_bytes as f64)
         })
     }
 
@@ -466,12 +469,6 @@ fn seal_layer(store: Arc<dyn Store>, identity: JournalIdentity, mark: SealMark) 
     Ok(replay.journal.seal(mark)?)
 }
 
-/// Whether a visit goes on.
-enum Go {
-    On,
-    Stop,
-}
-
 /// Punches the gaps between the runs that are kept, as far as the layer reaches. Returns the bytes that became free.
 fn punch_except(store: &dyn Store, id: LayerId, keep: &[Run], cancelled: &dyn Fn() -> bool) -> Result<u64> {
     let layer = store.open_layer(id, OpenMode::ReadWrite)?;
@@ -480,7 +477,7 @@ fn punch_except(store: &dyn Store, id: LayerId, keep: &[Run], cancelled: &dyn Fn
     visit_gaps(&*layer, keep, cancelled, &mut |offset_bytes, length_bytes| {
         layer.punch(offset_bytes, length_bytes)?;
         punched_any = true;
-        Ok(Go::On)
+        Ok(())
     })?;
     if punched_any {
         layer.sync()?;
@@ -493,7 +490,7 @@ fn visit_gaps(
     layer: &dyn LayerIo,
     keep: &[Run],
     cancelled: &dyn Fn() -> bool,
-    visit: &mut dyn FnMut(u64, u64) -> Result<Go>,
+    visit: &mut dyn FnMut(u64, u64) -> Result<()>,
 ) -> Result<()> {
     let length_bytes = layer.length_bytes()?.next_multiple_of(SLOT_BYTES);
     let end = Run { start_slot: length_bytes / SLOT_BYTES, slot_count: 0, owner: 0 };
@@ -503,7 +500,7 @@ fn visit_gaps(
         let gap_end = run.start_slot.min(end.start_slot);
         if gap_end > at_slot {
             if cancelled() {
-                return Err(EngineError::new("ENGINE_CLOSED", libc::ESHUTDOWN, "punching was stopped: the engine is closing"));
+                return Err(EngineError::new("ENGINE_CLOSED", libc::ESHUTDOWN, "stopped, because the engine is closing"));
             }
             // Only where something is allocated: most gaps of a thin layer are holes already.
             extents.clear();
@@ -511,9 +508,7 @@ fn visit_gaps(
             for extent in extents.iter().filter(|extent| extent.data) {
                 // Whole slots: the extent of a file ends with the file, and a hole in a part of a block frees nothing.
                 let until = (extent.offset_bytes + extent.length_bytes).next_multiple_of(SLOT_BYTES).min(gap_end * SLOT_BYTES);
-                if let Go::Stop = visit(extent.offset_bytes, until - extent.offset_bytes)? {
-                    return Ok(());
-                }
+                visit(extent.offset_bytes, until - extent.offset_bytes)?;
             }
         }
         at_slot = at_slot.max(run.start_slot + run.slot_count);

@@ -1,30 +1,18 @@
 //! What resources take. Everything but the fetching of pages runs on the engine's threads; one call after the other.
 use crate::convert::{from_ids, guard, to_ids, to_layer_id, to_u64, to_usize};
+use crate::map::Bulky;
 use crate::promise::{rejected, run_on};
 use crate::store::JsStore;
-use atoll_engine::{Engine, EngineError, Result};
+use atoll_engine::{EngineError, Result};
 use atoll_io::{IoErrorCode, LayerIo, OpenMode, Store};
 use atoll_map::{RootRef, SLOT_BYTES, Usage, UsageRoot};
 use napi::bindgen_prelude::{BigUint64Array, Either, Env, Float64Array, Null, Object, Uint8Array, Uint32Array};
 use napi_derive::napi;
-use parking_lot::Mutex;
 use std::sync::Arc;
 
 #[napi(js_name = "Usage")]
 pub struct JsUsage {
-    pub(crate) engine: Arc<Engine>,
-    pub(crate) usage: Arc<Mutex<Usage>>,
-}
-
-impl JsUsage {
-    fn run<'env, T: napi::bindgen_prelude::ToNapiValue + Send + 'static>(
-        &self,
-        env: &'env Env,
-        job: impl FnOnce(&mut Usage) -> Result<T> + Send + 'static,
-    ) -> napi::Result<Object<'env>> {
-        let usage = self.usage.clone();
-        run_on(env, self.engine.control(), move || job(&mut usage.lock()))
-    }
+    pub(crate) usage: Bulky<Usage>,
 }
 
 #[napi]
@@ -44,13 +32,13 @@ impl JsUsage {
             Err(error) => return rejected::<()>(env, error),
         };
         let active = active.to_vec();
-        self.run(env, move |usage| Ok(usage.set_roots(&roots, &active)?))
+        self.usage.run(env, move |usage| Ok(usage.set_roots(&roots, &active)?))
     }
 
     #[napi]
     pub fn pending<'env>(&self, env: &'env Env, limit: f64) -> napi::Result<Object<'env>> {
         let limit = guard(|| to_usize("limit", limit))?;
-        self.run(env, move |usage| Ok(from_ids(usage.pending(limit))))
+        self.usage.run(env, move |usage| Ok(from_ids(usage.pending(limit))))
     }
 
     /// Reads pages; null for one that the catalog does not have.
@@ -67,7 +55,7 @@ impl JsUsage {
             Ok(pages) => pages,
             Err(error) => return rejected::<()>(env, error),
         };
-        self.run(env, move |usage| {
+        self.usage.run(env, move |usage| {
             for (id, bytes) in pages {
                 usage.supply(id, bytes);
             }
@@ -78,7 +66,7 @@ impl JsUsage {
 
     #[napi]
     pub fn unknown_layers<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, |usage| Ok(Uint32Array::new(usage.unknown_layers())))
+        self.usage.run(env, |usage| Ok(Uint32Array::new(usage.unknown_layers())))
     }
 
     /// Looks at what sealed layers have allocated, without holding the table meanwhile; returns those that could not be looked at.
@@ -89,8 +77,8 @@ impl JsUsage {
             Ok(layers) => layers,
             Err(error) => return rejected::<Uint32Array>(env, error),
         };
-        let (store, usage) = (store.store.clone(), self.usage.clone());
-        run_on(env, self.engine.control(), move || {
+        let (store, usage) = (store.store.clone(), self.usage.inner.clone());
+        run_on(env, self.usage.engine.control(), move || {
             let mut failed = Vec::new();
             for (alias, id) in layers {
                 let runs = allocated_runs(&*store, id).unwrap_or_else(|_| {
@@ -106,7 +94,7 @@ impl JsUsage {
     #[napi]
     pub fn set_empty(&self, aliases: &[u32]) -> napi::Result<()> {
         guard(|| {
-            let mut usage = self.usage.lock();
+            let mut usage = self.usage.inner.lock();
             aliases.iter().for_each(|&alias| usage.set_allocated(alias, []));
             Ok(())
         })
@@ -116,7 +104,7 @@ impl JsUsage {
     #[napi]
     pub fn taken<'env>(&self, env: &'env Env, key: f64) -> napi::Result<Object<'env>> {
         let key = guard(|| to_u64("key", key))?;
-        self.run(env, move |usage| {
+        self.usage.run(env, move |usage| {
             let taken = usage.taken(key)?;
             Ok(from_ids([taken.used_slots * SLOT_BYTES, taken.shared_slots * SLOT_BYTES]))
         })
@@ -126,7 +114,7 @@ impl JsUsage {
     #[napi]
     pub fn totals<'env>(&self, env: &'env Env, keys: &[f64]) -> napi::Result<Object<'env>> {
         let keys = guard(|| to_ids("key", keys))?;
-        self.run(env, move |usage| {
+        self.usage.run(env, move |usage| {
             let totals = keys.into_iter().map(|key| usage.slots_of(key).map_or(-1.0, |slots| (slots * SLOT_BYTES) as f64));
             Ok(Float64Array::new(totals.collect()))
         })
@@ -134,7 +122,12 @@ impl JsUsage {
 
     #[napi]
     pub fn memory_bytes<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, |usage| Ok(usage.memory_bytes() as f64))
+        self.usage.run(env, |usage| Ok(usage.memory_bytes() as f64))
+    }
+
+    #[napi]
+    pub fn clear(&self) {
+        self.usage.clear();
     }
 }
 
