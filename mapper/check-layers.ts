@@ -5,7 +5,7 @@
  * or removed meanwhile is told. How long a file is says little: a layer is as long as what was written (I4). Only where a map
  * got every slot of a layer by a write, its file must reach to the last of them.
  */
-import { toAtollError, type LayerRow, type ReplicaRow } from '@atoll/core'
+import { isAtollError, toAtollError, type LayerRow, type ReplicaRow } from '@atoll/core'
 import type { PoolHandle } from '@atoll/southbound'
 import { nameResources, type CheckContext, type Found } from './check-finding.ts'
 import type { WalkedMaps } from './check-maps.ts'
@@ -239,7 +239,7 @@ async function checkAllocation(
     check.step()
     const length = check.state.listings.get(pool.poolId)?.get(layer.id)?.lengthBytes ?? 0
     if (length === 0) continue
-    const unreferenced = await pool.store.allocatedExcept(layer.id, await walk.runs(layer.alias))
+    const unreferenced = await unreferencedBytes(pool, layer.id, await walk.runs(layer.alias))
     bytes += unreferenced
     if (unreferenced > 0) count += 1
   }
@@ -252,4 +252,14 @@ async function checkAllocation(
     message,
     mend: async () => `a reclaim freed ${(await check.reclaimer.run(null)).freedBytes} bytes`,
   })
+}
+
+/** None in a layer that was removed since the files were listed; one that is missing is told elsewhere. */
+async function unreferencedBytes(pool: PoolHandle, layerId: string, runs: Float64Array): Promise<number> {
+  try {
+    return await pool.store.allocatedExcept(layerId, runs)
+  } catch (error) {
+    if (isAtollError(error, 'LAYER_MISSING')) return 0
+    throw error
+  }
 }
