@@ -1,7 +1,8 @@
 /** The servers that are compared: each serves one disk on a unix socket, and ends with the run. */
 import { execFileSync, spawn, spawnSync, type ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync, openSync, readFileSync, rmSync } from 'node:fs'
+import { openSync, readFileSync, rmSync } from 'node:fs'
+import { createConnection } from 'node:net'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import type { Readable } from 'node:stream'
@@ -51,9 +52,23 @@ export async function startNbdkit(path: string, socket: string): Promise<Server>
   return await listening(spawn('nbdkit', args, { stdio: ['ignore', 'ignore', 'inherit'] }), socket)
 }
 
+/** Whether somebody listens on a unix socket. */
+async function accepts(socket: string): Promise<boolean> {
+  const connection = createConnection(socket)
+  try {
+    await once(connection, 'connect')
+    return true
+  } catch {
+    return false
+  } finally {
+    connection.destroy()
+  }
+}
+
 async function listening(process: ChildProcess, socket: string): Promise<Server> {
   const deadline = performance.now() + startTimeoutMs
-  while (!existsSync(socket)) {
+  // The file is there before anybody listens.
+  while (!(await accepts(socket))) {
     if (process.exitCode !== null || performance.now() > deadline) {
       process.kill('SIGKILL')
       throw new Error(`${process.spawnargs.join(' ')} does not listen on ${socket}`)

@@ -9,7 +9,7 @@ import { Worker } from 'node:worker_threads'
 import { connect } from '@atoll/nbd-client'
 import { buildRelease, repositoryRoot } from './build-release.ts'
 
-const readyTimeoutMs = 30_000
+const readyTimeoutMs = 300_000
 const folder = mkdtempSync(join(tmpdir(), 'atoll-release-'))
 const home = join(folder, 'home')
 const installed = join(folder, 'installed')

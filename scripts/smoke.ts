@@ -10,7 +10,7 @@ import { createInterface } from 'node:readline'
 const root = join(import.meta.dirname, '..')
 const atoll = join(root, 'atoll')
 const home = mkdtempSync(join(tmpdir(), 'atoll-smoke-'))
-const readyTimeoutMs = 30_000
+const readyTimeoutMs = 300_000
 /** What the README promises. */
 const statusMsMax = 200
 const secondStartMsMax = 2000

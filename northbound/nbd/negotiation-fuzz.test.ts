@@ -117,7 +117,7 @@ function randomStream(random: Random): Buffer {
 
 let fixture: NbdFixture
 beforeEach(async () => {
-  fixture = await NbdFixture.start({ server: { limits: { handshakeTimeoutMs: 500 } } })
+  fixture = await NbdFixture.start({ server: { limits: { handshakeTimeoutMs: 10_000 } } })
 })
 afterEach(async () => {
   await fixture.close()

@@ -5,6 +5,7 @@ import { open, readdir, readFile, stat, symlink, truncate, writeFile } from 'nod
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { attach } from '../faults/broken-home.ts'
+import { holdsWithin } from '../holds-within.ts'
 import { atollPath, runProgram, TestHome } from '../test-home.ts'
 
 const mib = 2 ** 20
@@ -38,9 +39,7 @@ const sameBytes = async (name: string, expected: Buffer): Promise<boolean> => (a
 
 /** Waits until something that the daemon does is done. */
 async function until(condition: () => Promise<boolean>): Promise<void> {
-  for (let tries = 0; !(await condition()); tries += 1) {
-    if (tries === 200) throw new Error('the condition did not come true in time')
-  }
+  if (!(await holdsWithin(300_000, condition))) throw new Error('the condition did not come true in time')
 }
 
 /** While this process goes on: senders are its children. */

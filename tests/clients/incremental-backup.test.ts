@@ -8,23 +8,13 @@ import { afterAll, beforeAll, expect, test } from 'vitest'
 import { connect, type NbdConnection } from '@atoll/nbd-client'
 import { describeWithTools, pythonLibnbdTool } from '@atoll/nbd-client/testing'
 import { hasPrograms } from '../cli/test-programs.ts'
+import { generator } from '../fuzz/random.ts'
 import { repositoryRoot, runProgram } from '../test-home.ts'
 import { ClientStand, diskBytes, fileDifference, KiB, MiB } from './client-stand.ts'
 import { runClient } from './run-client.ts'
 
 const slot = 4 * KiB
 const seed = Number(process.env['ATOLL_SEED'] ?? 20_261_121)
-
-/** mulberry32. */
-function generator(start: number): (below: number) => number {
-  let state = start >>> 0
-  return (below) => {
-    state = (state + 0x6d2b79f5) >>> 0
-    let mixed = Math.imul(state ^ (state >>> 15), state | 1)
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61)
-    return Math.floor((((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32) * below)
-  }
-}
 
 interface Generation {
   readonly name: string

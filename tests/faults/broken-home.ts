@@ -43,9 +43,11 @@ export function show(home: TestHome, volume: string): ShownVolume {
   return home.json<ShownVolume>('volume', 'show', volume)
 }
 
-export function check(home: TestHome): Finding[] {
+/** What a check finds: of the pool, or the one that a command makes. */
+export function check(home: TestHome, ...command: readonly string[]): Finding[] {
+  const words = command.length > 0 ? command : ['pool', 'check', 'default']
   // Exit code 1 says that there are errors; the document is there either way.
-  const { findings } = JSON.parse(home.run('pool', 'check', 'default', '--json').stdout) as { findings: Finding[] }
+  const { findings } = JSON.parse(home.run(...words, '--json').stdout) as { findings: Finding[] }
   // How full the disk of this machine is does not matter.
   return findings.filter(({ kind }) => kind !== 'low-space')
 }

@@ -21,5 +21,5 @@ test(
       await rm(home, { recursive: true, force: true })
     }
   },
-  full ? 2 * 3_600_000 : 600_000,
+  full ? 4 * 3_600_000 : 3_600_000,
 )

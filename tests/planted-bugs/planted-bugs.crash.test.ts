@@ -34,5 +34,5 @@ test.each(['native', 'control-plane'])(
     expect(output).toMatch(/planted bugs: \d+ caught, 0 unnoticed/)
     expect(child.exitCode).toBe(0)
   },
-  full ? 2 * 3_600_000 : 2_400_000,
+  full ? 6 * 3_600_000 : 2 * 3_600_000,
 )
