@@ -6,6 +6,8 @@ const history = ['--seed', '11', '--operations', '1200', '--draws', '3']
 /** With many files in it. */
 const fileHistory = ['--files', '--seed', '21', '--operations', '300', '--draws', '4']
 
+const olderCatalog = ['mapper/older-catalog.test.ts']
+
 export const controlPlaneBugs: PlantedBug[] = [
   {
     name: 'journal segments and frames go before the export has the checkpoint',
@@ -78,6 +80,39 @@ export const controlPlaneBugs: PlantedBug[] = [
       { file: 'mapper/exporter.ts', find: 'found.reachedSeq > Math.min(last, before)', replace: 'found.reachedSeq > last' },
     ],
     tests: ['mapper/exporter.test.ts'],
+  },
+  {
+    name: 'an older catalog serves what a newer one has deleted',
+    edits: [
+      {
+        file: 'mapper/older-catalog.ts',
+        find: "if (found === undefined) verdicts[resource.id] = 'deleted'",
+        replace: 'if (found === undefined) continue',
+      },
+    ],
+    tests: olderCatalog,
+  },
+  {
+    name: 'an older catalog forgets at a restart what it must not serve',
+    edits: [
+      {
+        file: 'mapper/older-catalog.ts',
+        find: '(row === undefined ? {} : JSON.parse(row.value)) as Record<string, Verdict>',
+        replace: '(row === undefined ? {} : {}) as Record<string, Verdict>',
+      },
+    ],
+    tests: olderCatalog,
+  },
+  {
+    name: 'a volume that was rolled back in an older catalog is refused again after a restart',
+    edits: [
+      {
+        file: 'mapper/older-catalog.ts',
+        find: 'Object.fromEntries([...verdicts].filter(([id]) => id !== row.id))',
+        replace: 'Object.fromEntries(verdicts)',
+      },
+    ],
+    tests: olderCatalog,
   },
   {
     name: 'a volume is swapped before the export names its next layer',

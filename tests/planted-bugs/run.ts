@@ -50,9 +50,7 @@ const suites: Record<string, Suite> = {
     bugs: controlPlaneBugs,
     passes: (root, tests, timeoutMs) => {
       const isFile = tests[0]?.endsWith('.test.ts') === true
-      const program = isFile
-        ? ['node_modules/vitest/vitest.mjs', 'run', '--root', root, '--testTimeout=60000', '--hookTimeout=60000']
-        : ['tests/crash/run-history.ts']
+      const program = isFile ? ['node_modules/vitest/vitest.mjs', 'run', '--root', root] : ['tests/crash/run-history.ts']
       const [path = '', ...options] = program
       return run(process.execPath, [join(root, path), ...options, ...tests], {}, timeoutMs)
     },
@@ -102,7 +100,7 @@ for (const [suiteName, suite] of Object.entries(suites)) {
   if (values.only !== undefined && values.only !== suiteName) continue
   const root = await mkdtemp(join(tmpdir(), 'atoll-planted-bugs-'))
   try {
-    for (const folder of ['core', 'southbound', 'mapper', 'composer', 'native', 'tests', 'package.json']) {
+    for (const folder of ['core', 'southbound', 'mapper', 'composer', 'native', 'tests', 'package.json', 'vitest.config.ts']) {
       await cp(join(checkout, folder), join(root, folder), {
         recursive: true,
         filter: (path) => !/\/(target|node_modules)(\/|$)/.test(path),
