@@ -51,14 +51,14 @@ it('the alarm is a part of the backend, a number of bytes, or off', () => {
   expect(lowSpaceBytes({ percent: 10 }, 50 * gibibyte)).toBe(5 * gibibyte)
   expect(lowSpaceBytes({ bytes: gibibyte }, 50 * gibibyte)).toBe(gibibyte)
   expect(lowSpaceBytes('off', 50 * gibibyte)).toBe(0)
+})
 
-  it('decide whether a check finds that space is low', () => {
-    const kinds = (freeBytes: number, settings: Record<string, string> = {}): string[] =>
-      lowSpaceFindings({ id: '1', name: 'p', settings }, { freeBytes, totalBytes: 1000 }).map(({ kind }) => kind)
-    expect(kinds(100)).toEqual([])
-    expect(kinds(99)).toEqual(['low-space'])
-    expect(kinds(99, { 'low-space': '5%' })).toEqual([])
-    expect(kinds(600, { 'low-space': '601' })).toEqual(['low-space'])
-    expect(kinds(0, { 'low-space': 'off' })).toEqual([])
-  })
+it('a check finds that space is low where the alarm would be on', () => {
+  const kinds = (freeBytes: number, settings: Record<string, string> = {}): string[] =>
+    lowSpaceFindings({ id: '1', name: 'p', settings }, { freeBytes, totalBytes: 1000 }).map(({ kind }) => kind)
+  expect(kinds(100)).toEqual([])
+  expect(kinds(99)).toEqual(['low-space'])
+  expect(kinds(99, { 'low-space': '5%' })).toEqual([])
+  expect(kinds(600, { 'low-space': '601' })).toEqual(['low-space'])
+  expect(kinds(0, { 'low-space': 'off' })).toEqual([])
 })
