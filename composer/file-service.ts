@@ -178,11 +178,19 @@ export class FileService {
     const rows = await catalog.db
       .selectFrom('resources')
       .leftJoin('files', 'files.id', 'resources.id')
-      .select(['resources.id', 'resources.name'])
+      .select(['resources.id', 'resources.name', 'resources.status', 'files.container_id'])
       .where('resources.kind', '=', 'file')
       .where((or) => or.or([or('resources.status', '!=', 'available'), or('files.id', 'is', null)]))
       .execute()
-    for (const { id, name } of rows) {
+    for (const { id, name, status, container_id: containerId } of rows) {
+      if (containerId !== null) {
+        // It gets its place in the transaction that finishes it, and loses it in the one that deletes it.
+        log.error(
+          { fileId: id, name, status },
+          'a file is recorded as unfinished or deleted, and lies in a container: it is kept',
+        )
+        continue
+      }
       try {
         await mapper.deleteResource(id)
         log.info({ fileId: id, name }, 'a file that was not finished, or was to be deleted, was removed')

@@ -62,6 +62,26 @@ async function fileRows(): Promise<number> {
   return Number(files)
 }
 
+describe('a start', () => {
+  test('removes no file that lies in a container, and no finished image, whatever their status says', async () => {
+    await put('c/kept', 'content')
+    const image = await composer.images.create({ name: 'image', from: 'file:c/kept' })
+    for (const status of ['creating', 'deleting', 'error', 'available'] as const) {
+      await daemon.catalog.write(async (tx) => await tx.updateTable('resources').set({ status }).execute())
+      await daemon.stop()
+      await start()
+      await reclaim()
+      const { count } = await daemon.catalog.db
+        .selectFrom('resources')
+        .select(({ fn }) => fn.countAll<number>().as('count'))
+        .executeTakeFirstOrThrow()
+      expect(Number(count)).toBe(2)
+    }
+    expect(await get('c/kept')).toBe('content')
+    expect(await composer.images.show(image.id)).toMatchObject({ id: image.id, sizeBytes: 7 })
+  })
+})
+
 describe('a put', () => {
   test('stores content of any length, with its MD5, type and metadata', async () => {
     for (const sizeBytes of [0, 1, 4095, 4096, 4097, mebibyte + 1, 5 * mebibyte - 3]) {

@@ -89,6 +89,29 @@ describe('imports', () => {
     await expect(bench.mapper.abortImport(resourceId)).rejects.toMatchObject({ code: 'RESOURCE_NOT_FOUND' })
   })
 
+  it('that are finished are given up by nobody, whatever their status says', async () => {
+    const { resourceId, device } = await begin(leaf)
+    await device.write(0, bytes(1))
+    await bench.mapper.finishImport(resourceId)
+    const setStatus = async (status: 'creating' | 'available') =>
+      await bench.inner.write(
+        async (tx) => await tx.updateTable('resources').set({ status }).where('id', '=', resourceId).execute(),
+      )
+    await setStatus('creating')
+    for (const attempt of [
+      bench.mapper.abortImport(resourceId),
+      bench.mapper.resumeImport(resourceId),
+      bench.mapper.finishImport(resourceId),
+    ]) {
+      await expect(attempt).rejects.toMatchObject({ code: 'RESOURCE_STATUS' })
+    }
+    const [finding] = (await bench.mapper.check()).findings
+    expect(finding).toMatchObject({ severity: 'error', kind: 'volume-row-missing', object: resourceId })
+    await setStatus('available')
+    await bench.mapper.reclaim(null)
+    expect(await bench.read(resourceId, 0, slot)).toEqual(bytes(1))
+  })
+
   it('refuse sizes that no image has', async () => {
     for (const sizeBytes of [0, -1, 2 ** 49 + 1]) await expect(begin(sizeBytes)).rejects.toMatchObject({ code: 'SIZE_INVALID' })
   })

@@ -16,7 +16,7 @@ import { deleteLocked } from './delete.ts'
 import { openLocked, settleLocked, type OpenOptions } from './open.ts'
 import { shrinkOpen } from './resize.ts'
 import { uniformRoot } from './root.ts'
-import { leaseLostError, requireResource, requireVolumeRow } from './rows.ts'
+import { findVolumeRow, leaseLostError, requireResource, requireVolumeRow } from './rows.ts'
 import { checkImageSize } from './size.ts'
 
 export interface ImportTarget {
@@ -199,8 +199,11 @@ export async function abortImport(context: MapperContext, resourceId: string): P
 
 async function requireUnfinished(context: MapperContext, resourceId: string): Promise<ResourceRow> {
   const row = await requireResource(context.catalog.db, resourceId)
-  if (row.kind !== 'volume' && row.status === 'creating') return row
-  throw new AtollError('RESOURCE_STATUS', `${row.kind} ${row.id} (${row.name}) is ${row.status}: it is no unfinished import`, {
+  // Both: a finished one whose status is damaged has nothing that it writes, and must not be given up.
+  const isWritten = (await findVolumeRow(context.catalog.db, resourceId)) !== undefined
+  if (row.kind !== 'volume' && row.status === 'creating' && isWritten) return row
+  const why = row.status === 'creating' ? 'creating, but nothing is written' : row.status
+  throw new AtollError('RESOURCE_STATUS', `${row.kind} ${row.id} (${row.name}) is ${why}: it is no unfinished import`, {
     values: { id: row.id, status: row.status },
   })
 }

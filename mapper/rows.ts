@@ -39,9 +39,14 @@ export async function requireKind(tx: CatalogTransaction, id: string, kind: Reso
 
 /** The row of what is written like a volume. @throws AtollError VOLUME_NOT_FOUND */
 export async function requireVolumeRow(tx: CatalogTransaction, id: string): Promise<VolumeRow> {
-  const row = await tx.selectFrom('volumes').selectAll().where('id', '=', id).executeTakeFirst()
+  const row = await findVolumeRow(tx, id)
   if (row === undefined) throw new AtollError('VOLUME_NOT_FOUND', `there is no volume ${id}`, { values: { id } })
   return row
+}
+
+/** What a resource writes, if it writes anything. */
+export async function findVolumeRow(tx: CatalogTransaction, id: string): Promise<VolumeRow | undefined> {
+  return await tx.selectFrom('volumes').selectAll().where('id', '=', id).executeTakeFirst()
 }
 
 /** The lease of a volume, if it was ever open. */
