@@ -45,6 +45,7 @@ import { feedReach, pageBatch } from './maps.ts'
 import { settleLocked } from './open.ts'
 import type { PagePin } from './page-pins.ts'
 import { removeCondemned, sealClosing } from './recover.ts'
+import { readRoots, type RootRow } from './references.ts'
 import { rootOf } from './root.ts'
 import { deleteBatch } from './staged-pages.ts'
 
@@ -71,12 +72,6 @@ interface SealedLayer {
   readonly alias: number
   readonly id: string
   readonly poolId: string
-}
-
-interface RootRow {
-  readonly id: string
-  readonly root_word: bigint
-  readonly root_crc: number
 }
 
 /** Roots whose pages are fetched together. */
@@ -232,15 +227,7 @@ export class Reclaimer {
 
   async #mark(reach: Reach, checkCancelled: () => void): Promise<void> {
     const context = this.#context
-    // One state of the catalog: a root that is shared and goes meanwhile is seen here or there.
-    const rows = await context.catalog.read(async (tx) => {
-      const resources = tx.selectFrom('resources').select(['id', 'root_word', 'root_crc']).orderBy('id')
-      return await inPieces(
-        async (after, limit) => await resources.where('id', '>', after).limit(limit).execute(),
-        (row) => row.id,
-        '',
-      )
-    })
+    const rows = await readRoots(context)
     for (let start = 0; start < rows.length; start += rootsAtOnce) {
       const part = rows.slice(start, start + rootsAtOnce)
       try {

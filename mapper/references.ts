@@ -9,6 +9,7 @@ import { mapBytesMax } from '@atoll/native'
 import type { MapperContext } from './context.ts'
 import { feedReach } from './maps.ts'
 import { rootOf } from './root.ts'
+import { eachInTurns, inPieces } from './turns.ts'
 
 export interface References {
   readonly hasLayer: (alias: number) => boolean
@@ -26,7 +27,7 @@ export async function readReferences({
   engine,
   log,
 }: Pick<MapperContext, 'catalog' | 'engine' | 'log'>): Promise<References> {
-  const rows = await catalog.db.selectFrom('resources').select(['id', 'root_word', 'root_crc']).execute()
+  const rows = await readRoots({ catalog })
   const reach = engine.reach()
   try {
     for (let start = 0; start < rows.length; start += rootsAtOnce) {
@@ -38,11 +39,31 @@ export async function readReferences({
     if (!isAtollError(error, 'PAGE_MISSING') && !isAtollError(error, 'PAGE_CORRUPT') && !isAtollError(error, 'FORMAT_VERSION')) {
       throw error
     }
+    reach.clear()
     log.warn({ err: error }, 'a map cannot be read, so nobody knows what it names: nothing is removed')
     return everything
   }
-  const layers = new Set(reach.layers())
+  const layers = new Set<number>()
+  await eachInTurns(reach.layers(), (alias) => layers.add(alias))
   return { hasLayer: (alias) => layers.has(alias), hasPage: (pageId) => reach.hasPages(Float64Array.of(pageId))[0] === 1 }
+}
+
+export interface RootRow {
+  readonly id: string
+  readonly root_word: bigint
+  readonly root_crc: number
+}
+
+/** The durable roots of all resources, as of one state of the catalog: one that is shared and goes meanwhile is seen here or there. */
+export async function readRoots({ catalog }: Pick<MapperContext, 'catalog'>): Promise<RootRow[]> {
+  return await catalog.read(async (tx) => {
+    const resources = tx.selectFrom('resources').select(['id', 'root_word', 'root_crc']).orderBy('id')
+    return await inPieces(
+      async (after, limit) => await resources.where('id', '>', after).limit(limit).execute(),
+      (row) => row.id,
+      '',
+    )
+  })
 }
 
 /** Layers among these that a volume writes, or is to write next. */

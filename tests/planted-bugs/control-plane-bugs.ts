@@ -145,7 +145,7 @@ export const controlPlaneBugs: PlantedBug[] = [
     name: 'reclaim does not look at the roots of snapshots',
     edits: [
       {
-        file: 'mapper/reclaim.ts',
+        file: 'mapper/references.ts',
         find: ".select(['id', 'root_word', 'root_crc']).orderBy('id')",
         replace: ".select(['id', 'root_word', 'root_crc']).where('kind', '<>', 'snapshot').orderBy('id')",
       },
