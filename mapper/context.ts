@@ -70,6 +70,10 @@ export class Background {
     void run.finally(() => this.#running.delete(run))
   }
 
+  get runningCount(): number {
+    return this.#running.size
+  }
+
   /** Waits until nothing runs any more, also what was started meanwhile. */
   async idle(): Promise<void> {
     while (this.#running.size > 0) await Promise.all(this.#running)

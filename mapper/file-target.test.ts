@@ -1,5 +1,5 @@
 import { adminProject } from '@atoll/core'
-import { afterEach, beforeEach, describe, expect, it } from 'vitest'
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest'
 import type { FileRows, FileTarget } from './file-target.ts'
 import { Bench, bytes, slot } from './test-bench.ts'
 
@@ -34,6 +34,7 @@ describe('files', () => {
     expect(file).toMatchObject({ kind: 'file', status: 'available', size_bytes: 2 * slot + 100 })
     expect(await bench.read(file.id, slot, slot + 100)).toEqual(bytes(1, slot + 100))
     expect(await bench.pageCount()).toBe(0)
+    await bench.mapper.idle()
     expect(await bench.layers('sealed')).toHaveLength(1)
     const storedBytes = (await bench.store.usage()).storedBytes
     const clone = await bench.volume('clone', 4 * slot, file.id)
@@ -44,6 +45,38 @@ describe('files', () => {
     expect(await bench.read(copy.id, 0, slot)).toEqual(bytes(1))
     expect((await bench.store.usage()).storedBytes).toBe(storedBytes)
     await bench.mapper.close(clone.id).catch(() => undefined)
+    expect(await bench.findLeak()).toBe(null)
+  })
+
+  it('are there before their layers are sealed; what else is done with them waits for that, and a killed process may leave it', async () => {
+    const pool = await bench.mapper.pools.handle(bench.poolId)
+    const gate = Promise.withResolvers<void>()
+    const seal = pool.sealLayer.bind(pool)
+    const sealing = vi.spyOn(pool, 'sealLayer').mockImplementation(async (...args) => {
+      await gate.promise
+      await seal(...args)
+    })
+    const [kept, deleted] = [await made(1, slot), await made(2, slot)]
+    expect(await bench.layers('closing')).toHaveLength(2)
+    const [reading, copying] = [bench.read(kept.id, 0, slot), bench.mapper.createFile(wanted(), deleted.id, nameless)]
+    const deleting = bench.mapper.deleteResource(deleted.id)
+    gate.resolve()
+    expect(await reading).toEqual(bytes(1))
+    const copy = await copying
+    await deleting
+    sealing.mockRestore()
+    await bench.mapper.idle()
+    expect(await bench.layers('closing')).toEqual([])
+    await bench.mapper.reclaim(null)
+    expect(await bench.read(copy.id, 0, slot)).toEqual(bytes(2))
+
+    vi.spyOn(pool, 'sealLayer').mockRejectedValue(new Error('this process is dead'))
+    const left = await made(3, slot)
+    await bench.mapper.idle()
+    expect(await bench.layers('closing')).toHaveLength(1)
+    await bench.kill()
+    expect(await bench.layers('closing')).toEqual([])
+    expect(await bench.read(left.id, 0, slot)).toEqual(bytes(3))
     expect(await bench.findLeak()).toBe(null)
   })
 

@@ -5,7 +5,7 @@
  * - While it is written, a file is a row with status `creating` over a layer of its own that nobody wrote before, so its whole
  *   map is that layer: no pages, no journal, no lease and no next layer are needed, and the layer's bytes are the content.
  * - Finishing makes the bytes durable, and then the row `available` in one transaction, which also ends the layer's time as an
- *   active one. Nothing is written behind the content, so the size need not be known before.
+ *   active one; its seal is nobody's to wait for. Nothing is written behind the content, so the size need not be known before.
  * - A file that is not finished is of no use after a restart: whoever finds one gives it up.
  * - What a finished file replaces goes in the same transaction. A file that is being read is not deleted there: it is
  *   `deleting` from then on, opened by nobody any more, and goes after its last reader.
@@ -17,7 +17,7 @@ import type { Device } from '@atoll/native'
 import type { MapperContext } from './context.ts'
 import { insertResource, insertWritable, shareFrom } from './create.ts'
 import { deleteLocked } from './delete.ts'
-import { becomeAvailable, sealFinished } from './import-target.ts'
+import { becomeAvailable, sealFinishedLater } from './import-target.ts'
 import { holeRoot, uniformRoot } from './root.ts'
 import { requireResource, requireVolumeRow } from './rows.ts'
 
@@ -112,7 +112,7 @@ export async function finishFile(
       return file
     })
     for (const id of dropped) context.open.forget(id)
-    await sealFinished(context, row, volume)
+    await sealFinishedLater(context, row, volume)
     return row
   })
 }

@@ -36,6 +36,9 @@ export interface NewImport {
 
 const importHolder = 'import'
 
+/** More that runs in the background than this, and a seal is waited for (I8). */
+const backgroundSealsMax = 64
+
 /**
  * Makes the target of an import and opens it.
  * @throws AtollError SIZE_INVALID, POOL_UNAVAILABLE, POOL_CLOSED, NO_SPACE
@@ -136,12 +139,38 @@ export async function becomeAvailable(
 /** Seals the layer of what became available; one that cannot be sealed now stays `closing` until the next reclaim or start. */
 export async function sealFinished(context: MapperContext, row: ResourceRow, volume: VolumeRow): Promise<void> {
   // I9; and the frames go with the seal, while an export from before the commit needs them.
+  if (await context.exporter.flushed([row.home_pool_id])) await sealLayerOf(context, row, volume)
+}
+
+/**
+ * As `sealFinished`, by who holds the lock of the resource; but the seal comes after the answer, which promises content and no
+ * seal. Until then everything is as after a crash at that point: the layer is `closing`, and nobody can write it any more.
+ */
+export async function sealFinishedLater(context: MapperContext, row: ResourceRow, volume: VolumeRow): Promise<void> {
   if (!(await context.exporter.flushed([row.home_pool_id]))) return
+  if (context.background.runningCount >= backgroundSealsMax) {
+    await sealLayerOf(context, row, volume)
+    return
+  }
+  context.background.start(
+    'sealing a layer',
+    async () => await context.locks.run([row.id], async () => await sealLayerOf(context, row, volume)),
+  )
+}
+
+async function sealLayerOf(context: MapperContext, row: ResourceRow, volume: VolumeRow): Promise<void> {
   try {
-    const active = await context.layers.ref({ alias: volume.active_alias, id: '' })
+    const layer = await context.catalog.db
+      .selectFrom('layers')
+      .select('id')
+      .where('alias', '=', volume.active_alias)
+      .where('state', '=', 'closing')
+      .executeTakeFirst()
+    // A reclaim was quicker.
+    if (layer === undefined) return
     const seal = { volumeId: row.id, epoch: volume.epoch, finalLsn: volume.map_lsn, successor: null }
-    await context.pools.handle(row.home_pool_id).sealLayer(active.id, seal)
-    await context.catalog.write(async (tx) => await context.layers.move(tx, active.alias, ['closing'], 'sealed'), {
+    await context.pools.handle(row.home_pool_id).sealLayer(layer.id, seal)
+    await context.catalog.write(async (tx) => await context.layers.move(tx, volume.active_alias, ['closing'], 'sealed'), {
       durable: false,
     })
   } catch (error) {

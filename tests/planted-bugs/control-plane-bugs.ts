@@ -245,7 +245,7 @@ export const controlPlaneBugs: PlantedBug[] = [
       },
       {
         file: 'mapper/file-target.ts',
-        find: '    await sealFinished(context, row, volume)\n',
+        find: '    await sealFinishedLater(context, row, volume)\n',
         replace: '    await device.close()\n',
       },
     ],
