@@ -60,7 +60,7 @@ import { loadExport } from './export-load.ts'
 import { rootOf } from './root.ts'
 
 /** How long after a commit that nobody waits for a flush begins. */
-export const flushDelayMs = 20
+export const flushDelayMs = 100
 /** How long after a failure it is tried again. */
 export const retryDelayMs = 1000
 /** A new base is written when the deltas since the last one are longer than it and than this. */
@@ -386,6 +386,9 @@ export class Exporter {
   async #run(): Promise<void> {
     this.#isRunning = true
     this.#following = null
+    // What was committed until now is in this one.
+    this.#cancelTimer?.()
+    this.#cancelTimer = null
     try {
       await this.#turn.run(async () => await this.#flushOnce())
     } finally {
