@@ -8,7 +8,7 @@
  * Durability: WAL with synchronous=FULL, so a commit is on the disk before `write` returns. A write with `durable: false`
  * commits under synchronous=NORMAL, without a sync, and is ordered before every later commit all the same. The bulk that such
  * writes left in the log is synced by a thread before the next durable commit, so that its own sync, which runs on this
- * thread, has little to do.
+ * thread, has little to do; some rows are little.
  *
  * After an error from the disk during a commit nobody knows whether the commit will be there after a restart: the catalog
  * then refuses every write until it is opened again (CATALOG_BROKEN), rather than guess.
@@ -55,6 +55,9 @@ interface Scope {
   readonly kind: 'write' | 'read'
   open: boolean
 }
+
+/** So many rows take a durable commit no longer to sync than a sync takes anyway. */
+const syncedChangesMax = 32
 
 const scopes = new AsyncLocalStorage<Scope>()
 
@@ -173,6 +176,9 @@ class SqliteCatalog implements Catalog {
   readonly #logPath: string | undefined
   #log: FileHandle | undefined
   #unsyncedCommits = false
+  /** `#changes()` when everything was synced last. */
+  #syncedChanges = 0
+  #countChanges: Database.Statement<[], number> | undefined
   #broken: unknown
   #closing: Promise<void> | undefined
 
@@ -316,7 +322,7 @@ class SqliteCatalog implements Catalog {
   async #writeOnce<T>(fn: (tx: CatalogTransaction) => Promise<T>, durable: boolean): Promise<T> {
     this.#requireOpen()
     this.#requireSound()
-    if (durable && this.#unsyncedCommits) await this.#syncLog()
+    if (durable && this.#unsyncedCommits && this.#changes() - this.#syncedChanges > syncedChangesMax) await this.#syncLog()
     const database = this.#database
     try {
       // Cannot be changed inside a transaction. FULL is how the connection stays in between.
@@ -325,6 +331,7 @@ class SqliteCatalog implements Catalog {
       const result = await this.#scoped('write', () => fn(this.#inside))
       await this.#commit()
       this.#unsyncedCommits = !durable
+      if (durable) this.#syncedChanges = this.#changes()
       for (const listener of this.#listeners) listener({ durable })
       this.#checkpointer?.afterCommit()
       return result
@@ -365,6 +372,12 @@ class SqliteCatalog implements Catalog {
       // Still nobody knows: the catalog stays broken, for the first reason.
       if (database.inTransaction) database.exec('rollback')
     }
+  }
+
+  /** Rows that this connection has changed, those that were rolled back included. */
+  #changes(): number {
+    this.#countChanges ??= this.#database.prepare<[], number>('select total_changes()').pluck()
+    return this.#countChanges.get() ?? 0
   }
 
   /** Syncs what non-durable commits left in the log, on a thread of the pool. Only to keep the next commit's own sync short. */
