@@ -356,7 +356,7 @@ describe('a device', () => {
 
   it('swaps to the next layer, keeps the frozen map as it was, and is replayed after a crash', async () => {
     await device.write(0, filled(8192, 1))
-    const [swapped] = await engine.swap([{ device, next: layers[1]! }], 1000)
+    const [swapped] = await engine.swap([{ device, next: layers[1]! }], 300_000)
     expect(swapped!.pauseMs).toBeGreaterThanOrEqual(0)
     await device.write(0, filled(4096, 2))
     await device.syncClosing()
@@ -402,8 +402,8 @@ describe('a device', () => {
   })
 
   it('refuses a second swap before the first is committed', async () => {
-    await engine.swap([{ device, next: layers[1]! }], 1000)
-    expect(await codeOf(engine.swap([{ device, next: layers[2]! }], 1000))).toBe('SWAP_UNCOMMITTED')
+    await engine.swap([{ device, next: layers[1]! }], 300_000)
+    expect(await codeOf(engine.swap([{ device, next: layers[2]! }], 300_000))).toBe('SWAP_UNCOMMITTED')
     expect(await codeOf(engine.swap([{ device, next: layers[2]! }], -1))).toBe('ARGUMENT_INVALID')
   })
 

@@ -581,7 +581,7 @@ describe('what changed since a snapshot', () => {
     await device.write(0, pattern(64 * KiB, 1))
     const nextId = '10000000-0000-4000-8000-0000000fffff'
     await store.createLayer(nextId)
-    const [report] = await fixture.engine.swap([{ device, next: { alias: 2, id: nextId, store } }], 5_000)
+    const [report] = await fixture.engine.swap([{ device, next: { alias: 2, id: nextId, store } }], 300_000)
     const names = ['base:allocation', 'qemu:allocation-depth', 'qemu:dirty-bitmap:before']
     fixture.exports.add('disk', device, {
       changes: { list: async () => ['before'], open: async (name) => (name === 'before' ? report!.frozen : null) },

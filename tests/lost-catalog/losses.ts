@@ -94,7 +94,8 @@ class Losses {
   async round(round: number): Promise<void> {
     const context = `seed ${this.#options.seed}, round ${round}`
     const connections = await Promise.all(Array.from({ length: connectionCount }, () => this.#connect(this.#victim)))
-    const load = new Load(connections, this.#oracle, this.#random, { ...this.#report, kills: 0, snapshots: 0, restartMsMax: 0 })
+    const loaded = { kills: 0, writes: 0, flushes: 0, snapshots: 0, restartMsMax: 0 }
+    const load = new Load(connections, this.#oracle, this.#random, loaded)
     load.start()
     let isKilled = false
     const operations = this.#operate(() => isKilled)
@@ -104,7 +105,8 @@ class Losses {
     isKilled = true
     await this.#home.end('SIGKILL')
     await Promise.all([load.ended(), operations])
-    this.#report.writes += load.writes
+    this.#report.writes += loaded.writes
+    this.#report.flushes += loaded.flushes
 
     for (const name of await readdir(this.#home.path)) {
       if (name.startsWith('catalog.')) await rm(join(this.#home.path, name))
