@@ -5,7 +5,15 @@ import { copyFile, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { createConnection } from 'node:net'
 import { join } from 'node:path'
 import { afterEach, beforeEach, expect, it } from 'vitest'
-import { connect, connectRaw, encodeInfoRequest, encodeMetaContextRequest, encodeOption, protocol } from '@atoll/nbd-client'
+import {
+  connect,
+  connectRaw,
+  encodeInfoRequest,
+  encodeMetaContextRequest,
+  encodeOption,
+  encodeRequest,
+  protocol,
+} from '@atoll/nbd-client'
 import { describeWithTools, opensslTool, TestAuthority } from '@atoll/nbd-client/testing'
 import { KiB, MiB } from './testing/nbd-fixture.ts'
 import { startTlsOption, TlsFixture, upgrade } from './testing/tls-fixture.ts'
@@ -330,13 +338,15 @@ describeWithTools('a connection over TLS', [opensslTool], () => {
     await using client = await fixture.connect(server)
     await client.go('disk')
     const count = 400
-    for (let index = 0; index < count; index += 1) {
+    const requests = Array.from({ length: count }, (_, index) => {
       // Flushes are answered by other threads than reads.
       const isFlush = index % 5 === 0
       const [kind, lengthBytes] = isFlush ? [command.flush, 0] : [command.read, 20 * KiB]
-      client.sendRequest({ flags: 0, command: kind, cookie: BigInt(index), offsetBytes: 0, lengthBytes })
-    }
-    const drained = server.server.drain()
+      return encodeRequest({ flags: 0, command: kind, cookie: BigInt(index), offsetBytes: 0, lengthBytes })
+    })
+    // In one record, which is there as a whole when the first is answered: what came later would be met by a reset.
+    client.send(Buffer.concat(requests))
+    const firstAnswered = Promise.withResolvers<void>()
     const errnos = new Set<number>()
     let answered = 0
     const answers = async (): Promise<never> => {
@@ -346,10 +356,15 @@ describeWithTools('a connection over TLS', [opensslTool], () => {
         if (reply.errno === 0 && reply.cookie % 5n !== 0n) await client.receive(20 * KiB)
         errnos.add(reply.errno)
         answered += 1
+        firstAnswered.resolve()
       }
     }
+    const ended = answers()
+    ended.catch(firstAnswered.reject)
+    await firstAnswered.promise
+    const drained = server.server.drain()
     // The end comes between two replies and never inside one.
-    await expect(answers()).rejects.toMatchObject({ code: 'NBD_CONNECTION_LOST', message: 'the peer closed the connection' })
+    await expect(ended).rejects.toMatchObject({ code: 'NBD_CONNECTION_LOST', message: 'the peer closed the connection' })
     for (const errno of errnos) expect([0, 108]).toContain(errno)
     await drained
     expect(answered).toBeLessThanOrEqual(count)
