@@ -205,7 +205,7 @@ export interface CrashOptions {
 }
 
 export interface RawStoreLock {
-  release(): void
+  release(): Promise<void>
 }
 
 export interface RawStore {
@@ -439,6 +439,17 @@ export interface EngineStats {
 
 export interface RawEngine {
   openFileStore(path: string, create: boolean, reserveBytes: number): Promise<RawStore>
+  openRadosStore(options: {
+    // Absent, never null.
+    conf: string | undefined
+    keyring: string | undefined
+    user: string
+    pool: string
+    namespace: string
+    requestTimeoutMs: number
+    connectTimeoutMs: number
+    create: boolean
+  }): Promise<RawStore>
   memoryStore(capacityBytes: number, record: boolean): RawStore
   faultStore(inner: RawStore): RawStore
   mapLoader(root: RootRef): RawMapLoader

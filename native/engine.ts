@@ -64,6 +64,20 @@ export interface SwapReport {
   pauseMs: number
 }
 
+/** Where a pool lies in a Ceph cluster. */
+export interface RadosStoreOptions {
+  /** ceph.conf; null: where Ceph's own programs look for it. */
+  conf: string | null
+  /** null: what the conf says. */
+  keyring: string | null
+  user: string
+  pool: string
+  namespace: string
+  requestTimeoutMs: number
+  connectTimeoutMs: number
+  create: boolean
+}
+
 /** An engine with its threads and caches. Everything it gave out is unusable after `close`. */
 export class Engine {
   readonly #raw: RawEngine
@@ -85,6 +99,20 @@ export class Engine {
   /** Opens a directory of sparse files; `reserveBytes` are kept back for deletes on a full disk. */
   openFileStore(options: { path: string; create: boolean; reserveBytes: number }): Promise<Store> {
     return settle(async () => new Store(await this.#raw.openFileStore(options.path, options.create, options.reserveBytes)))
+  }
+
+  /**
+   * Opens a namespace of a RADOS pool (option docs: southbound/ceph/README.md). `requestTimeoutMs`, `connectTimeoutMs`: whole seconds;
+   * nothing waits longer for the cluster.
+   *
+   * @throws POOL_UNAVAILABLE the library is missing, no monitor answers; POOL_ACCESS_DENIED no key, or not the right ones;
+   *   LAYER_MISSING (operation open-pool: no such RADOS pool; open: nothing of ours in it, and not `create`); FORMAT_VERSION
+   */
+  openRadosStore(options: RadosStoreOptions): Promise<Store> {
+    const { conf, keyring, ...rest } = options
+    return settle(
+      async () => new Store(await this.#raw.openRadosStore({ conf: conf ?? undefined, keyring: keyring ?? undefined, ...rest })),
+    )
   }
 
   /** Layers in memory. `record`: keep the history for crash images. */

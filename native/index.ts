@@ -33,7 +33,14 @@ export type {
 } from './addon.ts'
 export { Connection, Listener, TlsConfig, type NbdMetaContext, type NbdReplyForm, type ServeNbdOptions } from './connection.ts'
 export { Checkpoint, Device, type LayerRef } from './device.ts'
-export { Engine, type DeviceEvent, type DeviceSpec, type EngineOptions, type SwapReport } from './engine.ts'
+export {
+  Engine,
+  type DeviceEvent,
+  type DeviceSpec,
+  type EngineOptions,
+  type RadosStoreOptions,
+  type SwapReport,
+} from './engine.ts'
 export { FrozenMap, MapCheck, MapLoader, PageSet, Reach } from './maps.ts'
 export { Store, StoreLock } from './store.ts'
 export { UsageTable, type UsageRoots } from './usage-table.ts'

@@ -129,9 +129,8 @@ describe('a store', () => {
 
     const lock = await store.lock('pid 1')
     expect(await codeOf(store.lock('pid 2'))).toBe('STORE_LOCKED')
-    lock.release()
-    lock.release()
-    ;(await store.lock('pid 2')).release()
+    await Promise.all([lock.release(), lock.release()])
+    await (await store.lock('pid 2')).release()
 
     await store.releaseReserve()
     expect(await store.restoreReserve()).toBe(0)

@@ -27,9 +27,12 @@ export class StoreLock {
     this.#raw = raw
   }
 
-  /** Idempotent. The end of the process releases it, too. */
-  release(): void {
-    call(() => this.#raw.release())
+  /**
+   * Idempotent. The end of the process releases it, too; a lock that others keep (of a cluster) is then broken by whoever wants it
+   * next.
+   */
+  release(): Promise<void> {
+    return settle(() => this.#raw.release())
   }
 }
 
@@ -37,7 +40,7 @@ export class StoreLock {
 export class Store {
   /** @internal */
   readonly raw: RawStore
-  /** 'file', 'memory' or 'fault'; for logs, never to decide on: that is what `capabilities` are for. */
+  /** 'file', 'memory', 'rados' or 'fault'; for logs, never to decide on: that is what `capabilities` are for. */
   readonly kind: string
 
   /** @internal */

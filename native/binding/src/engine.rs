@@ -7,7 +7,7 @@ use crate::promise::{Settler, rejected, run_on};
 use crate::store::JsStore;
 use crate::usage::JsUsage;
 use atoll_engine::{Device, DeviceEvent, DeviceSpec, Engine, EngineOptions, OpenReport, Result, TlsConfig, spawn_named};
-use atoll_io::MemoryStore;
+use atoll_io::{MemoryStore, RadosOptions};
 use atoll_map::{FrozenMap, MapLoader, Reach, Usage};
 use napi::bindgen_prelude::{ClassInstance, Env, FnArgs, Function, Object};
 use napi::threadsafe_function::ThreadsafeFunctionCallMode;
@@ -32,6 +32,18 @@ pub struct JsDeviceSpec {
     pub limits: Option<JsDeviceLimits>,
     pub aliases: Vec<u32>,
     pub ids: Vec<String>,
+}
+
+#[napi(object)]
+pub struct JsRadosOptions {
+    pub conf: Option<String>,
+    pub keyring: Option<String>,
+    pub user: String,
+    pub pool: String,
+    pub namespace: String,
+    pub request_timeout_ms: f64,
+    pub connect_timeout_ms: f64,
+    pub create: bool,
 }
 
 #[napi(object)]
@@ -144,6 +156,24 @@ impl JsEngine {
     pub fn open_file_store<'env>(&self, env: &'env Env, path: String, create: bool, reserve_bytes: f64) -> napi::Result<Object<'env>> {
         let engine = self.engine.clone();
         run_on(env, self.engine.control(), move || JsStore::open_file(engine, &path, create, to_u64("reserveBytes", reserve_bytes)?))
+    }
+
+    #[napi]
+    pub fn open_rados_store<'env>(&self, env: &'env Env, options: JsRadosOptions) -> napi::Result<Object<'env>> {
+        let engine = self.engine.clone();
+        run_on(env, self.engine.control(), move || {
+            let options = RadosOptions {
+                conf: options.conf.map(Into::into),
+                keyring: options.keyring.map(Into::into),
+                user: options.user,
+                pool: options.pool,
+                namespace: options.namespace,
+                request_timeout: Duration::from_millis(to_u64("requestTimeoutMs", options.request_timeout_ms)?),
+                connect_timeout: Duration::from_millis(to_u64("connectTimeoutMs", options.connect_timeout_ms)?),
+                create: options.create,
+            };
+            JsStore::open_rados(engine, options)
+        })
     }
 
     #[napi]

@@ -1,10 +1,10 @@
 //! Stores.
 use crate::convert::{from_ids, guard, invalid, to_layer_id, to_runs, to_u64, to_uuid};
-use crate::promise::run_on;
+use crate::promise::{Settler, run_on};
 use atoll_engine::{Engine, EngineError, Result};
 use atoll_io::{
     CrashOptions, FaultPlan, FaultRule, FaultStore, FileStore, IoErrorCode, Journal, JournalIdentity, LayerId, LayerIo, MemoryStore,
-    OpenMode, SealMark, Store, StoreLock,
+    OpenMode, RadosOptions, RadosStore, SealMark, Store, StoreLock,
 };
 use atoll_map::{Run, SLOT_BYTES};
 use napi::bindgen_prelude::{Env, Float64Array, Object, Uint8Array};
@@ -97,6 +97,7 @@ pub struct JsJournalSummary {
 enum Kind {
     File,
     Memory(Arc<MemoryStore>),
+    Rados,
     Fault(Arc<FaultStore>),
 }
 
@@ -111,6 +112,11 @@ impl JsStore {
     pub(crate) fn open_file(engine: Arc<Engine>, path: &str, create: bool, reserve_bytes: u64) -> Result<JsStore> {
         let store = Arc::new(FileStore::open(Path::new(path), create, reserve_bytes)?);
         Ok(JsStore { engine, store, kind: Kind::File })
+    }
+
+    pub(crate) fn open_rados(engine: Arc<Engine>, options: RadosOptions) -> Result<JsStore> {
+        let store = Arc::new(RadosStore::open(options)?);
+        Ok(JsStore { engine, store, kind: Kind::Rados })
     }
 
     pub(crate) fn memory(engine: Arc<Engine>, store: MemoryStore) -> JsStore {
@@ -141,6 +147,7 @@ impl JsStore {
         match self.kind {
             Kind::File => "file",
             Kind::Memory(_) => "memory",
+            Kind::Rados => "rados",
             Kind::Fault(_) => "fault",
         }
     }
@@ -250,7 +257,8 @@ impl JsStore {
 
     #[napi]
     pub fn lock<'env>(&self, env: &'env Env, owner: String) -> napi::Result<Object<'env>> {
-        self.run(env, move |store| Ok(JsStoreLock { lock: Mutex::new(Some(store.lock(&owner)?)) }))
+        let engine = self.engine.clone();
+        self.run(env, move |store| Ok(JsStoreLock { engine, lock: Arc::new(Mutex::new(Some(store.lock(&owner)?))) }))
     }
 
     #[napi]
@@ -418,17 +426,33 @@ impl JsStore {
 /// A held lock of a store.
 #[napi(js_name = "StoreLock")]
 pub struct JsStoreLock {
-    lock: Mutex<Option<StoreLock>>,
+    engine: Arc<Engine>,
+    lock: Arc<Mutex<Option<StoreLock>>>,
 }
 
 #[napi]
 impl JsStoreLock {
     #[napi]
-    pub fn release(&self) -> napi::Result<()> {
-        guard(|| {
-            drop(self.lock.lock().take());
-            Ok(())
-        })
+    pub fn release<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
+        let (settler, promise) = Settler::new(env)?;
+        let lock = self.lock.clone();
+        // Held meanwhile, so that a second call waits for the first.
+        let release = move || {
+            let mut held = lock.lock();
+            drop(held.take());
+        };
+        let (settler, late) = (Arc::new(settler), release.clone());
+        let on_thread = settler.clone();
+        let job = move || {
+            release();
+            on_thread.settle(Ok(()));
+        };
+        if self.engine.control().submit(job).is_err() {
+            // The engine is closed, and nobody else does it.
+            late();
+            settler.settle(Ok(()));
+        }
+        Ok(promise)
     }
 }
 

@@ -44,6 +44,8 @@ impl From<IoError> for EngineError {
         let (code, errno) = match error.code {
             IoErrorCode::NoSpace => ("NO_SPACE", libc::ENOSPC),
             IoErrorCode::Io => ("IO_ERROR", libc::EIO),
+            IoErrorCode::Unavailable => ("POOL_UNAVAILABLE", libc::EIO),
+            IoErrorCode::Denied => ("POOL_ACCESS_DENIED", libc::EIO),
             IoErrorCode::NotFound => ("LAYER_MISSING", libc::EIO),
             IoErrorCode::Exists => ("LAYER_EXISTS", libc::EIO),
             IoErrorCode::ReadOnly => ("LAYER_READ_ONLY", libc::EIO),

@@ -9,6 +9,10 @@ pub enum IoErrorCode {
     NoSpace,
     /// The backend failed (EIO and everything unexpected).
     Io,
+    /// The backend cannot be reached, or did not answer in time.
+    Unavailable,
+    /// The backend does not let this user in, or not do this.
+    Denied,
     /// The layer, segment or record does not exist.
     NotFound,
     /// The layer, segment or record exists already.

@@ -1,13 +1,14 @@
 //! Stores and journals: where the bytes of layers live, and the log that says which slots changed owner.
 //!
 //! A [`Store`] is the native half of a pool: a namespace of layers, of journal segments that belong to layers, and
-//! of small named records. Kinds: [`FileStore`], [`MemoryStore`] (with the crash recorder) and the wrapper
+//! of small named records. Kinds: [`FileStore`], [`MemoryStore`] (with the crash recorder), [`RadosStore`] and the wrapper
 //! [`FaultStore`]. Everything above works through the traits and never asks which kind it has.
 mod error;
 mod fault;
 mod file;
 mod journal;
 mod memory;
+mod rados;
 mod random;
 mod ring;
 mod store;
@@ -17,5 +18,6 @@ pub use fault::{FaultPlan, FaultRule, FaultStore};
 pub use file::{FileStore, RawFileStore};
 pub use journal::{Delta, Frame, Journal, JournalIdentity, JournalReplay, JournalSummary, SealMark};
 pub use memory::{CrashOptions, MemoryStore};
+pub use rados::{RadosOptions, RadosStore};
 pub use ring::{ReadRing, RingRead, RingWaker, probe_ring};
 pub use store::{Extent, LayerEntry, LayerId, LayerIo, OpenMode, SegmentIo, Store, StoreCapabilities, StoreLock, StoreUsage};

@@ -78,6 +78,8 @@ pub struct StoreCapabilities {
     /// A journal segment grows by at least this, with zeros in place of the frames to come: a sync of bytes inside a file is
     /// cheaper than one that makes the file longer. 0: a segment is as long as its frames.
     pub segment_growth_bytes: u32,
+    /// Reads and writes wait for other machines: no thread that has something else to do carries them out.
+    pub waits_for_network: bool,
 }
 
 /// Bytes of a store.

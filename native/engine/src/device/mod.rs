@@ -79,6 +79,7 @@ pub struct Device {
     closed: AtomicBool,
     throttle: Throttle,
     on_event: Option<Box<dyn Fn(DeviceEvent) + Send + Sync>>,
+    waits_for_network: AtomicBool,
     counters: Counters,
     latencies: DeviceLatencies,
 }
@@ -102,6 +103,12 @@ impl Device {
     /// Present size.
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes.load(Ordering::SeqCst)
+    }
+
+    /// One of its layers is on other machines: a thread that has something else to do carries out no read or write of it.
+    #[inline]
+    pub fn waits_for_network(&self) -> bool {
+        self.waits_for_network.load(Ordering::Relaxed)
     }
 
     /// No writes are possible.
@@ -149,6 +156,9 @@ impl Device {
 
     /// Adds layers that a map may refer to from now on (replaces the handle of a known alias).
     pub fn add_layers(&self, specs: Vec<LayerSpec>) {
+        if specs.iter().any(|spec| spec.store.capabilities().waits_for_network) {
+            self.waits_for_network.store(true, Ordering::Relaxed);
+        }
         // The active layer's handle is the one that writes; it is never replaced from outside.
         self.layers.rcu(|table| {
             let mut table = LayerTable::clone(table);

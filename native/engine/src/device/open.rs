@@ -24,6 +24,7 @@ impl Device {
     pub fn open(spec: DeviceSpec) -> Result<(Arc<Device>, OpenReport)> {
         let map = Map::from_frozen(&spec.map);
         let mut report = OpenReport { last_lsn: spec.map_lsn, ..OpenReport::default() };
+        let waits_for_network = spec.layers.iter().any(|layer| layer.store.capabilities().waits_for_network);
         let mut swap = None;
         let mut active = None;
         let batch_log = spec.batch_log.clone().filter(|_| spec.active.is_some()).map(|place| BatchLog::new(place, spec.volume, spec.epoch));
@@ -87,6 +88,7 @@ impl Device {
             closed: AtomicBool::new(false),
             throttle: Throttle::new(spec.throttle),
             on_event: spec.on_event,
+            waits_for_network: AtomicBool::new(waits_for_network),
             counters: Counters::default(),
             latencies: DeviceLatencies::default(),
         });

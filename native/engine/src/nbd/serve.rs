@@ -6,7 +6,7 @@ use super::request::{
     NbdErrno, Permissions, Refusal, Request,
 };
 use super::ring_reads::{CloseReadsOnDrop, RING_READ_BYTES_MAX, RingReads};
-use super::workers::{CloseOnDrop, Job, WorkQueue};
+use super::workers::{CloseOnDrop, Job, NETWORK_WORKER_COUNT_MAX, WORKER_COUNT_MAX, WorkQueue};
 use super::{MetaContextKind, NbdOptions, ReadPath, ReplyForm, ServeEnd, ServeEndReason};
 use crate::device::{PREFETCH_BYTES_MAX, SettleMark};
 use crate::net::Socket;
@@ -122,12 +122,13 @@ pub(crate) fn serve(socket: &Socket, device: &Device, options: NbdOptions, contr
         // Whoever drained may have looked before: nobody waits for this one to be quiet.
         socket.shutdown_receive();
     }
+    let worker_count_max = if device.waits_for_network() { NETWORK_WORKER_COUNT_MAX } else { WORKER_COUNT_MAX };
     let session = Session {
         socket,
         device,
         options,
         control,
-        queue: WorkQueue::default(),
+        queue: WorkQueue::new(worker_count_max),
         ring_reads: RingReads::default(),
         sending: Mutex::new(()),
         send_failed: AtomicBool::new(false),
@@ -351,6 +352,10 @@ impl<'a> Session<'a> {
         if self.options.read_path != ReadPath::Ring || request.command != Command::Read || request.length_bytes > RING_READ_BYTES_MAX {
             return false;
         }
+        if self.device.waits_for_network() {
+            // None of its layers is a file.
+            return false;
+        }
         *self.ring_reads.is_started.get_or_init(|| {
             let body = move || {
                 // Without a descriptor, after a broken ring or a panic: the connection cannot go on.
@@ -422,9 +427,10 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Whether a request may take long for reasons of its own (not because the disk is slow).
+    /// Whether a request may take long for reasons of its own (not because the disk is slow), or has to wait for other machines.
     fn is_slow(&self, request: &Request) -> bool {
         match request.command {
+            Command::Write | Command::Trim | Command::WriteZeroes if self.device.waits_for_network() => true,
             Command::Flush => true,
             Command::Write => request.has(FLAG_FUA),
             Command::Trim => request.has(FLAG_FUA) || request.length_bytes > SLOW_RANGE_BYTES,
@@ -526,6 +532,7 @@ impl<'a> Session<'a> {
     fn may_write_in_pieces(&self, request: &Request) -> bool {
         request.command == Command::Write
             && !request.has(FLAG_FUA)
+            && !self.device.waits_for_network()
             && !self.control.is_draining()
             && request.check(&self.permissions()).is_ok()
             && self.device.try_throttle(request.length_bytes)

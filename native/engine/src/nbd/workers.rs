@@ -14,6 +14,9 @@ pub(super) const QUEUED_PAYLOAD_BYTES_MAX: usize = 64 << 20;
 /// that wait for a disk are the ring's where there is one.)
 pub(super) const WORKER_COUNT_MAX: usize = 16;
 
+/// The same where every request waits for the network: so many are in flight in the cluster.
+pub(super) const NETWORK_WORKER_COUNT_MAX: usize = 64;
+
 /// A request on its way to a worker.
 pub(super) struct Job {
     pub(super) request: Request,
@@ -49,14 +52,18 @@ impl State {
 }
 
 /// The queue. One thread submits, workers take.
-#[derive(Default)]
 pub(super) struct WorkQueue {
+    worker_count_max: usize,
     state: Mutex<State>,
     work: Condvar,
     room: Condvar,
 }
 
 impl WorkQueue {
+    pub(super) fn new(worker_count_max: usize) -> WorkQueue {
+        WorkQueue { worker_count_max, state: Mutex::default(), work: Condvar::new(), room: Condvar::new() }
+    }
+
     /// Whether `submit` of a request with this payload would not wait.
     pub(super) fn has_room(&self, payload_bytes: usize) -> bool {
         self.state.lock().has_room(payload_bytes)
@@ -77,7 +84,7 @@ impl WorkQueue {
     pub(super) fn submit(&self, job: Job) -> bool {
         let mut state = self.state.lock();
         state.jobs.push_back(job);
-        let wants_worker = state.jobs.len() > state.idle_count && state.worker_count < WORKER_COUNT_MAX;
+        let wants_worker = state.jobs.len() > state.idle_count && state.worker_count < self.worker_count_max;
         if wants_worker {
             state.worker_count += 1;
         }
@@ -168,7 +175,7 @@ mod tests {
 
     #[test]
     fn requests_and_payload_bytes_are_bounded_but_one_large_request_may_run_alone() {
-        let queue = WorkQueue::default();
+        let queue = WorkQueue::new(WORKER_COUNT_MAX);
         assert!(queue.has_room(QUEUED_PAYLOAD_BYTES_MAX * 2));
         for _ in 0..QUEUED_REQUESTS_MAX {
             assert!(queue.has_room(0));
@@ -189,7 +196,7 @@ mod tests {
 
     #[test]
     fn workers_are_asked_for_up_to_the_bound_and_a_job_without_any_comes_back() {
-        let queue = WorkQueue::default();
+        let queue = WorkQueue::new(WORKER_COUNT_MAX);
         assert!(submit(&queue, job(1)));
         assert_eq!(queue.worker_missing().map(|job| job.payload.len()), Some(1));
         queue.finished(1);
@@ -202,7 +209,7 @@ mod tests {
 
     #[test]
     fn a_closed_queue_is_emptied_before_the_workers_end() {
-        let queue = WorkQueue::default();
+        let queue = WorkQueue::new(WORKER_COUNT_MAX);
         submit(&queue, job(0));
         queue.close();
         assert!(queue.next().is_some());

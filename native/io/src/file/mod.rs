@@ -119,6 +119,7 @@ impl Store for FileStore {
             ack_is_durable: false,
             persistent: true,
             segment_growth_bytes: SEGMENT_GROWTH_BYTES,
+            waits_for_network: false,
         }
     }
 

@@ -47,7 +47,14 @@ impl RawFileStore {
 
 impl Store for RawFileStore {
     fn capabilities(&self) -> StoreCapabilities {
-        StoreCapabilities { copy_unit_bytes: 4096, punch_unit_bytes: 0, ack_is_durable: false, persistent: true, segment_growth_bytes: 0 }
+        StoreCapabilities {
+            copy_unit_bytes: 4096,
+            punch_unit_bytes: 0,
+            ack_is_durable: false,
+            persistent: true,
+            segment_growth_bytes: 0,
+            waits_for_network: false,
+        }
     }
 
     fn create_layer(&self, _id: LayerId) -> Result<()> {

@@ -1,5 +1,7 @@
 //! What several tests need.
 #![allow(dead_code)] // Each test is a program of its own and uses a part.
+pub mod ceph;
+
 use atoll_io::{Delta, LayerId, LayerIo, Result};
 use std::io::{IoSlice, IoSliceMut};
 use std::path::{Path, PathBuf};

@@ -1,0 +1,766 @@
+//! A connection to a cluster, and what can be asked of one pool of it. Everything goes through `Completion`s, so that many requests
+//! are in flight where there are many; each ends within the time of the options, however the cluster is.
+use super::library::{CMPXATTR_EQ, CONNECTION_COUNT, CREATE_EXCLUSIVE, CREATE_IDEMPOTENT, ENDING_COUNT, Handle, Library, library};
+use crate::{IoError, IoErrorCode, Result};
+use std::collections::VecDeque;
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::fmt::{self, Write};
+use std::path::PathBuf;
+use std::ptr::{null, null_mut};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Where a pool lies in a cluster, and how it is reached.
+#[derive(Debug, Clone)]
+pub struct RadosOptions {
+    /// `ceph.conf`; `None`: where Ceph's own programs look for it.
+    pub conf: Option<PathBuf>,
+    /// Key of the user; `None`: what the conf says.
+    pub keyring: Option<PathBuf>,
+    /// `admin` for `client.admin`.
+    pub user: String,
+    /// The RADOS pool.
+    pub pool: String,
+    /// The namespace in it: several pools of ours can share one of Ceph's.
+    pub namespace: String,
+    /// A request that was not answered for this long fails.
+    pub request_timeout: Duration,
+    /// As long is waited for a monitor, and for the pool's first answer.
+    pub connect_timeout: Duration,
+    /// Whether a pool that is not there is made.
+    pub create: bool,
+}
+
+/// Requests that one call has under way at once (I8).
+const IN_FLIGHT_MAX: usize = 64;
+
+/// Keys that one request asks an index for: the cluster's own bound.
+const INDEX_PAGE_KEYS: u64 = 1024;
+
+/// The name of an object, with a NUL at the end and no memory of its own.
+#[derive(Clone, Copy)]
+pub(super) struct Name {
+    bytes: [u8; 96],
+    length: usize,
+}
+
+impl Name {
+    /// # Panics
+    /// If the name is longer than 95 bytes.
+    pub(super) fn new(text: fmt::Arguments<'_>) -> Name {
+        let mut name = Name { bytes: [0; 96], length: 0 };
+        name.write_fmt(text).expect("the names of our objects are short");
+        name
+    }
+
+    fn as_ptr(&self) -> *const c_char {
+        self.bytes.as_ptr().cast()
+    }
+}
+
+impl Write for Name {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let end = self.length + text.len();
+        if end >= self.bytes.len() {
+            return Err(fmt::Error);
+        }
+        self.bytes[self.length..end].copy_from_slice(text.as_bytes());
+        self.length = end;
+        Ok(())
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&String::from_utf8_lossy(&self.bytes[..self.length]))
+    }
+}
+
+/// One pool of a cluster, open until it is dropped.
+pub(super) struct Cluster {
+    library: &'static Library,
+    cluster: Handle,
+    io: Handle,
+    pub(super) options: RadosOptions,
+}
+
+// SAFETY: librados may be called from any thread at any time with one connection and one pool of it.
+unsafe impl Send for Cluster {}
+// SAFETY: as above.
+unsafe impl Sync for Cluster {}
+
+impl Drop for Cluster {
+    /// Off this thread, which may be the event loop's: it waits for threads of the library.
+    fn drop(&mut self) {
+        struct Handles(Handle, Handle, &'static Library);
+        // SAFETY: they move to the thread, nobody else has them any more.
+        unsafe impl Send for Handles {}
+        let handles = Handles(self.cluster, self.io, self.library);
+        let end = move || {
+            let Handles(cluster, io, library) = { handles };
+            // SAFETY: both are open or null, and every completion was waited for: it borrows or owns the cluster.
+            unsafe {
+                if !io.is_null() {
+                    (library.ioctx_destroy)(io);
+                }
+                (library.shutdown)(cluster);
+            }
+            CONNECTION_COUNT.fetch_sub(1, Ordering::SeqCst);
+            ENDING_COUNT.fetch_sub(1, Ordering::SeqCst);
+        };
+        ENDING_COUNT.fetch_add(1, Ordering::SeqCst);
+        if std::thread::Builder::new().name("atoll-rados-end".to_owned()).spawn(end).is_err() {
+            // The connection stays until the process ends.
+            ENDING_COUNT.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Cluster {
+    /// Connects. `Unavailable`, `Denied` or `NotFound` (the pool), each with what to do about it.
+    pub(super) fn connect(options: RadosOptions) -> Result<Arc<Cluster>> {
+        let library = library()?;
+        let user = c_string("user", &format!("client.{}", options.user))?;
+        let pool = c_string("pool", &options.pool)?;
+        let namespace = c_string("namespace", &options.namespace)?;
+        let mut cluster = null_mut();
+        // SAFETY: all strings end with a NUL and live longer than the call; `cluster` is filled with a handle on success.
+        let code = unsafe { (library.create2)(&raw mut cluster, c"ceph".as_ptr(), user.as_ptr(), 0) };
+        if code < 0 {
+            return Err(IoError::from_errno("connect", format!("user {}", options.user), 0, -code));
+        }
+        // From here on dropping it ends the connection.
+        CONNECTION_COUNT.fetch_add(1, Ordering::SeqCst);
+        let mut this = Cluster { library, cluster, io: null_mut(), options };
+        this.configure()?;
+        // SAFETY: the handle is open and was configured.
+        let code = unsafe { (library.connect)(cluster) };
+        if code < 0 {
+            return Err(this.connect_error(-code));
+        }
+        // SAFETY: connected; the name ends with a NUL; `io` is filled with a handle on success.
+        let code = unsafe { (library.ioctx_create)(cluster, pool.as_ptr(), &raw mut this.io) };
+        if code < 0 {
+            this.io = null_mut();
+            return Err(this.pool_error(-code));
+        }
+        // SAFETY: the pool is open; the name is copied.
+        unsafe { (library.ioctx_set_namespace)(this.io, namespace.as_ptr()) };
+        Ok(Arc::new(this))
+    }
+
+    fn configure(&self) -> Result<()> {
+        let conf = self.options.conf.as_ref().map(|path| c_string("conf", &path.to_string_lossy())).transpose()?;
+        // SAFETY: null, or a string that lives longer than the call.
+        let code = unsafe { (self.library.conf_read_file)(self.cluster, conf.as_ref().map_or(null(), |path| path.as_ptr())) };
+        if code < 0 {
+            let path = self.options.conf.as_ref().map_or_else(|| "/etc/ceph/ceph.conf".to_owned(), |path| path.display().to_string());
+            let message = match -code {
+                libc::ENOENT => "there is no such file: option conf= names the ceph.conf of the cluster".to_owned(),
+                libc::EACCES => "the daemon may not read this file".to_owned(),
+                errno => format!("it cannot be read as a ceph.conf ({})", std::io::Error::from_raw_os_error(errno)),
+            };
+            return Err(IoError::new(IoErrorCode::Unavailable, "configure", path, 0, message));
+        }
+        let connect_seconds = self.options.connect_timeout.as_secs().max(1);
+        let request_seconds = self.options.request_timeout.as_secs().max(1);
+        let mut settings = vec![
+            ("client_mount_timeout", connect_seconds.to_string()),
+            ("rados_mon_op_timeout", connect_seconds.to_string()),
+            ("rados_osd_op_timeout", request_seconds.to_string()),
+            // What goes wrong is said by our own errors.
+            ("log_to_stderr", "false".to_owned()),
+            ("err_to_stderr", "false".to_owned()),
+        ];
+        if request_seconds <= 20 {
+            // A client whose requests time out before it asks for a new map of the cluster would never get one.
+            settings.push(("objecter_timeout", (request_seconds / 2).max(1).to_string()));
+            settings.push(("objecter_tick_interval", "0.5".to_owned()));
+        }
+        if let Some(keyring) = &self.options.keyring {
+            settings.push(("keyring", keyring.display().to_string()));
+        }
+        for (name, value) in settings {
+            let (name, value) = (c_string("setting", name)?, c_string("setting", &value)?);
+            // SAFETY: both strings live longer than the call.
+            let code = unsafe { (self.library.conf_set)(self.cluster, name.as_ptr(), value.as_ptr()) };
+            if code < 0 {
+                return Err(IoError::from_errno("configure", name.to_string_lossy(), 0, -code));
+            }
+        }
+        Ok(())
+    }
+
+    fn connect_error(&self, errno: i32) -> IoError {
+        let RadosOptions { user, connect_timeout, .. } = &self.options;
+        let (code, message) = match errno {
+            libc::ETIMEDOUT => {
+                let seconds = connect_timeout.as_secs();
+                (
+                    IoErrorCode::Unavailable,
+                    format!("no monitor answered within {seconds} s: is the cluster up, and are its addresses right?"),
+                )
+            }
+            libc::EACCES | libc::EPERM => (
+                IoErrorCode::Denied,
+                format!("the cluster does not know client.{user} with this key: compare `ceph auth get client.{user}`"),
+            ),
+            libc::ENOENT => (
+                IoErrorCode::Denied,
+                format!("no key of client.{user} was found: option keyring=, or `keyring` in the conf, names the file that has it"),
+            ),
+            libc::EINVAL => (IoErrorCode::Unavailable, "the conf names no monitors (mon host)".to_owned()),
+            other => (IoErrorCode::Unavailable, std::io::Error::from_raw_os_error(other).to_string()),
+        };
+        IoError { errno, ..IoError::new(code, "connect", "the cluster", 0, message) }
+    }
+
+    fn pool_error(&self, errno: i32) -> IoError {
+        let RadosOptions { user, pool, .. } = &self.options;
+        let (code, message) = match errno {
+            libc::ENOENT => {
+                (IoErrorCode::NotFound, format!("the cluster has no pool of this name: `ceph osd pool create {pool}`, or another pool="))
+            }
+            libc::EACCES | libc::EPERM => (IoErrorCode::Denied, denied_message(user, pool)),
+            other => return self.error("open-pool", format_args!("pool {pool}"), 0, other),
+        };
+        IoError { errno, ..IoError::new(code, "open-pool", format!("pool {pool}"), 0, message) }
+    }
+
+    /// The failure of a request.
+    #[cold]
+    pub(super) fn error(&self, operation: &'static str, object: impl fmt::Display, offset_bytes: u64, errno: i32) -> IoError {
+        let RadosOptions { user, pool, request_timeout, .. } = &self.options;
+        let object = object.to_string();
+        let special = |code, message| IoError { errno, ..IoError::new(code, operation, object.clone(), offset_bytes, message) };
+        match errno {
+            libc::ETIMEDOUT => special(
+                IoErrorCode::Unavailable,
+                format!("the cluster did not answer within {} s: `ceph -s` says what it lacks", request_timeout.as_secs()),
+            ),
+            // To the engine this errno would mean that the device was closed.
+            libc::ESHUTDOWN => IoError {
+                errno: libc::EIO,
+                ..special(
+                    IoErrorCode::Unavailable,
+                    "the cluster shut this client out (it is on the blocklist): another daemon has taken the pool over".to_owned(),
+                )
+            },
+            libc::EPERM | libc::EACCES => special(IoErrorCode::Denied, denied_message(user, pool)),
+            libc::EOPNOTSUPP => special(
+                IoErrorCode::Unavailable,
+                format!("pool {pool} cannot do this: it must be a replicated pool (an erasure-coded one keeps no indexes)"),
+            ),
+            other => IoError::from_errno(operation, object, offset_bytes, other),
+        }
+    }
+
+    /// Names this connection: no other has the number while the cluster lives.
+    pub(super) fn instance_id(&self) -> u64 {
+        // SAFETY: connected.
+        unsafe { (self.library.get_instance_id)(self.cluster) }
+    }
+
+    /// A request's beginning: `submit` gets the pool and the completion that it is to end.
+    fn start(&self, submit: impl FnOnce(Handle, Handle) -> c_int) -> Completion<'_> {
+        let mut raw = null_mut();
+        // SAFETY: without callbacks; `raw` is filled with a handle.
+        let code = unsafe { (self.library.aio_create_completion2)(null_mut(), null_mut(), &raw mut raw) };
+        if code < 0 {
+            return Completion { cluster: self, raw: null_mut(), refused: code };
+        }
+        let refused = submit(self.io, raw);
+        Completion { cluster: self, raw, refused: refused.min(0) }
+    }
+
+    /// Reads into `buffer`, which must live and stay untouched until the completion is done. The answer is the bytes read: fewer at
+    /// the object's end.
+    ///
+    /// # Safety
+    /// The buffer is the caller's until the completion was waited for or dropped.
+    pub(super) unsafe fn start_read(&self, name: &Name, offset_bytes: u64, buffer: *mut u8, length: usize) -> Completion<'_> {
+        // SAFETY: the name is copied; the buffer is the caller's promise.
+        self.start(|io, completion| unsafe { (self.library.aio_read)(io, name.as_ptr(), completion, buffer.cast(), length, offset_bytes) })
+    }
+
+    /// Writes; the data is copied before the return.
+    pub(super) fn start_write(&self, name: &Name, offset_bytes: u64, data: &[u8]) -> Completion<'_> {
+        // SAFETY: the library copies the name and the data.
+        self.start(|io, completion| unsafe {
+            (self.library.aio_write)(io, name.as_ptr(), completion, data.as_ptr().cast(), data.len(), offset_bytes)
+        })
+    }
+
+    pub(super) fn start_remove(&self, name: &Name) -> Completion<'_> {
+        // SAFETY: the name is copied.
+        self.start(|io, completion| unsafe { (self.library.aio_remove)(io, name.as_ptr(), completion) })
+    }
+
+    /// Carries out a change: all of it or nothing.
+    pub(super) fn start_change(&self, name: &Name, change: Change) -> Completion<'_> {
+        // SAFETY: the name is copied; what the operation refers to was copied into it when it was built, and the parts are moved out
+        // of it here, so that it may be released before the answer.
+        self.start(|io, completion| unsafe {
+            (self.library.aio_write_op_operate)(change.raw, io, completion, name.as_ptr(), null_mut(), 0)
+        })
+    }
+
+    pub(super) fn change(&self) -> Change {
+        // SAFETY: takes nothing.
+        Change { library: self.library, raw: unsafe { (self.library.create_write_op)() } }
+    }
+
+    /// As `start_change`, and waits.
+    pub(super) fn apply(&self, operation: &'static str, name: &Name, change: Change) -> Result<()> {
+        match self.start_change(name, change).wait() {
+            code if code < 0 => Err(self.error(operation, name, 0, -code)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for a completion no longer than for a connection: a pool without OSDs would answer only when the request times out.
+    pub(super) fn wait_shortly(&self, completion: Completion<'_>) -> c_int {
+        let started_at = Instant::now();
+        // SAFETY: the completion is alive.
+        while completion.refused == 0 && unsafe { (self.library.aio_is_complete)(completion.raw) } == 0 {
+            if started_at.elapsed() > self.options.connect_timeout {
+                // SAFETY: the request is of this pool. A request that is cancelled is complete; one that just got its answer too.
+                unsafe { (self.library.aio_cancel)(self.io, completion.raw) };
+                drop(completion);
+                return -libc::ETIMEDOUT;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        completion.wait()
+    }
+
+    /// The object's length, `None` if there is none.
+    pub(super) fn stat(&self, name: &Name) -> Result<Option<u64>> {
+        let mut length_bytes = 0;
+        let mut changed_at = 0;
+        // SAFETY: both places live until the wait below is over.
+        let code = self
+            .start(|io, completion| unsafe {
+                (self.library.aio_stat)(io, name.as_ptr(), completion, &raw mut length_bytes, &raw mut changed_at)
+            })
+            .wait();
+        match -code {
+            0 => Ok(Some(length_bytes)),
+            libc::ENOENT => Ok(None),
+            errno => Err(self.error("stat", name, 0, errno)),
+        }
+    }
+
+    /// The whole object, `None` if there is none.
+    pub(super) fn read_whole(&self, name: &Name, length_bytes_max: u64) -> Result<Option<Vec<u8>>> {
+        let Some(length_bytes) = self.stat(name)? else { return Ok(None) };
+        if length_bytes > length_bytes_max {
+            return Err(IoError::from_errno("read", name.to_string(), length_bytes_max, libc::EFBIG));
+        }
+        const PIECE_BYTES: usize = 4 << 20;
+        let mut bytes = vec![0; length_bytes as usize];
+        let mut cut_at = bytes.len();
+        let pieces: Vec<(usize, *mut u8, usize)> = bytes
+            .chunks_mut(PIECE_BYTES)
+            .enumerate()
+            .map(|(index, piece)| (index * PIECE_BYTES, piece.as_mut_ptr(), piece.len()))
+            .collect();
+        self.run_all(
+            pieces,
+            // SAFETY: the pieces do not overlap, and `bytes` lives until all are done.
+            |(offset, start, length)| Ok(unsafe { self.start_read(name, *offset as u64, *start, *length) }),
+            |(offset, _, length), code| match code {
+                code if code < 0 => Err(self.error("read", name, offset as u64, -code)),
+                count => {
+                    if (count as usize) < length {
+                        cut_at = cut_at.min(offset + count as usize);
+                    }
+                    Ok(())
+                }
+            },
+        )?;
+        bytes.truncate(cut_at);
+        Ok(Some(bytes))
+    }
+
+    /// An attribute into `buffer`: its length, or a negative errno.
+    ///
+    /// # Safety
+    /// The buffer is the caller's until the completion was waited for or dropped.
+    pub(super) unsafe fn start_attribute(&self, name: &Name, attribute: &CStr, buffer: *mut u8, length: usize) -> Completion<'_> {
+        // SAFETY: the names are copied; the buffer is the caller's promise.
+        self.start(|io, completion| unsafe {
+            (self.library.aio_getxattr)(io, name.as_ptr(), completion, attribute.as_ptr(), buffer.cast(), length)
+        })
+    }
+
+    /// A short attribute of an object: its bytes, or the errno.
+    pub(super) fn attribute(&self, name: &Name, attribute: &CStr) -> std::result::Result<Vec<u8>, i32> {
+        let mut buffer = vec![0; 256];
+        // SAFETY: the buffer lives until the wait is over.
+        let code = unsafe { self.start_attribute(name, attribute, buffer.as_mut_ptr(), buffer.len()) }.wait();
+        if code < 0 {
+            return Err(-code);
+        }
+        buffer.truncate(code as usize);
+        Ok(buffer)
+    }
+
+    /// Runs `start` on every item, a bounded number of them at a time, and `finish` on each answer, in order. The first failure is
+    /// returned when everything that was started is done.
+    pub(super) fn run_all<'a, T>(
+        &'a self,
+        items: impl IntoIterator<Item = T>,
+        mut start: impl FnMut(&mut T) -> Result<Completion<'a>>,
+        mut finish: impl FnMut(T, c_int) -> Result<()>,
+    ) -> Result<()> {
+        // The completion first: it is waited for before what it fills goes.
+        let mut running: VecDeque<(Completion<'a>, T)> = VecDeque::new();
+        for mut item in items {
+            if running.len() == IN_FLIGHT_MAX
+                && let Some((completion, item)) = running.pop_front()
+            {
+                let code = completion.wait();
+                finish(item, code)?;
+            }
+            let completion = start(&mut item)?;
+            running.push_back((completion, item));
+        }
+        while let Some((completion, item)) = running.pop_front() {
+            let code = completion.wait();
+            finish(item, code)?;
+        }
+        Ok(())
+    }
+
+    /// The keys of an index object that begin with `prefix`, ascending; none if there is no such object.
+    pub(super) fn index_keys(&self, name: &Name) -> Result<Vec<String>> {
+        let mut keys: Vec<String> = Vec::new();
+        loop {
+            let after = c_string("key", keys.last().map_or("", String::as_str))?;
+            let (mut iterator, mut has_more, mut status) = (null_mut(), 0, 0);
+            // SAFETY: takes nothing.
+            let raw = unsafe { (self.library.create_read_op)() };
+            // SAFETY: the places live until the operation is done; the text is copied.
+            unsafe {
+                (self.library.read_op_omap_get_keys2)(
+                    raw,
+                    after.as_ptr(),
+                    INDEX_PAGE_KEYS,
+                    &raw mut iterator,
+                    &raw mut has_more,
+                    &raw mut status,
+                );
+            }
+            // SAFETY: the operation lives until the wait is over.
+            let code =
+                self.start(|io, completion| unsafe { (self.library.aio_read_op_operate)(raw, io, completion, name.as_ptr(), 0) }).wait();
+            if code >= 0 && !iterator.is_null() {
+                loop {
+                    let (mut key, mut value) = (null_mut(), null_mut());
+                    let (mut key_length, mut value_length) = (0, 0);
+                    // SAFETY: the iterator is open; what comes out lives as long.
+                    let next = unsafe {
+                        (self.library.omap_get_next2)(iterator, &raw mut key, &raw mut value, &raw mut key_length, &raw mut value_length)
+                    };
+                    if next < 0 || key.is_null() {
+                        break;
+                    }
+                    // SAFETY: a key of `key_length` bytes, copied at once.
+                    let bytes = unsafe { std::slice::from_raw_parts(key.cast::<u8>(), key_length) };
+                    keys.push(String::from_utf8_lossy(bytes).into_owned());
+                }
+            }
+            // SAFETY: both are ours, and nobody uses them any more.
+            unsafe {
+                if !iterator.is_null() {
+                    (self.library.omap_get_end)(iterator);
+                }
+                (self.library.release_read_op)(raw);
+            }
+            match -code {
+                errno if errno <= 0 => {}
+                libc::ENOENT => return Ok(Vec::new()),
+                errno => return Err(self.error("list", name, 0, errno)),
+            }
+            if has_more == 0 {
+                return Ok(keys);
+            }
+        }
+    }
+
+    /// Adds keys to an index object, which is made if there is none.
+    pub(super) fn add_to_index(&self, name: &Name, keys: &[String]) -> Result<()> {
+        let mut change = self.change();
+        change.set_keys(keys);
+        self.apply("index", name, change)
+    }
+
+    pub(super) fn remove_from_index(&self, name: &Name, keys: &[String]) -> Result<()> {
+        let mut change = self.change();
+        change.assert_exists();
+        change.remove_keys(keys);
+        match self.start_change(name, change).wait() {
+            code if code < 0 && -code != libc::ENOENT => Err(self.error("index", name, 0, -code)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the exclusive lock `lock` of an object, for as long as the lock is not broken: errno `EBUSY` if somebody has it.
+    pub(super) fn lock(&self, name: &Name, lock: &CStr, cookie: &CStr) -> std::result::Result<(), i32> {
+        // SAFETY: all strings live longer than the call; without a duration it does not run out.
+        let code = unsafe {
+            (self.library.lock_exclusive)(
+                self.io,
+                name.as_ptr(),
+                lock.as_ptr(),
+                cookie.as_ptr(),
+                c"a pool of Atoll is open".as_ptr(),
+                null_mut(),
+                0,
+            )
+        };
+        if code < 0 { Err(-code) } else { Ok(()) }
+    }
+
+    pub(super) fn unlock(&self, name: &Name, lock: &CStr, cookie: &CStr) {
+        // SAFETY: all strings live longer than the call. A failure leaves the lock to be broken by the next one who wants it.
+        unsafe { (self.library.unlock)(self.io, name.as_ptr(), lock.as_ptr(), cookie.as_ptr()) };
+    }
+
+    /// Who holds a lock; `None`: nobody.
+    pub(super) fn locker(&self, name: &Name, lock: &CStr) -> Result<Option<Locker>> {
+        let mut texts: [Vec<u8>; 4] = std::array::from_fn(|_| vec![0; 8192]);
+        let mut lengths: [usize; 4] = [8192; 4];
+        let mut exclusive = 0;
+        let [tag, client, cookie, address] = &mut texts;
+        let [tag_length, client_length, cookie_length, address_length] = &mut lengths;
+        // SAFETY: each place has as many bytes as is said and lives longer than the call.
+        let count = unsafe {
+            (self.library.list_lockers)(
+                self.io,
+                name.as_ptr(),
+                lock.as_ptr(),
+                &raw mut exclusive,
+                tag.as_mut_ptr().cast(),
+                tag_length,
+                client.as_mut_ptr().cast(),
+                client_length,
+                cookie.as_mut_ptr().cast(),
+                cookie_length,
+                address.as_mut_ptr().cast(),
+                address_length,
+            )
+        };
+        if count < 0 {
+            let errno = -(count as i32);
+            return if errno == libc::ENOENT { Ok(None) } else { Err(self.error("lock", name, 0, errno)) };
+        }
+        if count == 0 {
+            return Ok(None);
+        }
+        let [_, client, cookie, address] = texts.map(|text| first_text(&text));
+        Ok(Some(Locker { client, cookie, address }))
+    }
+
+    /// Shuts a client out of the cluster for an hour, waits until no OSD takes anything of it any more, and breaks its lock.
+    pub(super) fn fence(&self, name: &Name, lock: &CStr, locker: &Locker) -> Result<()> {
+        let [client, cookie, address] = [&locker.client, &locker.cookie, &locker.address].map(|text| c_string("lock", text));
+        let (client, cookie, address) = (client?, cookie?, address?);
+        // SAFETY: the text lives longer than the call, which does not change it.
+        let code = unsafe { (self.library.blocklist_add)(self.cluster, address.as_ptr().cast_mut(), 3600) };
+        if code < 0 {
+            return Err(self.error("fence", format!("client {} at {}", locker.client, locker.address), 0, -code));
+        }
+        // SAFETY: connected. From here on our requests carry a map that has the entry, and an OSD that gets one has the map first.
+        let code = unsafe { (self.library.wait_for_latest_osdmap)(self.cluster) };
+        if code < 0 {
+            return Err(self.error("fence", "the map of the cluster", 0, -code));
+        }
+        // SAFETY: all strings live longer than the call.
+        let code = unsafe { (self.library.break_lock)(self.io, name.as_ptr(), lock.as_ptr(), client.as_ptr(), cookie.as_ptr()) };
+        match -code {
+            errno if errno <= 0 || errno == libc::ENOENT => Ok(()),
+            errno => Err(self.error("fence", name, 0, errno)),
+        }
+    }
+
+    /// What a monitor answers to a command; `None` if it may not be asked or does not know.
+    pub(super) fn ask_monitor(&self, command: &str) -> Result<Option<String>> {
+        let command = c_string("command", command)?;
+        let commands = [command.as_ptr()];
+        let (mut text, mut status) = (null_mut(), null_mut());
+        let (mut text_length, mut status_length) = (0, 0);
+        // SAFETY: the command lives longer than the call; the answer is copied and given back below.
+        let code = unsafe {
+            (self.library.mon_command)(
+                self.cluster,
+                commands.as_ptr(),
+                1,
+                c"".as_ptr(),
+                0,
+                &raw mut text,
+                &raw mut text_length,
+                &raw mut status,
+                &raw mut status_length,
+            )
+        };
+        let answer = if text.is_null() {
+            String::new()
+        } else {
+            // SAFETY: as many bytes as the library says, copied at once.
+            String::from_utf8_lossy(unsafe { std::slice::from_raw_parts(text.cast::<u8>(), text_length) }).into_owned()
+        };
+        for buffer in [text, status].into_iter().filter(|buffer| !buffer.is_null()) {
+            // SAFETY: it came from the library and is given back once.
+            unsafe { (self.library.buffer_free)(buffer) };
+        }
+        match -code {
+            errno if errno <= 0 => Ok(Some(answer)),
+            libc::EACCES | libc::EPERM | libc::EINVAL => Ok(None),
+            errno => Err(self.error("usage", "the cluster", 0, errno)),
+        }
+    }
+}
+
+/// Who holds a lock.
+pub(super) struct Locker {
+    client: String,
+    pub(super) cookie: String,
+    address: String,
+}
+
+fn denied_message(user: &str, pool: &str) -> String {
+    format!("client.{user} may not do this in pool {pool}: `ceph auth caps client.{user} mon 'profile rbd' osd 'allow rwx pool={pool}'`")
+}
+
+fn first_text(bytes: &[u8]) -> String {
+    CStr::from_bytes_until_nul(bytes).map(|text| text.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+pub(super) fn c_string(what: &'static str, text: &str) -> Result<CString> {
+    CString::new(text).map_err(|_| IoError::from_errno("configure", format!("{what} {text:?}"), 0, libc::EINVAL))
+}
+
+/// A request under way. Dropping it waits for its end, so that nothing it fills goes before.
+pub(super) struct Completion<'a> {
+    cluster: &'a Cluster,
+    raw: Handle,
+    /// A negative errno: it was never begun.
+    refused: c_int,
+}
+
+impl Completion<'_> {
+    /// Waits for the end: a negative errno, or what the request answers.
+    pub(super) fn wait(self) -> c_int {
+        if self.refused < 0 {
+            return self.refused;
+        }
+        // SAFETY: the completion is ours until it is dropped.
+        unsafe {
+            (self.cluster.library.aio_wait_for_complete)(self.raw);
+            (self.cluster.library.aio_get_return_value)(self.raw)
+        }
+    }
+}
+
+impl Drop for Completion<'_> {
+    fn drop(&mut self) {
+        if self.raw.is_null() {
+            return;
+        }
+        // SAFETY: ours, and not used afterwards. Waiting again for what is complete returns at once.
+        unsafe {
+            if self.refused == 0 {
+                (self.cluster.library.aio_wait_for_complete)(self.raw);
+            }
+            (self.cluster.library.aio_release)(self.raw);
+        }
+    }
+}
+
+/// A change of one object under construction: all of its parts happen, in order, or none.
+pub(super) struct Change {
+    library: &'static Library,
+    raw: Handle,
+}
+
+impl Drop for Change {
+    fn drop(&mut self) {
+        // SAFETY: ours, and not used afterwards; a change that was started has copies of its parts.
+        unsafe { (self.library.release_write_op)(self.raw) };
+    }
+}
+
+// All texts and data are copied when they are added.
+impl Change {
+    /// Fails with `ENOENT` if the object is not there.
+    pub(super) fn assert_exists(&mut self) {
+        // SAFETY: the operation is ours.
+        unsafe { (self.library.write_op_assert_exists)(self.raw) };
+    }
+
+    /// `exclusive`: fails with `EEXIST` if the object is there.
+    pub(super) fn create(&mut self, exclusive: bool) {
+        let how = if exclusive { CREATE_EXCLUSIVE } else { CREATE_IDEMPOTENT };
+        // SAFETY: the operation is ours; no category is given.
+        unsafe { (self.library.write_op_create)(self.raw, how, null()) };
+    }
+
+    /// Fails with `ECANCELED` if the attribute is not this.
+    pub(super) fn assert_attribute(&mut self, attribute: &CStr, value: &[u8]) {
+        // SAFETY: the operation is ours; texts are copied.
+        unsafe { (self.library.write_op_cmpxattr)(self.raw, attribute.as_ptr(), CMPXATTR_EQ, value.as_ptr().cast(), value.len()) };
+    }
+
+    pub(super) fn set_attribute(&mut self, attribute: &CStr, value: &[u8]) {
+        // SAFETY: the operation is ours; texts are copied.
+        unsafe { (self.library.write_op_setxattr)(self.raw, attribute.as_ptr(), value.as_ptr().cast(), value.len()) };
+    }
+
+    pub(super) fn write(&mut self, offset_bytes: u64, data: &[u8]) {
+        // SAFETY: the operation is ours; the data is copied.
+        unsafe { (self.library.write_op_write)(self.raw, data.as_ptr().cast(), data.len(), offset_bytes) };
+    }
+
+    pub(super) fn write_full(&mut self, data: &[u8]) {
+        // SAFETY: the operation is ours; the data is copied.
+        unsafe { (self.library.write_op_write_full)(self.raw, data.as_ptr().cast(), data.len()) };
+    }
+
+    pub(super) fn truncate(&mut self, length_bytes: u64) {
+        // SAFETY: the operation is ours.
+        unsafe { (self.library.write_op_truncate)(self.raw, length_bytes) };
+    }
+
+    /// Zeros the range; at the object's end this makes the object shorter.
+    pub(super) fn zero(&mut self, offset_bytes: u64, length_bytes: u64) {
+        // SAFETY: the operation is ours.
+        unsafe { (self.library.write_op_zero)(self.raw, offset_bytes, length_bytes) };
+    }
+
+    fn set_keys(&mut self, keys: &[String]) {
+        let starts: Vec<*const c_char> = keys.iter().map(|key| key.as_ptr().cast()).collect();
+        let lengths: Vec<usize> = keys.iter().map(String::len).collect();
+        let (values, value_lengths) = (vec![c"".as_ptr(); keys.len()], vec![0; keys.len()]);
+        // SAFETY: as many texts and lengths as is said; all are copied.
+        unsafe {
+            (self.library.write_op_omap_set2)(
+                self.raw,
+                starts.as_ptr(),
+                values.as_ptr(),
+                lengths.as_ptr(),
+                value_lengths.as_ptr(),
+                keys.len(),
+            );
+        }
+    }
+
+    fn remove_keys(&mut self, keys: &[String]) {
+        let starts: Vec<*const c_char> = keys.iter().map(|key| key.as_ptr().cast()).collect();
+        let lengths: Vec<usize> = keys.iter().map(String::len).collect();
+        // SAFETY: as many texts and lengths as is said; all are copied.
+        unsafe { (self.library.write_op_omap_rm_keys2)(self.raw, starts.as_ptr(), lengths.as_ptr(), keys.len()) };
+    }
+}

@@ -1,0 +1,88 @@
+//! What is special about the rados kind, over a real cluster; what every kind promises is in `store_contract.rs`.
+mod common;
+
+use atoll_io::{Extent, IoErrorCode, OpenMode, RadosOptions, RadosStore, Store};
+use common::{LAYER, read, write};
+
+const MIB: u64 = 1 << 20;
+
+/// Two connections to one pool, as two daemons have them; `None`: there is no Ceph on this machine.
+fn two_stores() -> Option<(RadosStore, RadosStore)> {
+    let options = common::ceph::options()?;
+    let first = RadosStore::open(options.clone()).unwrap();
+    let second = RadosStore::open(RadosOptions { create: false, ..options }).unwrap();
+    Some((first, second))
+}
+
+#[test]
+fn what_one_connection_wrote_another_one_knows_slot_by_slot() {
+    let Some((first, second)) = two_stores() else { return };
+    first.create_layer(LAYER).unwrap();
+    let layer = first.open_layer(LAYER, OpenMode::ReadWrite).unwrap();
+    write(&*layer, 4 * MIB - 4096, &[1; 8192]).unwrap();
+    write(&*layer, 100 * MIB + 5000, &[2; 10]).unwrap();
+    write(&*layer, 40 * MIB, &vec![3; 4 << 20]).unwrap();
+    layer.punch(41 * MIB, MIB).unwrap();
+    layer.punch(4 * MIB, 4 * MIB).unwrap();
+
+    let layer = second.open_layer(LAYER, OpenMode::ReadOnly).unwrap();
+    assert_eq!(layer.allocated_bytes().unwrap(), 4096 + 3 * MIB + 4096);
+    assert_eq!(layer.length_bytes().unwrap(), 100 * MIB + 5010);
+    let mut extents = Vec::new();
+    layer.extents(0, 101 * MIB, &mut extents).unwrap();
+    let data: Vec<(u64, u64)> = extents
+        .iter()
+        .filter(|extent| extent.data)
+        .map(|Extent { offset_bytes, length_bytes, .. }| (*offset_bytes, *length_bytes))
+        .collect();
+    assert_eq!(data, [(4 * MIB - 4096, 4096), (40 * MIB, MIB), (42 * MIB, 2 * MIB), (100 * MIB + 4096, 4096)]);
+    assert!(read(&*layer, 4 * MIB - 4096, 8192) == [vec![1; 4096], vec![0; 4096]].concat());
+    assert!(read(&*layer, 40 * MIB, 2 << 20) == [vec![3; 1 << 20], vec![0; 1 << 20]].concat());
+}
+
+#[test]
+fn the_last_object_says_how_long_a_layer_is_also_when_nothing_is_left_of_it() {
+    let Some((first, second)) = two_stores() else { return };
+    first.create_layer(LAYER).unwrap();
+    let layer = first.open_layer(LAYER, OpenMode::ReadWrite).unwrap();
+    for index in 0..40 {
+        write(&*layer, index * 4 * MIB, &[7; 4096]).unwrap();
+    }
+    layer.punch(0, 1 << 40).unwrap();
+    let layer = second.open_layer(LAYER, OpenMode::ReadOnly).unwrap();
+    assert_eq!((layer.allocated_bytes().unwrap(), layer.length_bytes().unwrap()), (0, 39 * 4 * MIB + 4096));
+    assert!(read(&*layer, 39 * 4 * MIB, 8192).iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_journal_that_another_connection_writes_is_refused_to_the_first() {
+    let Some((first, second)) = two_stores() else { return };
+    let mine = first.create_segment(LAYER, 1).unwrap();
+    mine.append(0, b"mine").unwrap();
+    let theirs = second.open_segment(LAYER, 1).unwrap();
+    assert_eq!(theirs.read_all().unwrap(), b"mine");
+    mine.append(4, b", still").unwrap();
+    theirs.append(11, b", theirs").unwrap();
+    let error = mine.append(11, b", no more").unwrap_err();
+    assert_eq!(error.code, IoErrorCode::Io);
+    assert!(error.message.contains("another daemon writes this journal"), "{error}");
+    assert!(mine.truncate(0).is_err());
+    assert_eq!(theirs.read_all().unwrap(), b"mine, still, theirs");
+}
+
+#[test]
+fn who_takes_the_lock_sees_what_the_one_before_has_done() {
+    let Some((first, second)) = two_stores() else { return };
+    let lock = first.lock("the first").unwrap();
+    let error = second.lock("the second").err().unwrap();
+    assert!(error.code == IoErrorCode::Locked && error.message.contains("the first"), "{error}");
+    first.create_segment(LAYER, 1).unwrap();
+    first.create_layer(LAYER).unwrap();
+    assert_eq!(second.list_layers().unwrap().len(), 1);
+    first.remove_layer(LAYER).unwrap();
+    first.create_segment(LAYER, 2).unwrap();
+    drop(lock);
+    let _lock = second.lock("the second").unwrap();
+    assert_eq!(second.list_segments(LAYER).unwrap(), [2]);
+    assert!(second.list_layers().unwrap().is_empty());
+}
