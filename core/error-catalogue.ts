@@ -232,6 +232,11 @@ export const errorCatalogue = {
     'Bring the backend back; the daemon tries again by itself.',
     true,
   ),
+  POOL_ACCESS_DENIED: entry(
+    503,
+    'The backend of the pool does not know the user of the pool, or does not let it do what a pool needs.',
+    'Read the message: it names the user and the command that gives it the right.',
+  ),
   POOL_OVERCOMMITTED: entry(
     507,
     'The volumes of the pool would have more bytes together than its over-commit setting allows.',

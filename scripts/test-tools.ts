@@ -29,6 +29,9 @@ export const testTools: readonly TestTool[] = [
   { name: 'cc', debianPackage: 'gcc', usedFor: "the kernel's NBD client through a kill of the daemon" },
   { name: 'nbdfuse', debianPackage: 'libnbd-bin', usedFor: 'file system tools on an export' },
   { name: 'promtool', debianPackage: 'prometheus', usedFor: 'the text of /metrics' },
+  { name: 'ceph-mon', debianPackage: 'ceph-mon', usedFor: 'pools on a real Ceph cluster' },
+  { name: 'ceph-osd', debianPackage: 'ceph-osd', usedFor: 'pools on a real Ceph cluster' },
+  { name: 'ceph-mgr', debianPackage: 'ceph-mgr', usedFor: 'what a Ceph cluster says about its space' },
   { name: 'qemu-storage-daemon', debianPackage: 'qemu-system-common', usedFor: 'QEMU as a client that exports us again' },
 ]
 

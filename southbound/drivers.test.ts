@@ -3,7 +3,7 @@ import { checkDrivers, drivers } from './drivers.ts'
 import { memoryDriver } from './memory/memory-driver.ts'
 
 test('the drivers have names of their own', () => {
-  expect(drivers.map(({ name }) => name)).toEqual(['file', 'memory'])
+  expect(drivers.map(({ name }) => name)).toEqual(['file', 'memory', 'ceph'])
 })
 
 test('a duplicate name stops the start', () => {

@@ -1,5 +1,6 @@
 /** The drivers there are. Adding one is its folder and a line here. */
 import { AtollError } from '@atoll/core'
+import { cephDriver } from './ceph/ceph-driver.ts'
 import type { Driver } from './driver.ts'
 import { fileDriver } from './file/file-driver.ts'
 import { memoryDriver } from './memory/memory-driver.ts'
@@ -16,4 +17,4 @@ export function checkDrivers(list: readonly Driver[]): readonly Driver[] {
   return list
 }
 
-export const drivers: readonly Driver[] = checkDrivers([fileDriver, memoryDriver])
+export const drivers: readonly Driver[] = checkDrivers([fileDriver, memoryDriver, cephDriver])

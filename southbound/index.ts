@@ -1,5 +1,6 @@
 export * from './driver.ts'
 export { checkDrivers, drivers } from './drivers.ts'
+export { cephDriver } from './ceph/ceph-driver.ts'
 export { fileDriver } from './file/file-driver.ts'
 export { makeMemoryDriver, memoryDriver } from './memory/memory-driver.ts'
 export { setFaults, withFaults } from './fault/fault-driver.ts'

@@ -48,7 +48,7 @@ export async function openStorePool(options: StorePoolOptions): Promise<PoolHand
     await store.restoreReserve()
     return guardPool(new StorePool(options, lock, owner))
   } catch (error) {
-    lock.release()
+    await lock.release()
     throw error
   }
 }
@@ -64,9 +64,9 @@ export async function inspectStorePool(
   const lock = await takeLock(options)
   try {
     const owner = await readOwnerRecord(store, poolName)
-    return { store, owner, close: async () => lock.release() }
+    return { store, owner, close: () => lock.release() }
   } catch (error) {
-    lock.release()
+    await lock.release()
     throw error
   }
 }
@@ -187,12 +187,12 @@ class StorePool implements PoolHandle {
       )
     }
     await giveUpOwnership(this.store, this.#owner, this.#options.context.now())
-    this.#lock.release()
+    await this.#lock.release()
     await this.#options.onDestroyed?.()
   }
 
   async close(): Promise<void> {
-    this.#lock.release()
+    await this.#lock.release()
   }
 
   async #checkOwner(): Promise<Finding[]> {

@@ -21,7 +21,7 @@ export function register(pool: Command): void {
       .command('create')
       .description('make a pool on a backend')
       .argument('<name>')
-      .requiredOption('--driver <driver>', 'file or memory')
+      .requiredOption('--driver <driver>', 'file, memory or ceph')
       .option('--option <key=value>', 'option of the driver; KEY=@FILE reads the value from a file', collect, [])
       .option('--set <key=value>', 'setting of the pool as `pool set` takes it: overcommit, low-space, reserve', collect, [])
       .action(async (name: string, options: { driver: string; option: string[]; set: string[] }, command: Command) => {
