@@ -16,6 +16,8 @@ export interface KillOptions {
   readonly home: string
   readonly seed: number
   readonly killCount: number
+  /** A pool that is made and used instead of `default`: its driver and options. */
+  readonly pool?: { readonly driver: string; readonly options: Readonly<Record<string, string>> }
   readonly onProgress?: (text: string) => void
 }
 
@@ -52,7 +54,12 @@ export async function runKills(options: KillOptions): Promise<KillReport> {
     const file = await open(source, 'wx')
     await file.truncate(volumeBytes)
     await file.close()
-    await home.jsonMeanwhile('image', 'import', 'base', source, '--format', 'raw')
+    const pool = options.pool === undefined ? 'default' : 'other'
+    if (options.pool !== undefined) {
+      const given = Object.entries(options.pool.options).flatMap(([key, value]) => ['--option', `${key}=${value}`])
+      await home.jsonMeanwhile('pool', 'create', pool, '--driver', options.pool.driver, ...given)
+    }
+    await home.jsonMeanwhile('image', 'import', 'base', source, '--format', 'raw', '--pool', pool)
     await home.jsonMeanwhile('volume', 'create', 'victim', '--from', 'image:base')
     await home.jsonMeanwhile('volume', 'attach', 'victim')
     const { id } = await home.jsonMeanwhile<{ id: string }>('volume', 'show', 'victim')
@@ -93,7 +100,7 @@ export async function runKills(options: KillOptions): Promise<KillReport> {
     }
 
     for (const snapshot of snapshots) await checkSnapshot(home, snapshot, connectOne)
-    await checkNothingLeaks(home)
+    await checkNothingLeaks(home, pool)
     return report
   } finally {
     await home.end('SIGKILL')
@@ -152,12 +159,12 @@ export function sha256(content: Uint8Array): string {
   return createHash('sha256').update(content).digest('hex')
 }
 
-async function checkNothingLeaks(home: TestHome): Promise<void> {
+async function checkNothingLeaks(home: TestHome, poolName: string): Promise<void> {
   await home.jsonMeanwhile('volume', 'detach', 'victim')
   await home.jsonMeanwhile('volume', 'delete', 'victim', '--with-snapshots')
   await home.jsonMeanwhile('image', 'delete', 'base')
-  await home.jsonMeanwhile('pool', 'reclaim', 'default')
-  const pool = await home.jsonMeanwhile<{ storedBytes: number }>('pool', 'show', 'default')
+  await home.jsonMeanwhile('pool', 'reclaim', poolName)
+  const pool = await home.jsonMeanwhile<{ storedBytes: number }>('pool', 'show', poolName)
   if (pool.storedBytes !== 0)
     throw new Error(`after everything was deleted and reclaimed the pool still holds ${pool.storedBytes} bytes`)
 }

@@ -55,6 +55,18 @@ fn the_last_object_says_how_long_a_layer_is_also_when_nothing_is_left_of_it() {
 }
 
 #[test]
+fn a_layer_that_another_connection_removed_is_not_found_and_never_zeros() {
+    let Some((first, second)) = two_stores() else { return };
+    first.create_layer(LAYER).unwrap();
+    write(&*first.open_layer(LAYER, OpenMode::ReadWrite).unwrap(), 0, &[7; 8192]).unwrap();
+    let layer = second.open_layer(LAYER, OpenMode::ReadOnly).unwrap();
+    assert!(read(&*layer, 0, 8192) == [7; 8192]);
+    first.remove_layer(LAYER).unwrap();
+    let error = layer.read(0, &mut [std::io::IoSliceMut::new(&mut [0; 8192])]).unwrap_err();
+    assert_eq!(error.code, IoErrorCode::NotFound);
+}
+
+#[test]
 fn a_journal_that_another_connection_writes_is_refused_to_the_first() {
     let Some((first, second)) = two_stores() else { return };
     let mine = first.create_segment(LAYER, 1).unwrap();

@@ -6,7 +6,8 @@
 //! - What is known of an object (`object.rs`) is never less than what is there: it changes in the order in which requests are handed
 //!   to the library, which carries out those of one object in that order. A request that failed leaves the attribute to the next one.
 //! - A layer that was removed is `NotFound`, never zeros (I2): the flag is set before the first object goes, and looked at after
-//!   every read that found nothing.
+//!   every read that found nothing. An object of the index that is not there is a hole only if the layer's own object still is: with
+//!   the RADOS pool deleted, everything would be holes.
 use super::cluster::{Change, Cluster, Completion, Name};
 use super::object::{ATTRIBUTE_BYTES_MAX, OBJECT_BYTES, Object};
 use crate::error::layer_object;
@@ -307,6 +308,7 @@ impl Layer {
         let length_bytes = buffers.iter().map(|buffer| buffer.len() as u64).sum();
         self.check_range("read", offset_bytes, length_bytes)?;
         let mut found_nothing = false;
+        let mut lacks_object = false;
         let mut pieces = Vec::new();
         let mut at = offset_bytes;
         for buffer in buffers {
@@ -332,7 +334,10 @@ impl Layer {
             |(index, _, piece), code| {
                 let count = match code {
                     count if count >= 0 => (count as usize).min(piece.len()),
-                    code if code == -libc::ENOENT => 0,
+                    code if code == -libc::ENOENT => {
+                        lacks_object = true;
+                        0
+                    }
                     code => return Err(self.error("read", index, -code)),
                 };
                 found_nothing |= count == 0;
@@ -340,7 +345,7 @@ impl Layer {
                 Ok(())
             },
         )?;
-        if found_nothing && self.is_removed() {
+        if (lacks_object && self.cluster.stat(&head_name(self.id))?.is_none()) || (found_nothing && self.is_removed()) {
             return Err(IoError::new(IoErrorCode::NotFound, "read", layer_object(self.id), offset_bytes, "the layer was removed"));
         }
         Ok(())
