@@ -176,6 +176,18 @@ mod tests {
     }
 
     #[test]
+    fn reading_leaves_no_time_of_access() {
+        let path = std::env::temp_dir().join(format!("atoll-read-times-{}", std::process::id()));
+        std::fs::write(&path, [7]).unwrap();
+        let long_ago = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+        File::options().write(true).open(&path).unwrap().set_times(std::fs::FileTimes::new().set_accessed(long_ago)).unwrap();
+        let ring = Ring::new(1);
+        assert_eq!(byte_of(&ring, &ring.open(&path).unwrap()).unwrap(), 7);
+        assert_eq!(std::fs::metadata(&path).unwrap().accessed().unwrap(), long_ago);
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
     fn many_threads_read_through_few_descriptors() {
         let directory = std::env::temp_dir().join(format!("atoll-read-threads-{}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();

@@ -8,9 +8,15 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Opens a file for reading; a symbolic link is none of ours.
+/// Opens a file for reading; a symbolic link is none of ours. Reads leave no time of access where that may be asked for: it would
+/// be a change of metadata at the first read of each of the thousands of layers of a long history.
 pub(super) fn open_for_reading(path: &Path) -> Result<File> {
-    OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path)
+    let open = |flags| OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | flags).open(path);
+    match open(libc::O_NOATIME) {
+        // The file is somebody else's.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(0),
+        answer => answer,
+    }
 }
 
 /// How many descriptors this process may have open.
