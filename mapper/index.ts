@@ -1,6 +1,7 @@
 /** The mapper's face: what the composer calls. */
 export { checkFindingsMax, checkSubjects, type CheckSubject, type CheckOptions, type CheckReport } from './check.ts'
 export type { CheckFinding } from './check-finding.ts'
+export { checkpointIntervalMs } from './checkpoint-scheduler.ts'
 export { cannotOpen, openMapper, Mapper, type MapperOptions, type OpenResource } from './mapper.ts'
 export type { MapperLog } from './context.ts'
 export type { NewImage, NewVolume } from './create.ts'

@@ -10,6 +10,7 @@ import { serveTemporaryNbd, startNbdServer, type NbdServer } from '@atoll/northb
 import { drivers, memoryDriver, setFaults, withFaults } from '@atoll/southbound'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { mebibyte, pattern, slotBytes } from './broken-home.ts'
+import { withoutCheckpoints } from './without-checkpoints.ts'
 
 type Faults = Parameters<typeof setFaults>[1]
 
@@ -29,7 +30,13 @@ beforeEach(async () => {
   const log = silentLog()
   catalog = await openCatalog(join(folder, 'catalog.db'), { reserveBytes: 0 })
   engine = new Engine()
-  mapper = await openMapper({ catalog, engine, drivers: [...drivers, withFaults(memoryDriver)], log })
+  mapper = await openMapper({
+    catalog,
+    engine,
+    drivers: [...drivers, withFaults(memoryDriver)],
+    log,
+    setTimer: withoutCheckpoints,
+  })
   composer = await openComposer({
     catalog,
     engine,

@@ -17,6 +17,7 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { repositoryRoot } from '../test-home.ts'
 import { mebibyte, pattern, slotBytes } from './broken-home.ts'
 import { crc32c } from './crc32c.ts'
+import { withoutCheckpoints } from './without-checkpoints.ts'
 
 const Sqlite = createRequire(join(repositoryRoot, 'core', 'package.json'))('better-sqlite3') as typeof Database
 
@@ -36,7 +37,7 @@ async function live(): Promise<Life> {
   await mkdir(batchLogs, { recursive: true })
   const engine = new Engine({ batchLogDirectory: batchLogs })
   const catalog = await openCatalog(join(home, 'catalog.db'), { reserveBytes: 0 })
-  const mapper = await openMapper({ catalog, engine, drivers, log: silentLog() })
+  const mapper = await openMapper({ catalog, engine, drivers, log: silentLog(), setTimer: withoutCheckpoints })
   // Spares are made in the background: what is looked at is the same each time.
   await mapper.idle()
   return {
