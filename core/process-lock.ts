@@ -7,6 +7,9 @@
  */
 import Database from 'better-sqlite3'
 
+/** Locks that are held: a database that nobody refers to would be closed by the garbage collector, and its lock with it. */
+const held = new Set<Database.Database>()
+
 export interface ProcessLock {
   /** Idempotent. */
   release(): void
@@ -28,10 +31,11 @@ export function takeProcessLock(path: string, owner: string): { lock: ProcessLoc
     if (holder !== undefined) return { owner: holder }
     throw error
   }
+  held.add(database)
   return {
     lock: {
       release: () => {
-        if (!database.open) return
+        if (!held.delete(database)) return
         database.exec('rollback')
         database.close()
       },
