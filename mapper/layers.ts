@@ -38,7 +38,8 @@ type Dependencies = Pick<MapperContext, 'catalog' | 'pools' | 'clock' | 'newId' 
 export class Layers {
   readonly #context: Dependencies
   readonly #spares = new Map<string, Spare[]>()
-  readonly #refilling = new Set<string>()
+  /** By pool: spares that are being made. */
+  readonly #refilling = new Map<string, Promise<void>>()
   readonly #homes = new Map<number, Home>()
   /** Called spares by their rows, and named by somebody: nobody is given one. */
   readonly #withheld = new Set<number>()
@@ -71,9 +72,10 @@ export class Layers {
     for (const alias of aliases) this.#withheld.add(alias)
   }
 
-  /** Forgets the spares of a pool that is being deleted, so that nobody is given one. */
-  unload(poolId: string): void {
+  /** Forgets the spares of a pool that is being deleted, so that nobody is given one. None is being made on return. */
+  async unload(poolId: string): Promise<void> {
     this.#spares.delete(poolId)
+    await this.#refilling.get(poolId)
   }
 
   /** No more refills. */
@@ -231,12 +233,14 @@ export class Layers {
     const missing = sparesPerPool - (this.#spares.get(poolId)?.length ?? 0)
     // Half empty before anything is made: files are then made several at a time, with one commit.
     if (this.#closed || missing * 2 < sparesPerPool || this.#refilling.has(poolId) || !this.#spares.has(poolId)) return
-    this.#refilling.add(poolId)
+    const { promise, resolve } = Promise.withResolvers<void>()
+    this.#refilling.set(poolId, promise)
     this.#context.background.start(`making spare layers in pool ${poolId}`, async () => {
       try {
         for (const spare of await this.#make(poolId, missing)) this.giveBack(spare)
       } finally {
         this.#refilling.delete(poolId)
+        resolve()
       }
     })
   }

@@ -497,7 +497,7 @@ async function dropSpares(context: MapperContext, aliasMax: number, catalogId: s
   for (const poolId of new Set(spares.map((layer) => layer.pool_id))) {
     if (pools.find(poolId) === undefined) continue
     await context.locks.run([poolId], async () => {
-      layers.unload(poolId)
+      await layers.unload(poolId)
       const aliases = spares.filter((row) => row.pool_id === poolId).map((row) => row.alias)
       await catalog.write(async (tx) => {
         await tx

@@ -43,6 +43,15 @@ describe('pools', () => {
     await expect(bench.mapper.pools.status(bench.poolId)).rejects.toMatchObject({ code: 'POOL_NOT_FOUND' })
   })
 
+  it('are deleted while their first spares are being made', async () => {
+    await bench.mapper.pools.delete(bench.poolId)
+    const { id } = await bench.mapper.pools.create({ projectId: adminProject.id, name: 'young', driver: 'memory', options: {} })
+    await bench.mapper.pools.delete(id)
+    await bench.mapper.idle()
+    expect(await bench.store.listLayers()).toEqual([])
+    expect(await bench.inner.db.selectFrom('layers').selectAll().execute()).toEqual([])
+  })
+
   it('that are not there are refused', async () => {
     await expect(bench.mapper.pools.get(nobody)).rejects.toMatchObject({ code: 'POOL_NOT_FOUND' })
     await expect(bench.mapper.reclaim(nobody)).rejects.toMatchObject({ code: 'POOL_UNAVAILABLE' })

@@ -182,6 +182,12 @@ export class PoolService {
       const handle = pools.leave(id)
       try {
         await this.#requireEmpty(row)
+      } catch (error) {
+        pools.stay(id)
+        throw error
+      }
+      try {
+        await layers.unload(id)
         // Spares are nobody's; those just taken by somebody are noticed by whoever assigns them.
         await catalog.write(async (tx) => {
           const spares = tx.selectFrom('replicas').select('layer_alias').where('pool_id', '=', id)
@@ -193,9 +199,9 @@ export class PoolService {
             .where('alias', 'in', spares)
             .execute()
         })
-        layers.unload(id)
       } catch (error) {
         pools.stay(id)
+        await layers.load(id)
         throw error
       }
       try {
