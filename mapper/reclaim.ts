@@ -45,7 +45,7 @@ import { feedReach, pageBatch } from './maps.ts'
 import { settleLocked } from './open.ts'
 import type { PagePin } from './page-pins.ts'
 import { removeCondemned, sealClosing } from './recover.ts'
-import { readRoots, type RootRow } from './references.ts'
+import { readRoots, type RootRow, writtenLayers } from './references.ts'
 import { rootOf } from './root.ts'
 import { deleteBatch } from './staged-pages.ts'
 
@@ -220,7 +220,12 @@ export class Reclaimer {
         (layer) => layer.alias,
         0,
       )
-      for (const layer of ofPool) layers.push(layer)
+      // Whatever a row says: what only a journal names lies in a layer that is written.
+      const written = await writtenLayers(
+        this.#context,
+        ofPool.map((layer) => layer.alias),
+      )
+      for (const layer of ofPool) if (!written.has(layer.alias)) layers.push(layer)
     }
     return layers
   }

@@ -286,6 +286,24 @@ describe('a start over rows that cannot be true', () => {
     await expectEverything()
   })
 
+  it('keeps what only a journal names in a layer that is called sealed, while its volume cannot be opened', async () => {
+    const { id, active_alias: alias } = await volume('dirty')
+    await bench.mapper.close(id)
+    const device = await bench.attach(id)
+    await device.write(4 * slot, bytes(6))
+    await device.flush()
+    contents.set(id, Buffer.concat([bytes(4), bytes(0, 2 * slot), bytes(5), bytes(6), bytes(0)]))
+    await bench.inner.write(async (tx) => {
+      await tx.updateTable('layers').set({ state: 'sealed' }).where('alias', '=', alias).execute()
+    })
+    await bench.kill()
+    bench.fail({ operation: 'open', errno: 5, applyCount: 1 })
+    await bench.mapper.reclaim(null)
+    expect(bench.log.lines.map(({ message }) => message)).toContainEqual(expect.stringContaining('could not be replayed'))
+    bench.fail()
+    await expectEverything()
+  })
+
   it('keeps pages of an unfinished checkpoint that are part of a map', async () => {
     const [first] = await bench.inner.pages.listIds(1, Number.MAX_SAFE_INTEGER, 1)
     const count = await bench.pageCount()
