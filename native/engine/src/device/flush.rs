@@ -7,6 +7,9 @@
 //!   flush, so at most one frame is in flight, and batches of a closing layer go before those of its successor.
 //! - A flush covers everything that completed before it *started*: who arrives while one runs waits for the next one. So no
 //!   flush is answered while an earlier batch is neither durable nor failed.
+//! - Two syncs, one after the other. Synced together, with a checksum of the data in the frame, they would take the time of one; but
+//!   a write in place into slots of the last frame would then make its checksum wrong in a power cut, so every such write would
+//!   first have to make that frame known to be durable.
 //! - After a failed sync the device is poisoned (I6). A frame that found no space was taken back and stays in the queue.
 use super::batch_log::{BatchLog, LogTail};
 use super::layers::ActiveLayer;
