@@ -564,7 +564,7 @@ describe('a connection', () => {
     expect(await codeOf(engine.loadTls({ directory: credentials, verifyClients: true }))).toBe('TLS_CREDENTIALS_INVALID')
 
     const { connection, socket } = await accepted()
-    const started = connection.startTls(config, 10_000)
+    const started = connection.startTls(config, 300_000)
     const secure = connectTls({ socket, ca: readFileSync(certificate), servername: 'localhost' })
     const ended = once(secure.resume(), 'close')
     expect(await started).toEqual({
@@ -572,7 +572,7 @@ describe('a connection', () => {
       cipherSuite: expect.stringMatching(/^TLS13_AES_/),
       certificate: undefined,
     })
-    expect(await codeOf(connection.startTls(config, 10_000))).toBe('ARGUMENT_INVALID')
+    expect(await codeOf(connection.startTls(config, 300_000))).toBe('ARGUMENT_INVALID')
     await connection.close()
     await ended
 

@@ -258,13 +258,15 @@ describe('a commit that a kill follows', () => {
     const module = JSON.stringify(join(import.meta.dirname, 'open-catalog.ts'))
     const script = `
       const { openCatalog } = await import(${module})
+      const { writeSync } = await import('node:fs')
       const catalog = await openCatalog(${JSON.stringify(path)}, { reserveBytes: 0 })
       for (let count = 1; ; count += 1) {
         await catalog.write(async (tx) => {
           await tx.replaceInto('meta').values([{ key: 'a', value: String(count) }, { key: 'b', value: String(count) }]).execute()
           await catalog.pages.insert([count], [new Uint8Array(8)])
         })
-        console.log(count)
+        // Waits where console.log would keep lines that nobody reads yet: they would be lost with the process.
+        writeSync(1, count + '\\n')
       }`
     const child = spawn(process.execPath, ['--input-type=module', '-e', script], { stdio: ['ignore', 'pipe', 'inherit'] })
     let acknowledged = 0

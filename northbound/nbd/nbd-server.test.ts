@@ -4,7 +4,7 @@ import { afterEach, describe, expect, it } from 'vitest'
 import { silentLog } from '@atoll/core'
 import { connect, connectRaw, connectWithRetry, encodeInfoRequest, info, list, protocol } from '@atoll/nbd-client'
 import { startNbdServer } from './nbd-server.ts'
-import { KiB, MiB, NbdFixture } from './testing/nbd-fixture.ts'
+import { KiB, MiB, NbdFixture, unhurried } from './testing/nbd-fixture.ts'
 
 const { option, optionReply } = protocol
 
@@ -148,6 +148,7 @@ describe('the NBD server', () => {
       exports: fixture.exports,
       log: silentLog(),
       listen: { host: '127.0.0.1', port: 0 },
+      ...unhurried,
     })
     const { host, port } = tcp.address
     const target = kind === 'unix' ? fixture.uri() : { host: host!, port: port! }

@@ -64,6 +64,7 @@ describeWithTools('libnbd', [opensslTool, nbdinfoTool, nbdcopyTool], () => {
     await other.issue(untrusted, { commonName: 'guest-host', usage: 'client' })
     await writeFile(fixture.plain.file('untrusted/ca-cert.pem'), await readFile(fixture.authority.certificatePath))
     await run('nbdinfo', server.uri(fixture.clientDirectory))
+    await expect.poll(() => fixture.plain.exports.count('disk')).toBe(0)
     // The folder of the authority has its certificate and none for a client.
     for (const directory of [stranger, untrusted, fixture.authority.directory]) {
       await expect(run('nbdinfo', server.uri(directory))).rejects.toMatchObject({ stderr: expect.stringMatching(/nbdinfo/) })

@@ -10,6 +10,9 @@ import type { EarlierStates, ExportConnection, ExportTable, NbdExport } from '..
 export const KiB = 1024
 export const MiB = 1024 * 1024
 
+/** How fast the machine is decides nothing: a test that waits for one of these ends sets it itself. */
+export const unhurried = { limits: { handshakeTimeoutMs: 300_000 }, drainTimeoutMs: 300_000 } as const
+
 /** Every test device is of another volume; ids need be different, not random. */
 let deviceCount = 0
 
@@ -115,6 +118,7 @@ export class NbdFixture {
       exports: this.exports,
       log: silentLog(),
       listen: { path: this.socketPath, mode: 0o600 },
+      ...unhurried,
       ...options,
     })
     return this.#server

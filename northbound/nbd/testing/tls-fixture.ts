@@ -8,7 +8,7 @@ import { connectRaw, encodeOption, protocol, type RawNbdConnection } from '@atol
 import { TestAuthority } from '@atoll/nbd-client/testing'
 import type { TlsMode } from '../option-starttls.ts'
 import { startNbdServer, type NbdServer, type NbdServerOptions } from '../nbd-server.ts'
-import { NbdFixture, type DeviceOptions } from './nbd-fixture.ts'
+import { NbdFixture, unhurried, type DeviceOptions } from './nbd-fixture.ts'
 
 /** A server on TCP with TLS for the export `disk`, an authority, and certificates of both sides. `close` ends all of it. */
 export class TlsFixture {
@@ -52,6 +52,7 @@ export class TlsFixture {
       log: silentLog(),
       listen: { host, port: 0 },
       tls: { mode, config: () => config },
+      ...unhurried,
       ...rest,
     })
     this.#servers.push(server)
@@ -156,6 +157,8 @@ async function rawOver(secure: TLSSocket, path: string): Promise<RawNbdConnectio
       })
     }
     bridge.close()
+    // It may have ended before anybody listened here.
+    if (secure.destroyed) inner.destroy()
   })
   bridge.listen(path)
   await once(bridge, 'listening')

@@ -59,8 +59,11 @@ spawn() {
   shift
   if is_alive "$name"; then return 0; fi
   setsid "$@" -c "$conf" >>"$dir/log/$name.out" 2>&1 </dev/null &
-  echo $! >"$dir/run/$name.pid"
+  local pid=$!
+  echo $pid >"$dir/run/$name.pid"
   disown
+  # Until it is the program, and no longer this script, it would not be known as alive.
+  until is_alive "$name" || ! kill -0 $pid 2>/dev/null; do sleep 0.01; done
 }
 tool() { env -u CEPH_CONF ceph-authtool "$@" >/dev/null; }
 

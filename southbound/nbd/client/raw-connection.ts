@@ -15,8 +15,8 @@ import {
 import type { OptionReply, ReplyHeader, RequestHeader } from './wire.ts'
 import { clientFlag, infoItem, option, optionReply } from './protocol.ts'
 
-/** How long a raw `receive…` waits unless told otherwise. */
-const defaultReceiveTimeoutMs = 5_000
+/** How long a raw `receive…` waits unless told otherwise: only for what hangs, however slow the machine is. */
+const defaultReceiveTimeoutMs = 300_000
 
 /** The server's 18 bytes, taken apart. */
 export interface RawGreeting {
