@@ -255,6 +255,8 @@ describe('the exports of several pools', () => {
     await mapper.deleteResource(id)
     expect(await namesIn(first)).toEqual(['early'])
 
+    // A base that met the fault and says so only later would be tried again by no timer.
+    await mapper.idle()
     stores.get(second)?.setFaults({ seed: 1, rules: [] })
     timers.fire()
     await mapper.idle()

@@ -172,18 +172,23 @@ describe('open and close', () => {
     // Something to do for the checkpoint, so that writes come in between.
     await Promise.all(Array.from({ length: 500 }, async (_, index) => await device.write((index * 16 + 1) * slot, bytes(1))))
     const answered: number[] = []
+    const begun = Promise.withResolvers<void>()
     let refused = false
     const writers = Array.from({ length: 4 }, async (_, writer) => {
       for (let index = 0; !refused; index += 1) {
         const at = 16_000 + (index * 4 + writer) * 2
         await device.write(at * slot, bytes(2)).then(
-          () => answered.push(at),
+          () => {
+            answered.push(at)
+            begun.resolve()
+          },
           () => {
             refused = true
           },
         )
       }
     })
+    await begun.promise
     await bench.mapper.close(volume.id)
     await Promise.all(writers)
     expect(answered.length).toBeGreaterThan(0)

@@ -106,6 +106,10 @@ interface Backend {
   readonly folder: string | null
 }
 
+/**
+ * What a start does in the background (spares, the base of the export) is over when a test gets its bench: otherwise the writes
+ * and layers that a test counts or lets fail would be that work's as well.
+ */
 export class Bench {
   inner: Catalog
   readonly backend: Backend
@@ -141,6 +145,7 @@ export class Bench {
     const inner = await openCatalog(':memory:')
     const life = await live(inner, backend)
     const pool = await life.mapper.pools.create({ projectId: adminProject.id, name: 'pool', driver: 'memory', options: {} })
+    await life.mapper.idle()
     return new Bench(inner, backend, pool.id, life, [base, life.engine])
   }
 
@@ -183,6 +188,7 @@ export class Bench {
     const life = await live(this.inner, this.backend, options)
     this.engines.push(life.engine)
     Object.assign(this, life)
+    await this.mapper.idle()
   }
 
   async close(): Promise<void> {
