@@ -1,3 +1,4 @@
+import { systemClock } from '@atoll/core'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { makeFolder, mebibyte, TestDaemon } from './testing.ts'
 import type { Composer } from './composer.ts'
@@ -10,7 +11,10 @@ let removeFolder: () => Promise<void>
 beforeEach(async () => {
   const made = await makeFolder()
   removeFolder = made.remove
-  daemon = await TestDaemon.open(made.folder)
+  // What is made within one millisecond is in the order of its ids: here every moment is one of its own.
+  let nowMs = systemClock.nowMs()
+  const clock = { ...systemClock, nowMs: () => (nowMs += 1) }
+  daemon = await TestDaemon.open(made.folder, { clock })
   composer = daemon.composer
   await composer.volumes.create({ name: 'a', sizeBytes: mebibyte })
   await composer.volumes.create({ name: 'b', sizeBytes: mebibyte })

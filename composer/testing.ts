@@ -38,7 +38,13 @@ export class TestDaemon {
     const catalog = await openCatalog(join(folder, 'catalog.db'), { reserveBytes: 0 })
     const engine = new Engine()
     const log = silentLog()
-    const mapper = await openMapper({ catalog, engine, drivers: options.drivers ?? [...drivers, withFaults(memoryDriver)], log })
+    const mapper = await openMapper({
+      catalog,
+      engine,
+      drivers: options.drivers ?? [...drivers, withFaults(memoryDriver)],
+      log,
+      ...(options.clock === undefined ? {} : { clock: options.clock }),
+    })
     const composer = await openComposer({
       catalog,
       engine,
