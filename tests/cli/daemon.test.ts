@@ -5,6 +5,7 @@ import { once } from 'node:events'
 import { join } from 'node:path'
 import { expect, test } from 'vitest'
 import { connect } from '@atoll/nbd-client'
+import { freePort } from '../free-port.ts'
 import { atollPath, repositoryRoot, runProgram, succeed, TestHome } from '../test-home.ts'
 
 interface Status {
@@ -44,7 +45,8 @@ test('a first start makes the home, says where clients can come and answers on i
 test('SIGTERM and SIGINT end the daemon with 0, and what it served is gone', async () => {
   for (const signal of ['SIGTERM', 'SIGINT'] as const) {
     await using home = await TestHome.create()
-    const { http } = await home.start()
+    // A port that nobody is given by chance, when it is free again.
+    const { http } = await home.start('--http', `127.0.0.1:${await freePort()}`)
     expect(await home.end(signal)).toBe(0)
     expect(home.fail('status')).toBe('DAEMON_NOT_RUNNING')
     await expect(fetch(`${http}/healthz`)).rejects.toThrow('fetch failed')

@@ -304,7 +304,8 @@ test('SIGTERM ends a put that is under way, and the daemon ends with 0', async (
   await using own = await TestHome.create()
   await own.start()
   const sender = spawn(atollPath, ['file', 'put', 'c/n', '-', '--home', own.path], { stdio: ['pipe', 'ignore', 'pipe'] })
-  const ended = once(sender, 'exit')
+  // `close`, not `exit`: what it printed last is known by then.
+  const ended = once(sender, 'close')
   let message = ''
   sender.stderr.on('data', (text) => (message += String(text)))
   sender.stdin.on('error', () => undefined)

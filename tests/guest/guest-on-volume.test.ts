@@ -3,6 +3,7 @@ import { createHash } from 'node:crypto'
 import { mkdir, mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { setImmediate as nextTurn } from 'node:timers/promises'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { clientOutcome, runClient } from '../clients/run-client.ts'
 import { mountExport } from '../clients/mounted-export.ts'
@@ -56,6 +57,8 @@ describe.skipIf(!canRunGuests() || !hasPrograms(...tools))('a guest on a volume 
 
     const before = guest.said('wrote')
     await home.jsonMeanwhile('snapshot', 'create', 'root@busy')
+    // What the guest had said by then may still be in the pipe: all of it is read in a turn of the event loop.
+    for (let turn = 0; turn < 3; turn += 1) await nextTurn()
     const after = guest.said('wrote')
     step(`snapshot between file ${before.length} and file ${after.length}`)
     await guest.hear('wrote', after.length + 5)
