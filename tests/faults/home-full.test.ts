@@ -123,9 +123,13 @@ async function fill(client: NbdConnection, disk: SmallDisk, offsetBytes: number)
     requireNoSpace(error)
   }
   // What is left are pieces: the last ones go, too.
-  for (let slot = 0; slot < 1024 && (await disk.freeBytes()) > 0; slot += 1)
+  let freeBytes = await disk.freeBytes()
+  for (let slot = 0; slot < 1024 && freeBytes > 0; slot += 1) {
     await client.write(at + 2 * mebibyte + slot * slotBytes, pattern(3, slotBytes)).catch(requireNoSpace)
-  expect(await disk.freeBytes()).toBe(0)
+    freeBytes = await disk.freeBytes()
+  }
+  // Not asked again: a map that is written down just now gives back the journal before it.
+  expect(freeBytes).toBe(0)
   return at
 }
 
