@@ -125,6 +125,21 @@ export class TestHome {
     return JSON.parse(stdout) as T
   }
 
+  /**
+   * Takes snapshots while clients work. A machine that holds requests up for longer than a snapshot waits for them refuses it, with
+   * nothing changed: then once more.
+   */
+  async snapshotMeanwhile(...snapshots: string[]): Promise<void> {
+    for (;;) {
+      try {
+        await this.jsonMeanwhile('snapshot', 'create', ...snapshots)
+        return
+      } catch (error) {
+        if (!String(error).includes('atoll: SNAPSHOT_BUSY:')) throw error
+      }
+    }
+  }
+
   /** Runs a command that must fail with exit code 1; returns the code in its message. */
   fail(...args: string[]): string {
     return this.failure(...args).code

@@ -72,7 +72,7 @@ describe.skipIf(!hasPrograms('fio'))('fio (package fio)', () => {
     const load = fio(uri, '--rw=randrw', '--bs=4k', '--verify_backlog=128', '--do_verify=1').finally(() => (running = false))
     let taken = 0
     while (running && taken < 20) {
-      await stand.home.jsonMeanwhile('snapshot', 'create', `busy@s${taken}`)
+      await stand.home.snapshotMeanwhile(`busy@s${taken}`)
       taken++
     }
     expect((await load).writtenBytes).toBeGreaterThan(16 * 1024 * 1024)

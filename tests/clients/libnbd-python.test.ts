@@ -44,7 +44,7 @@ h.shutdown()
     const requests = python(uri, stand.contentPath, seed, first).finally(() => (running = false))
     let taken = 0
     while (running && taken < 20) {
-      await stand.home.jsonMeanwhile('snapshot', 'create', `random@s${taken}`)
+      await stand.home.snapshotMeanwhile(`random@s${taken}`)
       taken += 1
     }
     console.log(await requests, `${taken} snapshots`)

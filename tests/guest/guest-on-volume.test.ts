@@ -56,7 +56,7 @@ describe.skipIf(!canRunGuests() || !hasPrograms(...tools))('a guest on a volume 
     step('the guest carries on')
 
     const before = guest.said('wrote')
-    await home.jsonMeanwhile('snapshot', 'create', 'root@busy')
+    await home.snapshotMeanwhile('root@busy')
     // What the guest had said by then may still be in the pipe: all of it is read in a turn of the event loop.
     for (let turn = 0; turn < 3; turn += 1) await nextTurn()
     const after = guest.said('wrote')

@@ -139,7 +139,7 @@ async function takeSnapshot(
 ): Promise<TakenSnapshot> {
   const name = `s${kill}`
   const before = oracle.bounds()
-  await home.jsonMeanwhile('snapshot', 'create', `victim@${name}`)
+  await home.snapshotMeanwhile(`victim@${name}`)
   const after = oracle.bounds()
   const content = await readSnapshot(home, name, connectOne)
   checkWithin(content, before.acknowledged, after.issued, `snapshot ${name}`)

@@ -174,7 +174,7 @@ class Losses {
   async #snapshot(name: string): Promise<void> {
     const lower = this.#oracle.bounds().acknowledged
     this.#uncertain = name
-    await this.#run('snapshot', 'create', `victim@${name}`)
+    await this.#home.snapshotMeanwhile(`victim@${name}`)
     this.#fixed.set(name, { kind: 'snapshot', name, sha: null, bounds: { lower, upper: this.#oracle.bounds().issued } })
   }
 
