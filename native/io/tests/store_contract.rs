@@ -153,10 +153,13 @@ fn what_is_read_at_once_is_what_a_read_gives_or_nothing((store, _guard): Opened)
     if store.capabilities().waits_for_network {
         return;
     }
-    // A read has brought it: now it is at hand, unless the file system cannot tell.
-    read(&*layer, 8192, 8192);
+    // A read has brought it: now it is at hand, unless the file system cannot tell, or memory was so short that it is gone again.
     let mut bytes = [0; 4096];
-    assert!(layer.read_now(8192, &mut bytes).unwrap());
+    let is_at_hand = (0..1000).any(|_| {
+        read(&*layer, 8192, 8192);
+        layer.read_now(8192, &mut bytes).unwrap()
+    });
+    assert!(is_at_hand);
     assert_eq!(bytes, [7; 4096]);
 }
 
