@@ -103,8 +103,9 @@ export async function requireQemuImg(pathVariable = process.env['PATH'] ?? ''): 
  * @throws JobInterrupted the signal was aborted; the process is gone then
  */
 export async function runQemuImg(run: QemuImgRun): Promise<string> {
-  if (run.signal.aborted) throw new JobInterrupted()
   const qemuImg = await requireQemuImg()
+  // Asked here: nothing is awaited from here until the listener is there.
+  if (run.signal.aborted) throw new JobInterrupted()
   const [program, ...programArguments] = [...confinement(run), qemuImg, ...run.arguments]
   const pipes = ['ignore', 'pipe', 'pipe'] as const
   const file = run.outputFile ?? run.inputFile

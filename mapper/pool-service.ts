@@ -286,16 +286,21 @@ export class PoolService {
     const row = await this.get(id)
     const handle = this.#context.pools.handle(id)
     const findings = [...(await handle.check()), ...lowSpaceFindings(row, await handle.usage())]
-    const rows = await this.#context.catalog.db
-      .selectFrom('layers')
-      .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
-      .select(['layers.id', 'layers.state', 'layers.volume_id'])
-      .where('replicas.pool_id', '=', id)
-      .where('layers.state', 'not in', ['making', 'condemned'])
-      .execute()
-    const present = new Set((await handle.listLayers()).map((layer) => layer.id))
-    for (const row of rows) {
-      if (present.has(row.id)) continue
+    const listed = async (): Promise<Set<string>> => new Set((await handle.listLayers()).map((layer) => layer.id))
+    const missing = async (present: ReadonlySet<string>) => (await this.#layersOf(id)).filter((row) => !present.has(row.id))
+    const unknown = async (present: ReadonlySet<string>): Promise<string[]> => {
+      const all = new Set((await this.#context.catalog.db.selectFrom('layers').select('id').execute()).map((row) => row.id))
+      return [...present].filter((layerId) => !all.has(layerId))
+    }
+    const present = await listed()
+    // What came or went between the two looks is looked at again: a layer has its row before its file, and loses it after.
+    let lost = await missing(present)
+    if (lost.length > 0) {
+      const again = await listed()
+      const stillLost = new Set((await missing(again)).map((row) => row.id))
+      lost = lost.filter((row) => stillLost.has(row.id))
+    }
+    for (const row of lost) {
       findings.push({
         severity: 'error',
         kind: 'layer-missing',
@@ -303,9 +308,12 @@ export class PoolService {
         message: `the file of the ${row.state} layer ${row.id}${row.volume_id === null ? '' : ` of ${row.volume_id}`} is missing: bring it back from a backup`,
       })
     }
-    const all = new Set((await this.#context.catalog.db.selectFrom('layers').select('id').execute()).map((row) => row.id))
-    for (const layerId of present) {
-      if (all.has(layerId)) continue
+    let strays = await unknown(present)
+    if (strays.length > 0) {
+      const again = await listed()
+      strays = strays.filter((layerId) => again.has(layerId))
+    }
+    for (const layerId of strays) {
       findings.push({
         severity: 'warning',
         kind: 'layer-unknown',
@@ -314,6 +322,17 @@ export class PoolService {
       })
     }
     return findings
+  }
+
+  /** The layers that the pool must hold. */
+  async #layersOf(id: string) {
+    return await this.#context.catalog.db
+      .selectFrom('layers')
+      .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
+      .select(['layers.id', 'layers.state', 'layers.volume_id'])
+      .where('replicas.pool_id', '=', id)
+      .where('layers.state', 'not in', ['making', 'condemned'])
+      .execute()
   }
 
   async #requireEmpty(row: PoolRow): Promise<void> {
