@@ -47,11 +47,6 @@ export async function serveUntilSignal(options: ServeOptions): Promise<void> {
   process.on('SIGINT', onSignal)
 
   const daemon: Daemon = await startDaemon(config, log)
-  const line = options.json
-    ? JSON.stringify(readyDocument(daemon.endpoints, process.pid))
-    : readyLine(daemon.endpoints, process.pid)
-  process.stdout.write(`${line}\n`)
-
   const { reloadTls } = daemon
   if (reloadTls !== null) {
     process.on('SIGHUP', () => {
@@ -61,6 +56,11 @@ export async function serveUntilSignal(options: ServeOptions): Promise<void> {
       )
     })
   }
+
+  const line = options.json
+    ? JSON.stringify(readyDocument(daemon.endpoints, process.pid))
+    : readyLine(daemon.endpoints, process.pid)
+  process.stdout.write(`${line}\n`)
 
   const signal = await asked.promise
   log.info({ signal }, 'stopping')
