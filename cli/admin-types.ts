@@ -11,6 +11,7 @@ import type {
   JobView,
   PoolAcceptView,
   PoolImportView,
+  PoolsRead,
   PoolView,
   ResourceUsage,
   SnapshotView,
@@ -37,10 +38,11 @@ export interface PageDocument<Entry> {
   readonly next: string | null
 }
 export type VolumeSummary = Document<VolumeView>
-export type VolumeDocument = Document<VolumeView & ResourceUsage>
+export type CreatedVolumeDocument = Document<VolumeView & PoolsRead>
+export type VolumeDocument = Document<VolumeView & ResourceUsage & PoolsRead>
 export type SnapshotDocument = Document<SnapshotView>
 export type ImageSummary = Document<ImageView>
-export type ImageDocument = Document<ImageView & ResourceUsage>
+export type ImageDocument = Document<ImageView & ResourceUsage & PoolsRead>
 export type ContainerDocument = Document<ContainerView>
 export type FileSummary = Document<FileView>
 export type FileDocument = Document<FileView & ResourceUsage>

@@ -11,11 +11,12 @@ import {
   snapshotsOf,
   viewOfOne,
   viewSources,
+  withPoolsRead,
   withUsage,
   type NamePolicy,
   type ServiceContext,
 } from './service-context.ts'
-import { resourceView, volumeStatus, type ResourceUsage, type ResourceView, type VolumeView } from './views.ts'
+import { resourceView, volumeStatus, type PoolsRead, type ResourceUsage, type ResourceView, type VolumeView } from './views.ts'
 
 /** The pool of what is made without naming one. */
 export const defaultPoolName = 'default'
@@ -38,10 +39,10 @@ export class VolumeService {
   }
 
   /**
-   * Makes a volume; from a source it shares all bytes with it.
+   * Makes a volume; from a source it shares all bytes with it, also where that lies in another pool: then it reads from both.
    * @throws AtollError NAME_INVALID, NAME_TAKEN, SIZE_INVALID, ARGUMENT_INVALID, POOL_NOT_FOUND, what the source's kind has, RESOURCE_STATUS
    */
-  async create(options: CreateVolumeOptions): Promise<VolumeView> {
+  async create(options: CreateVolumeOptions): Promise<VolumeView & PoolsRead> {
     const { catalog, mapper, resolver, locks } = this.context
     checkName('volume', options.name)
     const project = await resolver.project(options)
@@ -62,7 +63,7 @@ export class VolumeService {
         ...(source === null ? {} : { fromId: source.id }),
       })
     })
-    return await this.view(row)
+    return await withPoolsRead(this.context, await this.view(row))
   }
 
   /** The volumes of the project, oldest first. @throws AtollError ARGUMENT_INVALID */
@@ -79,9 +80,9 @@ export class VolumeService {
   }
 
   /** @throws AtollError VOLUME_NOT_FOUND, NAME_AMBIGUOUS */
-  async show(volume: string, scope: ProjectScope = {}): Promise<VolumeView & ResourceUsage> {
+  async show(volume: string, scope: ProjectScope = {}): Promise<VolumeView & ResourceUsage & PoolsRead> {
     const row = await this.context.resolver.resource('volume', volume, scope)
-    return await withUsage(this.context, await this.view(row))
+    return await withUsage(this.context, await withPoolsRead(this.context, await this.view(row)))
   }
 
   /**

@@ -58,6 +58,8 @@ import { PageIds } from './page-ids.ts'
 import { PagePins } from './page-pins.ts'
 import { acceptPool, type PoolAcceptReport } from './pool-accept.ts'
 import { importPool, type PoolImport, type PoolImportReport } from './pool-import.ts'
+import type { LinkedPool } from './pool-links.ts'
+import { PoolReads } from './pool-reads.ts'
 import { PoolService } from './pool-service.ts'
 import { Pools } from './pools.ts'
 import { Reclaimer, type ReclaimOptions, type ReclaimResult } from './reclaim.ts'
@@ -129,6 +131,7 @@ export class Mapper {
   readonly #scheduler: CheckpointScheduler
   readonly #reclaimer: Reclaimer
   readonly #usage: Usage
+  readonly #reads: PoolReads
   readonly #checker: Checker
   readonly #importing = new Mutex()
 
@@ -167,13 +170,15 @@ export class Mapper {
     this.#reclaimer = new Reclaimer(context)
     this.#usage = new Usage(context, options.usageTableBytesMax)
     this.#checker = new Checker(context, this.#reclaimer)
-    this.pools = new PoolService(context, this.#usage)
+    this.#reads = new PoolReads(context)
+    this.pools = new PoolService(context, this.#usage, this.#reads)
     this.#scheduler.start()
   }
 
-  /** See `importPool` in pool-import.ts. One at a time. */
+  /** See `importPool` in pool-import.ts. One at a time, and beside no reclaim: that would sweep pages whose roots it has not seen. */
   async importPool(wanted: PoolImport): Promise<PoolImportReport> {
-    return await this.#importing.run(async () => await importPool(this.#context, this.pools, wanted))
+    const run = async () => await importPool(this.#context, this.pools, wanted)
+    return await this.#importing.run(async () => await this.#reclaimer.alone(run))
   }
 
   /** See `acceptPool` in pool-accept.ts. */
@@ -351,6 +356,17 @@ export class Mapper {
   /** See `Usage.of` in usage.ts, also for what it costs. */
   async usage(resourceId: string): Promise<ResourceUsage> {
     return await this.#usage.of(resourceId)
+  }
+
+  /**
+   * The pools other than its own that a resource reads from, by name: those of the layers that its durable map names. Of a map of
+   * very many pages, and of one that cannot be read: all that it may read from.
+   * @throws AtollError RESOURCE_NOT_FOUND
+   */
+  async readsFrom(resourceId: string): Promise<LinkedPool[]> {
+    return await this.#context.pins.run(
+      async () => await this.#reads.of(await requireResource(this.#context.catalog.db, resourceId)),
+    )
   }
 
   /** Layers of a pool that no row knows: reported, never deleted (I11). @throws AtollError POOL_UNAVAILABLE */

@@ -13,7 +13,7 @@
  *
  * Everything here is called by who holds the resource's lock.
  */
-import { AtollError, type ResourceRow } from '@atoll/core'
+import { AtollError, isAtollError, type ResourceRow } from '@atoll/core'
 import { mapBytesMax, type Device, type DeviceLimits, type FrozenMap, type OpenReport, type ThrottleLimits } from '@atoll/native'
 import { checkpointLocked } from './checkpoint.ts'
 import { closeLocked } from './close.ts'
@@ -21,6 +21,7 @@ import type { MapperContext } from './context.ts'
 import { isDirty, releaseLease, takeLease, type TakenLease } from './lease.ts'
 import { loadMap } from './maps.ts'
 import type { LayerName, OpenEntry, OpenEvent, OpenReader, OpenVolume } from './open-table.ts'
+import { namePools, readLinks, sourcesOf } from './pool-links.ts'
 import { rootOf } from './root.ts'
 import { aboutResource, leaseLostError, requireResource, requireVolumeRow } from './rows.ts'
 import { roundUpToSlot } from './size.ts'
@@ -55,10 +56,21 @@ export async function openLocked(context: MapperContext, resource: ResourceRow, 
     if (resource.kind === 'volume') await settleLocked(context, resource.id)
     return await openReader(context, resource.id, options)
   } catch (error) {
-    const failure = aboutResource(error, resource.id, `the ${resource.kind} "${resource.name}" cannot be opened`)
+    const why = await whyElsewhere(context, resource, error)
+    const failure = aboutResource(error, resource.id, `the ${resource.kind} "${resource.name}" cannot be opened${why}`)
     context.open.setFailure(resource.id, failure)
     throw failure
   }
+}
+
+/** What a failure has to do with another pool that the resource reads from; empty: nothing. */
+async function whyElsewhere(context: MapperContext, resource: ResourceRow, error: unknown): Promise<string> {
+  if (!isAtollError(error)) return ''
+  if (error.code === 'POOL_UNAVAILABLE' && error.values['poolId'] !== resource.home_pool_id)
+    return ' without another pool, which it reads from'
+  if (error.code !== 'LAYER_MISSING') return ''
+  const absent = sourcesOf(await readLinks(context.catalog.db), resource.home_pool_id).filter((pool) => pool.isAbsent)
+  return absent.length === 0 ? '' : ` while a pool of the lost catalog is not here: import ${namePools(absent)}`
 }
 
 /**

@@ -3,16 +3,19 @@
  *
  * Rules:
  * - The row of a pool is committed before its backend is touched, so a pool that was made half is opened at the next start.
- * - A pool is deleted only when nothing lies in it: no resource calls it home, and it has no layer but spares. From the
- *   moment that is checked it gives out no spare, so nothing new can start in it.
+ * - A pool is deleted only when nothing lies in it: no resource calls it home, and it has no layer but spares, also none that
+ *   resources of other pools read from. From the moment that is checked it gives out no spare, so nothing new can start in it.
  */
-import { AtollError, isAtollError, toAtollError, type PoolRow } from '@atoll/core'
+import { AtollError, isAtollError, toAtollError, type PoolRow, type ResourceRow } from '@atoll/core'
 import type { Finding, PoolHandle } from '@atoll/southbound'
 import type { MapperContext } from './context.ts'
 import type { DeviceTotals } from './device-totals.ts'
+import { nameResources } from './check-finding.ts'
 import type { ExportStatus } from './exporter.ts'
 import { provisionedBytes } from './overcommit.ts'
+import { dropFromLinks, namePools, readersOf, readLinks, sourcesOf, type LinkedPool } from './pool-links.ts'
 import { changeSettings, lowSpaceBytes, lowSpaceFindings, parsePoolSettings } from './pool-settings.ts'
+import type { PoolReads } from './pool-reads.ts'
 import { recoverPool, removeCondemned } from './recover.ts'
 import type { Usage } from './usage.ts'
 
@@ -59,13 +62,19 @@ export interface PoolSpace {
   readonly provisionedMaxBytes: number | null
 }
 
+/** Resources that are looked at, and found, to say who reads from a pool that cannot be deleted. */
+const lookedAtMax = 1000
+const readingMax = 20
+
 export class PoolService {
   readonly #context: MapperContext
   readonly #usage: Usage
+  readonly #reads: PoolReads
 
-  constructor(context: MapperContext, usage: Usage) {
+  constructor(context: MapperContext, usage: Usage, reads: PoolReads) {
     this.#context = context
     this.#usage = usage
+    this.#reads = reads
   }
 
   /**
@@ -173,7 +182,7 @@ export class PoolService {
 
   /**
    * Deletes an empty pool for good.
-   * @throws AtollError POOL_NOT_FOUND, POOL_NOT_EMPTY naming how much lies in it, POOL_UNAVAILABLE
+   * @throws AtollError POOL_NOT_FOUND, POOL_NOT_EMPTY naming how much lies in it and who reads from it, POOL_UNAVAILABLE
    */
   async delete(id: string): Promise<void> {
     const { catalog, exporter, layers, locks, pools } = this.#context
@@ -212,7 +221,13 @@ export class PoolService {
         pools.leave(id)
         await exporter.detach(id, { remove: true })
         await handle.destroy()
-        await catalog.write(async (tx) => await tx.deleteFrom('pools').where('id', '=', id).execute(), { emergency: true })
+        await catalog.write(
+          async (tx) => {
+            await dropFromLinks(tx, id)
+            await tx.deleteFrom('pools').where('id', '=', id).execute()
+          },
+          { emergency: true },
+        )
         pools.forget(id)
         this.#context.open.forgetPool(id)
       } catch (error) {
@@ -222,6 +237,12 @@ export class PoolService {
         throw error
       }
     })
+  }
+
+  /** The pools that may read from this one, and those that it may read from, by name (pool-links.ts). */
+  async links(id: string): Promise<{ readers: LinkedPool[]; sources: LinkedPool[] }> {
+    const links = await readLinks(this.#context.catalog.db)
+    return { readers: readersOf(links, id), sources: sourcesOf(links, id) }
   }
 
   /** Totals of an open pool. @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE, IO_ERROR */
@@ -348,11 +369,48 @@ export class PoolService {
       )
       .where('layers.state', '!=', 'condemned')
       .execute()
-    if (resources.length === 0 && layers.length === 0) return
-    throw new AtollError(
-      'POOL_NOT_EMPTY',
-      `pool "${row.name}" holds ${resources.length} resources and ${layers.length} layers: delete them, then reclaim the pool`,
-      { values: { poolId: row.id, resourceCount: resources.length, layerCount: layers.length } },
-    )
+    const { readers } = await this.links(row.id)
+    const absent = readers.filter((pool) => pool.isAbsent)
+    if (resources.length === 0 && layers.length === 0 && absent.length === 0) return
+    const reading = layers.length === 0 ? [] : await this.#readingFrom(row.id, readers)
+    const values = { poolId: row.id, resourceCount: resources.length, layerCount: layers.length }
+    const what = `pool "${row.name}" holds ${resources.length} resources and ${layers.length} layers`
+    if (absent.length > 0) {
+      throw new AtollError(
+        'POOL_NOT_EMPTY',
+        `${what}, and pools of the lost catalog that are not here read from it (${namePools(absent)}): import them, or give them up (atoll pool accept)`,
+        { values: { ...values, readerIds: absent.map((pool) => pool.id) } },
+      )
+    }
+    if (reading.length > 0) {
+      throw new AtollError(
+        'POOL_NOT_EMPTY',
+        `${what}, and resources of other pools read from it: ${nameResources(reading)}; delete them, then reclaim the pool`,
+        { values: { ...values, readerIds: reading.map((resource) => resource.id) } },
+      )
+    }
+    throw new AtollError('POOL_NOT_EMPTY', `${what}: delete them, then reclaim the pool`, { values })
+  }
+
+  /** Resources of other pools whose maps name layers of this one: as many as a message has room for, and some more. */
+  async #readingFrom(poolId: string, readers: readonly LinkedPool[]): Promise<ResourceRow[]> {
+    if (readers.length === 0) return []
+    return await this.#context.pins.run(async () => {
+      const { db } = this.#context.catalog
+      const readerIds = readers.map((pool) => pool.id)
+      const rows = await db
+        .selectFrom('resources')
+        .selectAll()
+        .where('home_pool_id', 'in', readerIds)
+        .orderBy('created_at')
+        .limit(lookedAtMax)
+        .execute()
+      const reading: ResourceRow[] = []
+      for (const row of rows) {
+        if (reading.length >= readingMax) break
+        if ((await this.#reads.of(row)).some((pool) => pool.id === poolId)) reading.push(row)
+      }
+      return reading
+    })
   }
 }

@@ -25,6 +25,8 @@ export class Pools {
   readonly #handles = new Map<string, PoolHandle>()
   readonly #failures = new Map<string, AtollError>()
   readonly #leaving = new Set<string>()
+  /** Of pools that were opened, or tried. */
+  readonly #names = new Map<string, string>()
   readonly #ownerText: string
 
   constructor(options: PoolsOptions) {
@@ -53,6 +55,7 @@ export class Pools {
   ): Promise<PoolHandle> {
     const present = this.#handles.get(row.id)
     if (present !== undefined) return present
+    this.#names.set(row.id, row.name)
     try {
       const { reserveBytes } = parsePoolSettings(row.settings)
       const handle = await this.driver(row.driver).open({
@@ -97,9 +100,10 @@ export class Pools {
     if (handle !== undefined)
       throw new AtollError('POOL_CLOSED', `pool ${poolId} is being deleted`, { values: { poolId }, retryable: false })
     const reason = this.#failures.get(poolId)
+    const name = this.#names.get(poolId)
     throw new AtollError(
       'POOL_UNAVAILABLE',
-      `pool ${poolId} is not open${reason === undefined ? '' : `: ${reason.code}: ${reason.message}`}`,
+      `pool ${name === undefined ? poolId : `"${name}" (${poolId})`} is not open${reason === undefined ? '' : `: ${reason.code}: ${reason.message}`}`,
       {
         values: { poolId, ...(reason === undefined ? {} : { reason: reason.code }) },
         cause: reason,
@@ -145,6 +149,7 @@ export class Pools {
   forget(poolId: string): void {
     this.#handles.delete(poolId)
     this.#failures.delete(poolId)
+    this.#names.delete(poolId)
     this.#leaving.delete(poolId)
   }
 

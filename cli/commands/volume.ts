@@ -1,6 +1,6 @@
 import { Option } from 'commander'
 import type { Command } from 'commander'
-import type { AttachmentDocument, VolumeDocument, VolumeSummary } from '../admin-types.ts'
+import type { AttachmentDocument, CreatedVolumeDocument, VolumeDocument, VolumeSummary } from '../admin-types.ts'
 import { allPages } from '../client/all-pages.ts'
 import { segment } from '../client/admin-client.ts'
 import { bytesIfKnown, formatBytes } from '../terminal/format-bytes.ts'
@@ -19,7 +19,9 @@ function registerLife(volume: Command): void {
   withExample(
     volume
       .command('create')
-      .description('make a volume, empty or from an image, a snapshot or another volume (in milliseconds, whatever its size)')
+      .description(
+        'make a volume, empty or from an image, a snapshot or another volume of any pool (in milliseconds, whatever its size)',
+      )
       .argument('<name>')
       .option('--size <size>', 'bytes, or with K, M, G, T; may be left out with --from, and may be larger than the source')
       .option('--pool <pool>', 'name or id of the pool (default: the source’s, else "default")')
@@ -27,8 +29,11 @@ function registerLife(volume: Command): void {
       .action(async (name: string, options: { size?: string; pool?: string; from?: string }, command: Command) => {
         const context = contextOf(command)
         const body = { name, size: options.size, pool: options.pool, from: options.from, project: context.project }
-        const document = await context.client.post<VolumeSummary>('/v1/volumes', body)
+        const document = await context.client.post<CreatedVolumeDocument>('/v1/volumes', body)
         context.print(document, () => document.id)
+        const { pool, readsFrom } = document
+        if (readsFrom.length > 0 && !context.json)
+          process.stderr.write(`what it does not write itself in ${pool} it reads from ${readsFrom.join(', ')}\n`)
       }),
     'atoll volume create root --from image:debian --size 20G',
     'atoll volume create data --size 1T',
@@ -168,6 +173,7 @@ function volumeText(volume: VolumeDocument): string {
     ['status', volume.status],
     ['size', `${formatBytes(volume.sizeBytes)} (${volume.sizeBytes} bytes)`],
     ['pool', volume.pool],
+    ['reads from', volume.readsFrom.join(', ')],
     ['parent', volume.parent],
     ['snapshots', volume.snapshots.join(', ')],
     ['error', volume.error === null ? null : `${volume.error.code}: ${volume.error.message}`],

@@ -217,7 +217,10 @@ export interface FilesTable {
 export interface ExportChangesTable {
   /** AUTOINCREMENT, without gaps. */
   seq: Generated<number>
-  /** A table; or `pages`, whose key is FIRST:END, and `tree`, whose key is the resource whose pages lie in other pools' exports. */
+  /**
+   * A table; or `pages`, whose key is FIRST:END; `tree`, whose key is the resource whose pages lie in other pools' exports; `link`,
+   * for what the pool's export says of other pools.
+   */
   table_name: string
   row_key: string
   /** The pool whose export has the row; null: every one. */

@@ -1,6 +1,6 @@
 /**
  * What each slot of a volume may hold: the oracle lives outside of the daemon and survives its kills. A slot holds its
- * number and a version, repeated; version 0 is what the image had (zeros).
+ * number and a version, repeated; version 0 is zeros, what an empty image has.
  */
 export const slotBytes = 4096
 
@@ -14,6 +14,14 @@ export class SlotOracle {
     this.slotCount = slotCount
     this.#issued = new Uint32Array(slotCount)
     this.#acknowledged = new Uint32Array(slotCount)
+  }
+
+  /** The content of an image in which every slot has a version, which is what it has from now on. */
+  fill(): Buffer {
+    const version = ++this.#version
+    this.#issued.fill(version)
+    this.#acknowledged.fill(version)
+    return Buffer.concat(Array.from({ length: this.slotCount }, (_, slot) => encodeSlot(slot, version)))
   }
 
   /** The next content of a slot; from now on it may be found. One write of a slot at a time. */

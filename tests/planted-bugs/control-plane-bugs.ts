@@ -37,6 +37,33 @@ export const controlPlaneBugs: PlantedBug[] = [
     tests: history,
   },
   {
+    name: 'a punch waits for no other pool whose volumes read from the layer',
+    edits: [
+      {
+        file: 'mapper/exporter.ts',
+        find: 'return await this.flushed([poolId, ...readers.map((pool) => pool.id)])',
+        replace: 'return await this.flushed([poolId])',
+      },
+    ],
+    tests: ['mapper/pool-links.test.ts'],
+  },
+  {
+    name: 'a reclaim frees what a pool reads that was not imported yet',
+    edits: [
+      {
+        file: 'mapper/reclaim.ts',
+        find: 'if (readersOf(links, poolId).some((pool) => pool.isAbsent)) continue',
+        replace: '',
+      },
+      {
+        file: 'mapper/exporter.ts',
+        find: 'if (readers.some((pool) => pool.isAbsent)) return false',
+        replace: '',
+      },
+    ],
+    tests: ['mapper/pool-links.test.ts'],
+  },
+  {
     name: 'a start removes what its row calls condemned, whatever maps name',
     edits: [
       {
