@@ -253,6 +253,10 @@ impl Store for FaultStore {
         self.inner.lock(owner)
     }
 
+    fn lock_shutting_out(&self, owner: &str) -> Result<StoreLock> {
+        self.inner.lock_shutting_out(owner)
+    }
+
     fn release_reserve(&self) -> Result<()> {
         self.inner.release_reserve()
     }

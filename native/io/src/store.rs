@@ -160,6 +160,11 @@ pub trait Store: Send + Sync + 'static {
     /// Takes the store's exclusive lock for this process; `Locked` with the owner's text if somebody has it.
     /// `owner` is what the other side will read (pid, catalog id). Dropping the lock releases it.
     fn lock(&self, owner: &str) -> Result<StoreLock>;
+    /// As `lock`, and whoever has it is shut out of the backend first, so that nothing of it lands any more. It is given time for its
+    /// last answers before this returns. Where the backend cannot do that, as `lock`.
+    fn lock_shutting_out(&self, owner: &str) -> Result<StoreLock> {
+        self.lock(owner)
+    }
     /// Frees the space kept back for emergencies (deletes on a full disk). Idempotent.
     fn release_reserve(&self) -> Result<()>;
     /// Makes the reserve whole again if there is space; returns its bytes.

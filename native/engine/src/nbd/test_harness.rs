@@ -109,6 +109,7 @@ pub(super) fn world_of(throttle: ThrottleLimits, batch_log: Option<BatchLogPlace
             throttle,
             limits: DeviceLimits::default(),
             batch_log,
+            batch_log_since_epoch: 0,
             on_event: None,
         })
         .unwrap();

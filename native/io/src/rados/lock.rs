@@ -1,7 +1,7 @@
 //! The lock of a pool: an exclusive lock of RADOS on one object, without an end, whose cookie says who has it. A daemon that was
 //! killed leaves it behind. Whoever wants it then may break it, if the holder is known to be gone: a process of this machine that is
-//! no more. Whether that is right does not matter for the data: the client is shut out of the cluster first, and no OSD takes
-//! anything of it from then on.
+//! no more, or if it is told to shut out whoever has it. Whether the holder lives does not matter for the data: the client is shut out
+//! of the cluster first, and no OSD takes anything of it from then on.
 use super::cluster::{Cluster, Name, c_string};
 use crate::{IoError, IoErrorCode, Result};
 use std::ffi::{CStr, CString};
@@ -84,8 +84,15 @@ fn is_gone(cookie: &str, here: Option<&Process>) -> bool {
     place == here.place && start_of(pid).as_deref() != Some(started_at)
 }
 
-/// Takes the lock; `Locked` with the owner's text if somebody has it.
-pub(super) fn take(cluster: &Arc<Cluster>, owner: &str) -> Result<HeldLock> {
+/// Whether the holder is this very process: another pool in the same place.
+fn is_self(cookie: &str, here: Option<&Process>) -> bool {
+    let mut fields = cookie.splitn(5, ' ');
+    let (Some(place), Some(pid), Some(started_at), Some(here)) = (fields.next(), fields.next(), fields.next(), here) else { return false };
+    place == here.place && pid.parse() == Ok(here.pid) && started_at == here.started_at
+}
+
+/// Takes the lock; `Locked` with the owner's text if somebody has it. `shut_out_holder`: whoever that is, unless it is this process.
+pub(super) fn take(cluster: &Arc<Cluster>, owner: &str, shut_out_holder: bool) -> Result<HeldLock> {
     let here = Process::here();
     let cookie = c_string("owner", &make_cookie(here.as_ref(), owner))?;
     let object = lock_object();
@@ -96,7 +103,8 @@ pub(super) fn take(cluster: &Arc<Cluster>, owner: &str) -> Result<HeldLock> {
             Err(errno) => return Err(cluster.error("lock", object, 0, errno)),
         }
         let Some(locker) = cluster.locker(&object, LOCK)? else { continue };
-        if !is_gone(&locker.cookie, here.as_ref()) {
+        let is_gone = is_gone(&locker.cookie, here.as_ref());
+        if !is_gone && (!shut_out_holder || is_self(&locker.cookie, here.as_ref())) {
             let message = format!("locked by {}", owner_of(&locker.cookie));
             return Err(IoError::new(IoErrorCode::Locked, "lock", object.to_string(), 0, message));
         }
@@ -115,6 +123,7 @@ mod tests {
         let cookie = make_cookie(Some(&here), "pid 1 on a host\0, since then");
         assert_eq!(owner_of(&cookie), "pid 1 on a host, since then");
         assert!(!is_gone(&cookie, Some(&here)), "we are here");
+        assert!(is_self(&cookie, Some(&here)));
         assert!(!is_gone(&cookie, None));
         let other_start = Process { started_at: "1".to_owned(), ..Process::here().unwrap() };
         assert!(is_gone(&make_cookie(Some(&other_start), ""), Some(&here)), "the pid is another process now");
@@ -122,6 +131,7 @@ mod tests {
         assert!(is_gone(&make_cookie(Some(&nobody), ""), Some(&here)));
         let elsewhere = Process { place: "another/machine".to_owned(), ..nobody };
         assert!(!is_gone(&make_cookie(Some(&elsewhere), ""), Some(&here)));
+        assert!(!is_self(&make_cookie(Some(&elsewhere), ""), Some(&here)));
         for strange in ["", "x", "- 0 - 1 me", "auto 123"] {
             assert!(!is_gone(strange, Some(&here)), "{strange}");
         }

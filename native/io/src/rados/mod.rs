@@ -298,12 +298,11 @@ impl Store for RadosStore {
     }
 
     fn lock(&self, owner: &str) -> Result<StoreLock> {
-        let lock = lock::take(&self.cluster, owner)?;
-        // Whoever held the lock before may have changed everything since.
-        self.layers.lock().clear();
-        self.read_segments()?;
-        self.drop_missing_segments()?;
-        Ok(StoreLock { guard: Box::new(lock) })
+        self.locked(lock::take(&self.cluster, owner, false)?)
+    }
+
+    fn lock_shutting_out(&self, owner: &str) -> Result<StoreLock> {
+        self.locked(lock::take(&self.cluster, owner, true)?)
     }
 
     /// The cluster keeps something back itself (`full_ratio`).
@@ -321,6 +320,14 @@ impl Store for RadosStore {
 }
 
 impl RadosStore {
+    /// Whoever held the lock before may have changed everything since.
+    fn locked(&self, lock: lock::HeldLock) -> Result<StoreLock> {
+        self.layers.lock().clear();
+        self.read_segments()?;
+        self.drop_missing_segments()?;
+        Ok(StoreLock { guard: Box::new(lock) })
+    }
+
     /// Forgets segments that stand in the index alone: their making or removal ended half-way.
     fn drop_missing_segments(&self) -> Result<()> {
         let known: Vec<(LayerId, u64)> =
