@@ -5,6 +5,7 @@
 //! read.
 mod background;
 mod batch_log;
+mod begun;
 mod checkpoint;
 mod discard;
 mod flush;
@@ -24,6 +25,7 @@ mod types;
 mod write;
 
 pub use batch_log::{BatchLogPlace, SettleMark};
+pub(crate) use begun::{BegunRead, BegunWrite};
 pub(crate) use read::{PREFETCH_BYTES_MAX, ReadPlan, StartedRead};
 pub use types::{
     BlockStatus, Checkpoint, DeviceEvent, DeviceLatencies, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec, OpenReport, Served,

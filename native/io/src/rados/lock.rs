@@ -26,6 +26,25 @@ pub(super) struct HeldLock {
     cookie: CString,
 }
 
+impl HeldLock {
+    pub(super) fn cookie(&self) -> &CStr {
+        &self.cookie
+    }
+}
+
+/// Whether the lock is held with this cookie; the error says what became of it.
+pub(super) fn prove(cluster: &Cluster, cookie: &CStr) -> Result<()> {
+    let object = lock_object();
+    match cluster.assert_locked(&object, LOCK, cookie) {
+        Ok(()) => Ok(()),
+        Err(libc::EBUSY | libc::ENOENT) => {
+            let message = "the lock of the pool was broken: another daemon has taken the pool over";
+            Err(IoError::new(IoErrorCode::Unavailable, "lock", object.to_string(), 0, message))
+        }
+        Err(errno) => Err(cluster.error("lock", object, 0, errno)),
+    }
+}
+
 impl Drop for HeldLock {
     fn drop(&mut self) {
         self.cluster.unlock(&lock_object(), LOCK, &self.cookie);
