@@ -257,6 +257,11 @@ impl Store for FaultStore {
         self.inner.lock_shutting_out(owner)
     }
 
+    fn prove_held(&self) -> Result<()> {
+        self.faults.check("prove-held", None, || "the pool".to_owned())?;
+        self.inner.prove_held()
+    }
+
     fn release_reserve(&self) -> Result<()> {
         self.inner.release_reserve()
     }

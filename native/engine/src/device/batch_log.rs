@@ -127,6 +127,16 @@ struct LogWriter {
 #[derive(Debug, Default)]
 pub struct SettleMark(Option<u64>);
 
+impl SettleMark {
+    /// Another mutation is answered together with these.
+    pub(crate) fn join(&mut self, other: SettleMark) {
+        self.0 = match (self.0, other.0) {
+            (Some(mine), Some(its)) => Some(mine.min(its)),
+            (mine, its) => mine.or(its),
+        };
+    }
+}
+
 /// The log of one open volume. The files are made at the first entry.
 pub(super) struct BatchLog {
     place: BatchLogPlace,
@@ -279,13 +289,21 @@ impl Device {
     /// log or, where they cannot be, in the journal. Costs three loads where nothing waits.
     #[inline]
     pub fn settle(&self, mark: SettleMark) -> Result<()> {
-        let (Some(log), SettleMark(Some(since))) = (&self.batch_log, mark) else { return Ok(()) };
-        let mine = log.made_count.load(Ordering::SeqCst);
-        // In this order: whoever gives entries up says so before they count as settled.
-        if log.settled_count.load(Ordering::SeqCst) >= mine && (since >= mine || !log.is_behind.load(Ordering::SeqCst)) {
+        if self.is_settled(&mark) {
             return Ok(());
         }
+        let (Some(log), SettleMark(Some(since))) = (&self.batch_log, mark) else { return Ok(()) };
+        let mine = log.made_count.load(Ordering::SeqCst);
         self.unwind_guard("settle", || self.settle_waiting(log, since, mine))
+    }
+
+    /// Whether `settle` of the mark would find that nothing waits.
+    #[inline]
+    pub(crate) fn is_settled(&self, mark: &SettleMark) -> bool {
+        let (Some(log), SettleMark(Some(since))) = (&self.batch_log, mark) else { return true };
+        let mine = log.made_count.load(Ordering::SeqCst);
+        // In this order: whoever gives entries up says so before they count as settled.
+        log.settled_count.load(Ordering::SeqCst) >= mine && (*since >= mine || !log.is_behind.load(Ordering::SeqCst))
     }
 
     /// The caller wants settled what was made after `since` and up to `mine`.

@@ -89,6 +89,7 @@ impl Device {
             throttle: Throttle::new(spec.throttle),
             on_event: spec.on_event,
             waits_for_network: AtomicBool::new(waits_for_network),
+            proof: Default::default(),
             counters: Counters::default(),
             latencies: DeviceLatencies::default(),
         });

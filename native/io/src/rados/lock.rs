@@ -3,16 +3,21 @@
 //! no more, or if it is told to shut out whoever has it. Whether the holder lives does not matter for the data: the client is shut out
 //! of the cluster first, and no OSD takes anything of it from then on.
 use super::cluster::{Cluster, Name, c_string};
+use crate::store::PROOF_TIME_MAX;
 use crate::{IoError, IoErrorCode, Result};
 use std::ffi::{CStr, CString};
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 const LOCK: &CStr = c"atoll";
 
 /// The holder may change while it is looked at; this often at most.
 const ATTEMPT_COUNT_MAX: usize = 5;
+
+/// For clocks that do not agree to the millisecond.
+const PROOF_TIME_SPARE: Duration = Duration::from_millis(250);
 
 /// The text of the owner in the cookie.
 const OWNER_BYTES_MAX: usize = 1024;
@@ -24,6 +29,25 @@ fn lock_object() -> Name {
 pub(super) struct HeldLock {
     cluster: Arc<Cluster>,
     cookie: CString,
+}
+
+impl HeldLock {
+    pub(super) fn cookie(&self) -> &CStr {
+        &self.cookie
+    }
+}
+
+/// Whether the lock is held with this cookie; the error says what became of it.
+pub(super) fn prove(cluster: &Cluster, cookie: &CStr) -> Result<()> {
+    let object = lock_object();
+    match cluster.assert_locked(&object, LOCK, cookie) {
+        Ok(()) => Ok(()),
+        Err(libc::EBUSY | libc::ENOENT) => {
+            let message = "the lock of the pool was broken: another daemon has taken the pool over";
+            Err(IoError::new(IoErrorCode::Unavailable, "lock", object.to_string(), 0, message))
+        }
+        Err(errno) => Err(cluster.error("lock", object, 0, errno)),
+    }
 }
 
 impl Drop for HeldLock {
@@ -96,9 +120,17 @@ pub(super) fn take(cluster: &Arc<Cluster>, owner: &str, shut_out_holder: bool) -
     let here = Process::here();
     let cookie = c_string("owner", &make_cookie(here.as_ref(), owner))?;
     let object = lock_object();
+    let mut has_shut_out = false;
     for _ in 0..ATTEMPT_COUNT_MAX {
         match cluster.lock(&object, LOCK, &cookie) {
-            Ok(()) => return Ok(HeldLock { cluster: Arc::clone(cluster), cookie }),
+            Ok(()) => {
+                let held = HeldLock { cluster: Arc::clone(cluster), cookie };
+                if has_shut_out {
+                    // From the break of its lock on the other one proves nothing any more; what it proved before runs out now.
+                    std::thread::sleep(PROOF_TIME_MAX + PROOF_TIME_SPARE);
+                }
+                return Ok(held);
+            }
             Err(libc::EBUSY | libc::EEXIST) => {}
             Err(errno) => return Err(cluster.error("lock", object, 0, errno)),
         }
@@ -109,6 +141,7 @@ pub(super) fn take(cluster: &Arc<Cluster>, owner: &str, shut_out_holder: bool) -
             return Err(IoError::new(IoErrorCode::Locked, "lock", object.to_string(), 0, message));
         }
         cluster.fence(&object, LOCK, &locker)?;
+        has_shut_out |= !is_gone;
     }
     Err(IoError::new(IoErrorCode::Locked, "lock", object.to_string(), 0, "locked by others, one after the other"))
 }
