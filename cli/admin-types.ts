@@ -60,8 +60,18 @@ export type CheckDocument = CheckResult
 export type BackupDocument = BackupInfo & { readonly path: string }
 export type RestoreDocument = RestoredCatalog
 
+/** What `status` says of a daemon that stands by. */
+export interface StandbyDocument extends Pick<
+  StatusDocument,
+  'ready' | 'version' | 'pid' | 'home' | 'http' | 'nbd' | 'nbdSocket' | 'iscsi' | 'uptimeSeconds'
+> {
+  /** The catalog that it shares, and who is active on it. */
+  readonly standby: { readonly catalog: string; readonly active: string }
+}
+
 export interface StatusDocument {
   readonly ready: true
+  readonly standby: null
   readonly version: string
   readonly pid: number
   readonly home: string

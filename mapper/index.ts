@@ -20,5 +20,6 @@ export { PoolService, type NewPool, type PoolSpace, type PoolStatus } from './po
 export { poolSettingNames, shownSettings } from './pool-settings.ts'
 export type { ReclaimOptions, ReclaimProgress, ReclaimResult } from './reclaim.ts'
 export type { SnapshotItem } from './snapshot.ts'
+export { requireTakeOverPossible, type TakeOverCheck } from './take-over.ts'
 export { systemTimer, type SetTimer } from './timer.ts'
 export { isMapUnreadable, type ResourceUsage } from './usage.ts'

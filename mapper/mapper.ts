@@ -81,6 +81,10 @@ export interface MapperOptions {
   readonly clock?: Clock
   readonly setTimer?: SetTimer
   readonly newId?: NewId
+  /** Names the batch logs of the engine, which lie in one home, among those of all homes that share the catalog. Default: there are none. */
+  readonly batchLogId?: string
+  /** Default false. True: pools that somebody else has are opened all the same, where their drivers can shut him out. */
+  readonly takeOver?: boolean
   /** Memory that telling what resources take may use (usage.ts); default: 512 MiB. */
   readonly usageTableBytesMax?: number
 }
@@ -111,7 +115,7 @@ export async function openMapper(options: MapperOptions): Promise<Mapper> {
   const mapper = new Mapper(options, nextPageId)
   for (const row of await mapper.pools.list()) {
     try {
-      await mapper.pools.open(row)
+      await mapper.pools.open(row, { takeOver: options.takeOver ?? false })
     } catch (error) {
       log.error({ err: error, poolId: row.id, pool: row.name }, cannotOpen(row.name, error))
     }
@@ -154,6 +158,7 @@ export class Mapper {
       clock,
       setTimer,
       newId,
+      batchLogId: options.batchLogId ?? 'none',
       pools,
       layers,
       open: new OpenTable(),

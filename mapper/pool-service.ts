@@ -17,6 +17,7 @@ import { dropFromLinks, namePools, readersOf, readLinks, sourcesOf, type LinkedP
 import { changeSettings, lowSpaceBytes, lowSpaceFindings, parsePoolSettings } from './pool-settings.ts'
 import type { PoolReads } from './pool-reads.ts'
 import { recoverPool, removeCondemned } from './recover.ts'
+import { takeOverRefused } from './take-over.ts'
 import type { Usage } from './usage.ts'
 
 export interface NewPool {
@@ -80,10 +81,10 @@ export class PoolService {
   /**
    * Opens the pool of a row, puts right what an earlier process left in it, and makes spares. Also tries again what failed.
    * `requireReserve`: a reserve that was set and cannot be kept is an error (NO_SPACE, POOL_UNSUPPORTED); a pool that is in use is
-   * opened without one.
+   * opened without one. `takeOver`: whoever has it is shut out for good, if the driver can do that.
    * @throws AtollError DRIVER_UNKNOWN, POOL_LOCKED, POOL_OWNED_BY_OTHER, POOL_UNAVAILABLE, POOL_OPTION_INVALID
    */
-  async open(row: PoolRow, { requireReserve = false } = {}): Promise<PoolHandle> {
+  async open(row: PoolRow, { requireReserve = false, takeOver = false } = {}): Promise<PoolHandle> {
     const { catalog, pools, layers } = this.#context
     return await this.#context.locks.run([row.id], async () => {
       const present = pools.find(row.id)
@@ -99,7 +100,11 @@ export class PoolService {
         .select('taken_from')
         .where('pool_id', '=', row.id)
         .executeTakeFirst()
-      const handle = await pools.open(row, { create: replica === undefined, takeOverFrom: known?.taken_from ?? undefined })
+      const handle = await pools.open(row, {
+        create: replica === undefined,
+        takeOverFrom: known?.taken_from ?? undefined,
+        takeOver,
+      })
       try {
         const { reserveBytes } = parsePoolSettings(row.settings)
         if (requireReserve && reserveBytes !== null) await handle.setReserve(reserveBytes)
@@ -173,6 +178,28 @@ export class PoolService {
   async handle(id: string): Promise<PoolHandle> {
     await this.get(id)
     return this.#context.pools.handle(id)
+  }
+
+  /**
+   * Opens the pool that a resource lies in if it is not open: one that somebody else had may be free by now. `takeOver`: if it is
+   * not, its holder is shut out. `what` is the resource, for people.
+   * @throws AtollError TAKE_OVER_REFUSED if the driver cannot do that; POOL_LOCKED naming the holder, and what `open` throws
+   */
+  async openFor(poolId: string, what: string, { takeOver }: { takeOver: boolean }): Promise<void> {
+    const { pools } = this.#context
+    if (pools.find(poolId) !== undefined || pools.failure(poolId)?.code !== 'POOL_LOCKED') return
+    const row = await this.get(poolId)
+    try {
+      await this.open(row, { takeOver: takeOver && pools.driver(row.driver).canShutOut })
+    } catch (error) {
+      if (!isAtollError(error, 'POOL_LOCKED')) throw error
+      if (takeOver) throw takeOverRefused(what, row, error)
+      const hint = pools.driver(row.driver).canShutOut ? '; if that one hangs or lost its machine, attach with --take-over' : ''
+      throw new AtollError('POOL_LOCKED', `${what} cannot be opened: ${error.message}${hint}`, {
+        values: { ...error.values, poolId },
+        cause: error,
+      })
+    }
   }
 
   /** Why a pool is not open; undefined if it is. */

@@ -47,11 +47,12 @@ export class Pools {
 
   /**
    * Opens the pool of a row; one that is open already is returned as it is. `create`: what is missing on the backend is made.
+   * `takeOver`: whoever has it is shut out, if the driver can do that.
    * @throws AtollError DRIVER_UNKNOWN, POOL_LOCKED, POOL_OWNED_BY_OTHER, POOL_UNAVAILABLE, POOL_OPTION_INVALID
    */
   async open(
     row: PoolRow,
-    { create, takeOverFrom }: { create: boolean; takeOverFrom?: string | undefined },
+    { create, takeOverFrom, takeOver = false }: { create: boolean; takeOverFrom?: string | undefined; takeOver?: boolean },
   ): Promise<PoolHandle> {
     const present = this.#handles.get(row.id)
     if (present !== undefined) return present
@@ -61,6 +62,7 @@ export class Pools {
       const handle = await this.driver(row.driver).open({
         ...this.#contextOf(row),
         create,
+        shutOutHolder: takeOver,
         ...(reserveBytes === null ? {} : { reserveBytes }),
         ...(takeOverFrom === undefined ? {} : { takeOverFrom }),
       })
@@ -79,7 +81,7 @@ export class Pools {
     return await this.driver(row.driver).inspect({ ...this.#contextOf(row), create: false })
   }
 
-  #contextOf(row: Pick<PoolRow, 'id' | 'options'>): Omit<PoolContext, 'create' | 'takeOverFrom'> {
+  #contextOf(row: Pick<PoolRow, 'id' | 'options'>): Omit<PoolContext, 'create' | 'shutOutHolder' | 'takeOverFrom'> {
     return {
       engine: this.#options.engine,
       poolId: row.id,

@@ -129,6 +129,7 @@ function registerAttachment(volume: Command): void {
       .addOption(new Option('--protocol <protocol>', 'how clients speak to it').choices(['nbd']).default('nbd'))
       .option('--read-only', 'refuse writes')
       .option('--shared', 'allow further attachments with other options')
+      .option('--take-over', 'shut out another daemon that has the volume and does not let go of it (only where the pool can)')
       .addOption(new Option('--format <format>', 'what to print').choices(['text', 'uri', 'qemu', 'libvirt']).default('text'))
       .action(async (name: string, options: AttachOptions, command: Command) => {
         const context = contextOf(command)
@@ -136,6 +137,7 @@ function registerAttachment(volume: Command): void {
           protocol: options.protocol,
           readOnly: options.readOnly === true,
           shared: options.shared === true,
+          takeOver: options.takeOver === true,
           project: context.project,
         }
         const document = await context.client.post<AttachmentDocument>(`/v1/volumes/${segment(name)}/attach`, body)
@@ -163,6 +165,7 @@ interface AttachOptions {
   readonly protocol: string
   readonly readOnly?: boolean
   readonly shared?: boolean
+  readonly takeOver?: boolean
   readonly format: AttachmentFormat
 }
 

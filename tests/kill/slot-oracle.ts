@@ -46,9 +46,14 @@ export class SlotOracle {
    * that there was a crash. @throws Error naming the slot
    */
   settle(content: Uint8Array, context: string): void {
+    this.settleFrom(this.#acknowledged, content, context)
+  }
+
+  /** As `settle` where less must be there: at least the versions in `lower`, which were flushed, say. */
+  settleFrom(lower: Uint32Array, content: Uint8Array, context: string): void {
     for (let slot = 0; slot < this.slotCount; slot++) {
       const found = decodeSlot(content, slot, context)
-      const acknowledged = this.#acknowledged[slot] ?? 0
+      const acknowledged = lower[slot] ?? 0
       const issued = this.#issued[slot] ?? 0
       if (found < acknowledged)
         throw new Error(`${context}: slot ${slot} has version ${found}, but ${acknowledged} was answered: a write is lost`)
@@ -70,7 +75,8 @@ export function checkWithin(content: Uint8Array, lower: Uint32Array, upper: Uint
   }
 }
 
-function encodeSlot(slot: number, version: number): Buffer {
+/** What a slot holds at a version. */
+export function encodeSlot(slot: number, version: number): Buffer {
   const pair = Buffer.alloc(8)
   pair.writeUInt32LE(slot, 0)
   pair.writeUInt32LE(version, 4)

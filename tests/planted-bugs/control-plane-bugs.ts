@@ -10,6 +10,17 @@ const olderCatalog = ['mapper/older-catalog.test.ts']
 
 export const controlPlaneBugs: PlantedBug[] = [
   {
+    name: 'a daemon whose catalog was taken over goes on writing it',
+    edits: [
+      {
+        file: 'core/catalog/open-catalog.ts',
+        find: '      this.#requireOwner()\n      const result = await this.#scoped',
+        replace: '      const result = await this.#scoped',
+      },
+    ],
+    tests: ['core/catalog/catalog-owner.test.ts'],
+  },
+  {
     name: 'journal segments and frames go before the export has the checkpoint',
     edits: [
       {

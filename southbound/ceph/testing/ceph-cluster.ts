@@ -27,10 +27,10 @@ export class CephCluster {
     this.#environment = environment
   }
 
-  /** `pools`: names of the RADOS pools; the first one is `atoll`. `manager`: it knows how full it is (takes some seconds more). */
-  static async start(options: { pools?: readonly string[]; manager?: boolean } = {}): Promise<CephCluster> {
+  /** `parent`: the folder that it lies in. `pools`: names of the RADOS pools; the first one is `atoll`. `manager`: it knows how full it is (takes some seconds more). */
+  static async start(options: { pools?: readonly string[]; manager?: boolean; parent?: string } = {}): Promise<CephCluster> {
     // Short, because of the sockets in it.
-    const folder = await mkdtemp(join(tmpdir(), 'ceph-'))
+    const folder = await mkdtemp(join(options.parent ?? tmpdir(), 'ceph-'))
     const cluster = new CephCluster(folder, {
       ...process.env,
       PATH: `${process.env['PATH'] ?? ''}:/usr/sbin:/sbin`,

@@ -16,6 +16,7 @@
 //! - Once a reply's first byte is sent the rest follows, or the connection ends; nothing is padded.
 //!
 //! Deliberately absent: negotiation (TypeScript) and policy.
+mod begun;
 #[cfg(test)]
 mod fuzz_tests;
 mod receive;

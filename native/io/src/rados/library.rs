@@ -76,6 +76,7 @@ library! {
     aio_write(Handle, *const c_char, Handle, *const c_char, usize, u64) -> c_int;
     aio_remove(Handle, *const c_char, Handle) -> c_int;
     aio_stat(Handle, *const c_char, Handle, *mut u64, *mut libc::time_t) -> c_int;
+    aio_exec(Handle, *const c_char, Handle, *const c_char, *const c_char, *const c_char, usize, *mut c_char, usize) -> c_int;
     aio_getxattr(Handle, *const c_char, Handle, *const c_char, *mut c_char, usize) -> c_int;
     create_write_op() -> Handle;
     release_write_op(Handle);

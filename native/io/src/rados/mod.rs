@@ -34,6 +34,7 @@ use layer::{Layer, RadosLayer};
 use parking_lot::Mutex;
 use segment::RadosSegment;
 use std::collections::{BTreeSet, HashMap};
+use std::ffi::CString;
 use std::sync::Arc;
 
 const HEAD: &[u8] = b"atoll pool, version 1\n";
@@ -46,6 +47,8 @@ pub struct RadosStore {
     cluster: Arc<Cluster>,
     layers: Mutex<HashMap<LayerId, Arc<Layer>>>,
     segments: Mutex<HashMap<LayerId, BTreeSet<u64>>>,
+    /// Cookie of the lock that was taken last.
+    cookie: Mutex<Option<CString>>,
 }
 
 fn head() -> Name {
@@ -91,7 +94,7 @@ impl RadosStore {
     pub fn open(options: RadosOptions) -> Result<RadosStore> {
         let create = options.create;
         let cluster = Cluster::connect(options)?;
-        let store = RadosStore { cluster, layers: Mutex::default(), segments: Mutex::default() };
+        let store = RadosStore { cluster, layers: Mutex::default(), segments: Mutex::default(), cookie: Mutex::default() };
         store.find_head(create)?;
         store.read_segments()?;
         Ok(store)
@@ -163,6 +166,7 @@ impl Store for RadosStore {
             persistent: true,
             segment_growth_bytes: 0,
             waits_for_network: true,
+            is_fenceable: true,
         }
     }
 
@@ -298,12 +302,20 @@ impl Store for RadosStore {
     }
 
     fn lock(&self, owner: &str) -> Result<StoreLock> {
-        let lock = lock::take(&self.cluster, owner)?;
-        // Whoever held the lock before may have changed everything since.
-        self.layers.lock().clear();
-        self.read_segments()?;
-        self.drop_missing_segments()?;
-        Ok(StoreLock { guard: Box::new(lock) })
+        self.locked(lock::take(&self.cluster, owner, false)?)
+    }
+
+    fn lock_shutting_out(&self, owner: &str) -> Result<StoreLock> {
+        self.locked(lock::take(&self.cluster, owner, true)?)
+    }
+
+    /// One request to the object that carries the lock. Of a store that never took it, only whether the cluster still answers us.
+    fn prove_held(&self) -> Result<()> {
+        let cookie = self.cookie.lock().clone();
+        match cookie {
+            Some(cookie) => lock::prove(&self.cluster, &cookie),
+            None => self.cluster.stat(&head()).map(|_| ()),
+        }
     }
 
     /// The cluster keeps something back itself (`full_ratio`).
@@ -321,6 +333,15 @@ impl Store for RadosStore {
 }
 
 impl RadosStore {
+    /// Whoever held the lock before may have changed everything since.
+    fn locked(&self, lock: lock::HeldLock) -> Result<StoreLock> {
+        *self.cookie.lock() = Some(lock.cookie().to_owned());
+        self.layers.lock().clear();
+        self.read_segments()?;
+        self.drop_missing_segments()?;
+        Ok(StoreLock { guard: Box::new(lock) })
+    }
+
     /// Forgets segments that stand in the index alone: their making or removal ended half-way.
     fn drop_missing_segments(&self) -> Result<()> {
         let known: Vec<(LayerId, u64)> =
