@@ -8,16 +8,21 @@
 //! - The owner changes when the data is there, in whatever order the ends come (I3). Whoever answers settles before, elsewhere: a
 //!   thread of the backend waits for nothing.
 use super::batch_log::SettleMark;
-use super::gate::Inside;
+use super::gate::{Inside, Pass};
 use super::layers::ActiveLayer;
 use super::range_locks::LockedRange;
+use super::read::with_runs;
 use super::{Device, slots_touched};
 use crate::Result;
-use atoll_io::{Begun, Ending};
+use atoll_io::{Begun, Ending, split};
 use atoll_map::{HOLE, Run, SLOT_BYTES};
+use std::io::IoSliceMut;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
+
+/// Parts of one read that are under way at a time (I8).
+const READ_PARTS_MAX: usize = 512;
 
 /// A read that was begun. Dropped without `finish`: it never was.
 pub(crate) struct BegunRead {
@@ -100,15 +105,60 @@ impl Device {
             self.check_range(offset_bytes, length_bytes, libc::EINVAL)?;
             let (start_slot, end_slot) = slots_touched(offset_bytes, length_bytes);
             let owner = self.map.lookup(start_slot)?;
-            if owner == HOLE || !self.map.is_owned(start_slot, end_slot - start_slot, owner)? {
+            if !self.map.is_owned(start_slot, end_slot - start_slot, owner)? {
+                return self.begin_parts(device, pass, offset_bytes, length_bytes, make);
+            }
+            if owner == HOLE {
                 return Ok(false);
             }
-            let Some(layer) = self.layers.load().reader_at_hand(owner).cloned() else { return Ok(false) };
+            let Some(layer) = self.layers.load().distant_reader_at_hand(owner).cloned() else { return Ok(false) };
             self.counters.backend_reads_running.fetch_add(1, Ordering::Relaxed);
             let read = BegunRead { device, inside: Some(pass.keep()), started_at: Instant::now() };
             Ok(is_begun(layer.begin_read(offset_bytes, make(read))))
         });
         begun.unwrap_or(false)
+    }
+
+    /// As `begin_read`, of what several layers have: all parts at the same time.
+    #[inline(never)]
+    fn begin_parts(
+        &self,
+        device: Arc<Device>,
+        pass: Pass<'_>,
+        offset_bytes: u64,
+        length_bytes: u64,
+        make: impl FnOnce(BegunRead) -> Box<dyn Ending>,
+    ) -> Result<bool> {
+        let (start_slot, end_slot) = slots_touched(offset_bytes, length_bytes);
+        with_runs(|runs| {
+            self.map.lookup_runs(start_slot, end_slot - start_slot, runs)?;
+            let layers = self.layers.load();
+            let is_at_hand = |run: &Run| run.owner == HOLE || layers.distant_reader_at_hand(run.owner).is_some();
+            if runs.len() > READ_PARTS_MAX || !runs.iter().all(is_at_hand) {
+                return Ok(false);
+            }
+            let range_of = |run: &Run| {
+                let from = (run.start_slot * SLOT_BYTES).max(offset_bytes);
+                from..((run.start_slot + run.slot_count) * SLOT_BYTES).min(offset_bytes + length_bytes)
+            };
+            let lengths: Vec<usize> = runs.iter().map(range_of).map(|range| (range.end - range.start) as usize).collect();
+            self.counters.backend_reads_running.fetch_add(1, Ordering::Relaxed);
+            let read = BegunRead { device, inside: Some(pass.keep()), started_at: Instant::now() };
+            for (run, mut part) in runs.iter().zip(split(make(read), &lengths)) {
+                let Some(layer) = (if run.owner == HOLE { None } else { layers.distant_reader_at_hand(run.owner) }) else {
+                    part.room().fill(0);
+                    part.ended(Ok(()));
+                    continue;
+                };
+                let from = range_of(run).start;
+                if let Err(mut part) = layer.begin_read(from, part) {
+                    // Of a layer that was removed: others of this read are under way, so it is waited for here.
+                    let result = layer.read(from, &mut [IoSliceMut::new(part.room())]);
+                    part.ended(result);
+                }
+            }
+            Ok(true)
+        })
     }
 
     /// Begins a write; what `make` returns is told the end. The data may be used otherwise on return. False: nothing was begun, and

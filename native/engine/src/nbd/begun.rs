@@ -26,7 +26,7 @@ const TELLER_ANSWERS_MAX: usize = 2;
 const COPIED_BYTES_MAX: usize = 64 << 10;
 
 /// Memory of buffers that wait to be used again (I8).
-const SPARE_BYTES_MAX: usize = 8 << 20;
+const SPARE_BYTES_MAX: usize = 16 << 20;
 const SPARE_COUNT_MAX: usize = 64;
 
 /// A request whose end was told.

@@ -449,7 +449,7 @@ impl Session {
         }
     }
 
-    /// Whether a request may take long for reasons of its own (not because the disk is slow), or has to wait for other machines.
+    /// Whether a request may take long for reasons of its own (not because the disk is slow), or waits for other machines in any case.
     fn is_slow(&self, request: &Request) -> bool {
         match request.command {
             Command::Write | Command::Trim | Command::WriteZeroes if self.device.waits_for_network() => true,

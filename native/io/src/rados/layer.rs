@@ -11,6 +11,7 @@
 use super::cluster::{Change, Cluster, Completion, Ended, Name};
 use super::object::{ATTRIBUTE_BYTES_MAX, OBJECT_BYTES, Object};
 use crate::error::layer_object;
+use crate::split::split;
 use crate::store::push_extent;
 use crate::{Begun, Ending, Extent, IoError, IoErrorCode, LayerEntry, LayerId, LayerIo, Result};
 use parking_lot::Mutex;
@@ -351,32 +352,74 @@ impl Layer {
         Ok(())
     }
 
-    /// The object and where in it, if all of the range lies in one.
-    fn one_object(offset_bytes: u64, length_bytes: u64) -> Option<(u32, Range<u64>)> {
-        let mut objects = objects_of(offset_bytes, length_bytes);
-        let first = objects.next()?;
-        let is_inside = offset_bytes.checked_add(length_bytes).is_some_and(|end| end <= LAYER_BYTES_MAX);
-        (is_inside && objects.next().is_none()).then_some(first)
-    }
-
     fn begin_read(self: &Arc<Layer>, offset_bytes: u64, mut ending: Box<dyn Ending>) -> Begun {
-        let Some((index, bytes)) = Layer::one_object(offset_bytes, ending.room().len() as u64) else { return Err(ending) };
-        // What is not in the index is a hole, and at hand.
-        if !self.shard(index).lock().contains_key(&index) {
+        let length_bytes = ending.room().len() as u64;
+        if length_bytes == 0 || self.check_range("read", offset_bytes, length_bytes).is_err() {
             return Err(ending);
         }
-        let read = Box::new(BegunRead { layer: Arc::clone(self), index, lacks_object: false, ending });
-        if let Err((errno, read)) = self.cluster.begin_read(&self.name(index), bytes.start, read, |read| read.ending.room()) {
-            read.ended(-errno);
+        let mut objects = objects_of(offset_bytes, length_bytes);
+        let first = objects.next();
+        if let (Some((index, bytes)), None) = (first, objects.next()) {
+            // The common case, without a list of anything.
+            self.begin_object_read(index, bytes.start, ending);
+            return Ok(());
+        }
+        let lengths: Vec<usize> = objects_of(offset_bytes, length_bytes).map(|(_, bytes)| (bytes.end - bytes.start) as usize).collect();
+        let parts = split(ending, &lengths);
+        for (part, (index, bytes)) in parts.into_iter().zip(objects_of(offset_bytes, length_bytes)) {
+            self.begin_object_read(index, bytes.start, part);
         }
         Ok(())
     }
 
+    fn begin_object_read(self: &Arc<Layer>, index: u32, offset_bytes: u64, mut ending: Box<dyn Ending>) {
+        if !self.shard(index).lock().contains_key(&index) {
+            ending.room().fill(0);
+            let result = if self.is_removed() { Err(self.removed_error("read", index)) } else { Ok(()) };
+            return ending.ended(result);
+        }
+        let read = Box::new(BegunRead { layer: Arc::clone(self), index, lacks_object: false, ending });
+        if let Err((errno, read)) = self.cluster.begin_read(&self.name(index), offset_bytes, read, |read| read.ending.room()) {
+            read.ended(-errno);
+        }
+    }
+
+    fn removed_error(&self, operation: &'static str, index: u32) -> IoError {
+        let offset_bytes = u64::from(index) * OBJECT_BYTES;
+        IoError::new(IoErrorCode::NotFound, operation, layer_object(self.id), offset_bytes, "the layer was removed")
+    }
+
     fn begin_write(self: &Arc<Layer>, offset_bytes: u64, data: &[u8], ending: Box<dyn Ending>) -> Begun {
-        let Some((index, bytes)) = Layer::one_object(offset_bytes, data.len() as u64) else { return Err(ending) };
+        let length_bytes = data.len() as u64;
+        // What has to go into the index first, or to be asked, is waited for.
+        let is_known = |(index, _)| matches!(self.shard(index).lock().get(&index), Some(Some(_)));
+        if data.is_empty()
+            || self.check_range("write", offset_bytes, length_bytes).is_err()
+            || !objects_of(offset_bytes, length_bytes).all(is_known)
+        {
+            return Err(ending);
+        }
+        let count = objects_of(offset_bytes, length_bytes).count();
+        if count == 1 {
+            let (index, from) = ((offset_bytes / OBJECT_BYTES) as u32, offset_bytes % OBJECT_BYTES);
+            return self.begin_object_write(index, from..from + length_bytes, data, ending);
+        }
+        let mut rest = data;
+        for (part, (index, bytes)) in split(ending, &vec![0; count]).into_iter().zip(objects_of(offset_bytes, length_bytes)) {
+            let (piece, tail) = rest.split_at((bytes.end - bytes.start) as usize);
+            rest = tail;
+            let from = bytes.start;
+            if let Err(part) = self.begin_object_write(index, bytes, piece, part) {
+                // A punch that failed has just made it unknown; others of this write are under way.
+                part.ended(self.write("write", u64::from(index) * OBJECT_BYTES + from, &[IoSlice::new(piece)]));
+            }
+        }
+        Ok(())
+    }
+
+    fn begin_object_write(self: &Arc<Layer>, index: u32, bytes: Range<u64>, data: &[u8], ending: Box<dyn Ending>) -> Begun {
         let name = self.name(index);
         let mut shard = self.shard(index).lock();
-        // What has to go into the index first, or to be asked, is waited for.
         let Some(Some(object)) = shard.get_mut(&index) else { return Err(ending) };
         let tells = object.add(bytes.clone()) || object.is_untold;
         let write = Box::new(BegunWrite { layer: Arc::clone(self), index, tells, ending });
@@ -541,8 +584,7 @@ struct BegunRead {
 impl Ended for BegunRead {
     fn ended(mut self: Box<Self>, code: c_int) {
         let layer = Arc::clone(&self.layer);
-        let offset_bytes = u64::from(self.index) * OBJECT_BYTES;
-        let removed = || IoError::new(IoErrorCode::NotFound, "read", layer_object(layer.id), offset_bytes, "the layer was removed");
+        let removed = || layer.removed_error("read", self.index);
         if code == -libc::ENOENT && !self.lacks_object {
             self.lacks_object = true;
             if let Err((errno, read)) = layer.cluster.begin_stat(&head_name(layer.id), self) {

@@ -190,6 +190,43 @@ fn a_swap_waits_for_what_is_under_way_and_fails_past_its_deadline() {
 }
 
 #[test]
+fn a_read_of_what_several_layers_have_is_under_way_in_all_of_them_at_once() {
+    let (world, store) = postponed_world(None);
+    let mut client = world.connect(|_| {});
+    let mut expected = vec![0; 12 * SLOT as usize];
+    for alias in 2..4u8 {
+        for slot in (0..12).filter(|slot| slot % 3 == u64::from(alias) - 2) {
+            write_now(&mut client, &store, slot, alias + slot as u8);
+            expected[(slot * SLOT) as usize..((slot + 1) * SLOT) as usize].fill(alias + slot as u8);
+        }
+        let id = LayerId([alias; 16]);
+        store.create_layer(id).unwrap();
+        let next = LayerSpec { alias: u32::from(alias), id, store: store.0.clone() };
+        Device::swap(&[(world.device.clone(), next)], LONG).unwrap();
+        let checkpoint = world.device.checkpoint(u64::from(alias) << 20).unwrap().unwrap();
+        world.device.checkpoint_committed(checkpoint, true).unwrap();
+        world.device.swap_committed(true).unwrap();
+    }
+    // Not in whole slots; every third slot is a hole.
+    let (offset, length) = (100, 12 * SLOT - 300);
+    let parts: Vec<u64> = (0..12).filter(|slot| slot % 3 != 2).map(|slot| (slot * SLOT).max(offset)).collect();
+    let read = client.send(READ, 0, offset, length, &[]);
+    store.wait_begun(parts.len());
+    parts.iter().rev().for_each(|offset| store.end_at(*offset));
+    let answer = client.answer(Some((offset, length as usize)));
+    assert!(answer.cookie == read && answer.data == expected[100..][..length as usize]);
+    client.send(READ, 0, offset, length, &[]);
+    store.wait_begun(parts.len());
+    parts[1..].iter().for_each(|offset| store.end_at(*offset));
+    store.lose_at(parts[0]);
+    assert_eq!(client.answer(Some((offset, length as usize))).error, EIO);
+    let mut whole = vec![0xee; 12 * SLOT as usize];
+    world.device.read(0, &mut whole).unwrap();
+    assert!(whole == expected);
+    world.device.read_barrier();
+}
+
+#[test]
 fn a_barrier_and_the_end_of_a_device_wait_for_what_is_under_way() {
     let (world, store) = postponed_world(None);
     let mut client = world.connect(|_| {});
