@@ -5,8 +5,10 @@ import { adminProject, AtollError, type Catalog, openCatalog } from '@atoll/core
 import { Engine } from '@atoll/native'
 import { type Driver, fileDriver } from '@atoll/southbound'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
+import { decodeRecord } from './export-format.ts'
 import { loadExport } from './export-load.ts'
 import { type Mapper, openMapper } from './mapper.ts'
+import { pageOfRoot, rootOf } from './root.ts'
 import { addLinks, dropFromLinks, poolLinksKey, readersOf, readLinks, replaceLinks, sourcesOf } from './pool-links.ts'
 import { Bench, bytes, leaf, LogLines, slot } from './test-bench.ts'
 
@@ -92,6 +94,42 @@ describe('a clone in another pool than its source', () => {
     await bench.mapper.pools.delete(first)
     expect(await bench.inner.db.selectFrom('pools').select('id').execute()).toEqual([{ id: second }])
     expect(await bench.mapper.pools.links(second)).toEqual({ readers: [], sources: [] })
+  })
+
+  test('has its map in the export of its pool once, however many are made, and again when a new base had no use for it', async () => {
+    const { volume, snapshot, clone } = await across()
+    // Pages of several leaves.
+    const device = bench.mapper.opened(volume.id)?.device
+    expect(device).not.toBe(undefined)
+    await device?.write(4 * slot, bytes(3))
+    const later = await bench.snapshot(volume.id, 'later')
+    const { store } = bench.place(second)
+    const pagesIn = async (): Promise<number[]> => {
+      const ids: number[] = []
+      for (const name of await store.listRecords('export.delta.'))
+        for (const page of decodeRecord(name, (await store.readRecord(name)) ?? new Uint8Array()).pages) ids.push(page.id)
+      return ids
+    }
+    const first = await pagesIn()
+    const others = [await bench.volume('a', leaf, later.id, second), await bench.volume('b', leaf, later.id, second)]
+    const all = await pagesIn()
+    expect(all.length).toBeGreaterThan(first.length)
+    expect(new Set(all).size).toBe(all.length)
+    const isExported = async (id: string): Promise<boolean> => {
+      const page = pageOfRoot(rootOf(await bench.row(id)))
+      return page === undefined || (await loadExport(store))?.pages.has(page) === true
+    }
+    for (const { id } of [clone, ...others]) expect(await isExported(id)).toBe(true)
+    for (const { id } of others) await bench.mapper.deleteResource(id)
+    // Damaged, it is written anew; then nothing in this pool needs the later map.
+    const [name = ''] = await store.listRecords('export.base.')
+    await store.writeRecord(name, bytes(0, 100))
+    const { repaired } = await bench.mapper.check({ subjects: ['exports'], repair: true })
+    expect(repaired).toBeGreaterThan(0)
+    const again = await bench.volume('c', leaf, later.id, second)
+    for (const { id } of [clone, again]) expect(await isExported(id)).toBe(true)
+    expect(await bench.read(again.id, 4 * slot, slot)).toEqual(bytes(3))
+    expect(await bench.read(snapshot.id, 4 * slot, slot)).toEqual(bytes(0))
   })
 
   test('is no reason to wait for its pool any more when it is deleted', async () => {
