@@ -30,7 +30,7 @@ const suites: Readonly<Record<string, readonly string[]>> = {
   // What they are about is the catalog, and they are many.
   ...(full ? { 'checkpoints and recovery': ['checkpoint', 'recover'] } : {}),
 }
-const composerSuites = ['composer', 'earlier-states', 'jobs']
+const composerSuites = ['composer', 'earlier-states', 'jobs', ...(full ? ['files', 'images', 'exports', 'activity'] : [])]
 
 describe.skipIf(!hasCeph())('over a Ceph cluster pass the tests of', () => {
   let cluster: CephCluster
