@@ -20,4 +20,4 @@ pub use journal::{Delta, Frame, Journal, JournalIdentity, JournalReplay, Journal
 pub use memory::{CrashOptions, MemoryStore};
 pub use rados::{RadosOptions, RadosStore};
 pub use ring::{ReadRing, RingRead, RingWaker, probe_ring};
-pub use store::{Extent, LayerEntry, LayerId, LayerIo, OpenMode, SegmentIo, Store, StoreCapabilities, StoreLock, StoreUsage};
+pub use store::{Extent, LayerEntry, LayerId, LayerIo, OpenMode, SegmentIo, Store, StoreCapabilities, StoreHealth, StoreLock, StoreUsage};
