@@ -87,6 +87,8 @@ export interface StatusDocument {
   readonly runningJobs: number
   /** Names of the pools that are running out of space. */
   readonly lowSpacePools: readonly string[]
+  /** Pools with whose backend something is the matter: kinds of conditions, or the code that keeps it from being opened. */
+  readonly troubledPools: readonly { readonly name: string; readonly conditions: readonly string[] }[]
   /** Memory of all maps that are loaded. */
   readonly mapBytes: number
   readonly residentBytes: number

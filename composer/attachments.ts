@@ -233,6 +233,16 @@ export class Attachments {
     this.log.info({ resourceId: resource.id, name: resource.name }, 'detached')
   }
 
+  /** The pool was opened only now: what lies in it need not wait for its next attempt. */
+  poolOpened(poolId: string): void {
+    for (const entry of this.attached.values()) {
+      if (entry.resource.home_pool_id !== poolId || entry.hold !== null || entry.error?.retryable !== true) continue
+      entry.reopening?.abort()
+      entry.reopening = null
+      this.openAgainLater(entry)
+    }
+  }
+
   /** The resource was given another name. */
   rename(resourceId: string, name: string): void {
     const entry = this.attached.get(resourceId)

@@ -12,6 +12,7 @@ import { Attachments } from './attachments.ts'
 import { CatalogService } from './catalog-service.ts'
 import { CheckService, checkKind } from './check-job.ts'
 import { Exports } from './exports.ts'
+import { HealthMonitor, type TroubledPool } from './health-monitor.ts'
 import { imageExportKind } from './image-export.ts'
 import { qcow2ExportKind } from './image-export-qcow2.ts'
 import { FileService } from './file-service.ts'
@@ -73,6 +74,8 @@ export interface ComposerStatus {
   runningJobs: number
   /** Names of the pools that had less free than their alarm says when they were looked at last. */
   lowSpacePools: string[]
+  /** Pools whose backend is away, full, slow, …, or was when it was looked at last, by name. */
+  troubledPools: TroubledPool[]
 }
 
 export interface Composer {
@@ -162,8 +165,22 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   })
   const reclaim = new ReclaimScheduler({ jobs, log, setTimer })
   const space = new SpaceMonitor({ mapper, log, setTimer })
+  const health = new HealthMonitor({ mapper, log, setTimer, onOpened: (poolId) => attachments.poolOpened(poolId) })
   const activity = new ActivityMonitor({ catalog, mapper, exports, jobs, log, clock, setTimer })
-  const context: ServiceContext = { catalog, mapper, resolver, attachments, devices, jobs, reclaim, space, activity, locks, log }
+  const context: ServiceContext = {
+    catalog,
+    mapper,
+    resolver,
+    attachments,
+    devices,
+    jobs,
+    reclaim,
+    space,
+    health,
+    activity,
+    locks,
+    log,
+  }
 
   await attachments.start()
   await jobs.resumeAll()
@@ -172,6 +189,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   const files = new FileService(context, { clock, newId })
   await files.removeUnfinished()
   space.start()
+  health.start()
   activity.start()
 
   let closed: Promise<void> | null = null
@@ -180,6 +198,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
     reclaim.close()
     activity.close()
     await space.close()
+    await health.close()
     await jobs.close()
     await attachments.close()
   }
@@ -207,7 +226,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
 }
 
 async function statusOf(context: ServiceContext, exports: Exports): Promise<ComposerStatus> {
-  const { catalog, attachments, jobs, space } = context
+  const { catalog, attachments, health, jobs, space } = context
   const { pools } = await catalog.db
     .selectFrom('pools')
     .select(({ fn }) => fn.countAll<number>().as('pools'))
@@ -224,5 +243,6 @@ async function statusOf(context: ServiceContext, exports: Exports): Promise<Comp
     connections: exports.list().reduce((count, entry) => count + entry.connections.size, 0),
     runningJobs: jobs.runningCount(),
     lowSpacePools: space.lowPools(),
+    troubledPools: health.troubledPools(),
   }
 }

@@ -1,6 +1,6 @@
 /** Pools: places on a backend. Seen by every project. */
 import { AtollError, checkName, toAtollError, type ErrorData, type PoolRow } from '@atoll/core'
-import type { Finding, PoolCapabilities } from '@atoll/southbound'
+import type { Finding, PoolCapabilities, PoolCondition, PoolHealth } from '@atoll/southbound'
 import {
   cannotOpen,
   noTotals,
@@ -37,6 +37,8 @@ export interface PoolView {
   lowSpace: boolean
   /** Whether the backend was slow when it was looked at last (activity.ts). */
   slow: boolean
+  /** How the backend is; null: the pool is not open, and `error` says why. */
+  health: PoolHealthView | null
   /** 0: there is no alarm. */
   lowSpaceBytes: number
   /** What the volumes of the pool have together. */
@@ -59,6 +61,15 @@ export interface PoolView {
   createdAt: number
 }
 
+export interface PoolHealthView {
+  /** The worst of the conditions. */
+  state: 'ok' | 'warning' | 'error'
+  conditions: PoolCondition[]
+  /** How long a small read took when it was tried last; null: it was not answered, or nobody tries. */
+  answerMs: number | null
+  observedAt: string
+}
+
 /** What a pool is made of. */
 export interface PoolPlan {
   name: string
@@ -76,6 +87,8 @@ export interface PoolState {
   space: PoolSpace | null
   lowSpace: boolean
   slow: boolean
+  /** null: the pool is not open. */
+  health: PoolHealthView | null
   /** What its devices have done since the daemon was started. */
   totals: DeviceTotals
 }
@@ -166,7 +179,7 @@ export class PoolService {
 
   /** Every pool by name. */
   async states(): Promise<PoolState[]> {
-    const { activity, mapper, space } = this.context
+    const { activity, health, mapper, space } = this.context
     const totals = mapper.pools.totals()
     return await Promise.all(
       (await mapper.pools.list()).map(async (row) => {
@@ -177,6 +190,7 @@ export class PoolService {
           space: room,
           lowSpace: room !== null && space.observe(row, room),
           slow: activity.isSlow(row.id),
+          health: healthView(health.observe(row)),
           totals: totals.get(row.id) ?? noTotals,
         }
       }),
@@ -216,7 +230,7 @@ export class PoolService {
   }
 
   private async view(row: PoolRow): Promise<PoolView> {
-    const { activity, mapper, space } = this.context
+    const { activity, health, mapper, space } = this.context
     const settings = shownSettings(row.settings)
     const { readers } = await mapper.pools.links(row.id)
     const readBy = readers.map((pool) => pool.name)
@@ -229,14 +243,24 @@ export class PoolService {
       const lowSpace = space.observe(row, room)
       const { export: exported, ...numbers } = await mapper.pools.status(row.id)
       const slow = activity.isSlow(row.id)
-      return { ...common, ...room, lowSpace, slow, capabilities, ...numbers, export: exportView(exported), error: null }
+      const state = { lowSpace, slow, health: healthView(health.observe(row)) }
+      return { ...common, ...room, ...state, capabilities, ...numbers, export: exportView(exported), error: null }
     } catch (error) {
       const { code, message } = toAtollError(error)
       const room = { totalBytes: 0, freeBytes: 0, storedBytes: 0, reserveBytes: 0, lowSpaceBytes: 0, provisionedMaxBytes: null }
       const nothing = { ...room, provisionedBytes: 0, lowSpace: false, slow: false, logicalBytes: 0, dedupRatio: 1, layers: 0 }
-      return { ...common, ...nothing, capabilities: null, export: null, error: { code, message } }
+      const state = { health: healthView(health.observe(row)) }
+      return { ...common, ...nothing, ...state, capabilities: null, export: null, error: { code, message } }
     }
   }
+}
+
+function healthView(health: PoolHealth | null): PoolHealthView | null {
+  if (health === null) return null
+  const { answerMs, conditions, observedAt } = health
+  const has = (severity: PoolCondition['severity']): boolean => conditions.some((condition) => condition.severity === severity)
+  const state = has('error') ? 'error' : has('warning') ? 'warning' : 'ok'
+  return { state, conditions: [...conditions], answerMs, observedAt: new Date(observedAt).toISOString() }
 }
 
 function exportView({ state, behindSince, error }: ExportStatus): PoolExportView {

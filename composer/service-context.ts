@@ -11,6 +11,7 @@ import {
 import { isMapUnreadable, type Mapper } from '@atoll/mapper'
 import type { ActivityMonitor } from './activity.ts'
 import type { Attachments } from './attachments.ts'
+import type { HealthMonitor } from './health-monitor.ts'
 import type { Jobs } from './jobs.ts'
 import type { KeyedLock } from './keyed-lock.ts'
 import type { OpenDevices } from './open-devices.ts'
@@ -28,6 +29,7 @@ export interface ServiceContext {
   readonly jobs: Jobs
   readonly reclaim: ReclaimScheduler
   readonly space: SpaceMonitor
+  readonly health: HealthMonitor
   readonly activity: ActivityMonitor
   /** One change of a resource at a time, by its id; one making of a name at a time, by `nameKey`. */
   readonly locks: KeyedLock

@@ -16,6 +16,7 @@ import {
   type CatalogTransaction,
   type Clock,
   type NewId,
+  type PoolRow,
   type ResourceRow,
 } from '@atoll/core'
 import type { Device, Engine, FrozenMap, OpenReport } from '@atoll/native'
@@ -113,13 +114,15 @@ export async function openMapper(options: MapperOptions): Promise<Mapper> {
   await noteUnopened({ catalog, log })
   const nextPageId = await recoverPages({ catalog, engine: options.engine, log })
   const mapper = new Mapper(options, nextPageId)
-  for (const row of await mapper.pools.list()) {
+  const open = async (row: PoolRow): Promise<void> => {
     try {
       await mapper.pools.open(row, { takeOver: options.takeOver ?? false })
     } catch (error) {
       log.error({ err: error, poolId: row.id, pool: row.name }, cannotOpen(row.name, error))
     }
   }
+  // Side by side: one whose backend is away is waited for.
+  await Promise.all((await mapper.pools.list()).map(open))
   return mapper
 }
 

@@ -652,7 +652,7 @@ async function layerFiles(context: MapperContext): Promise<Map<number, { id: str
     .select(['layers.alias', 'layers.id', 'replicas.pool_id'])
     .execute()
   const there = new Set<string>()
-  for (const poolId of pools.openIds()) for (const { id } of await pools.handle(poolId).listLayers()) there.add(id)
+  for (const poolId of pools.openIds()) for (const id of await pools.handle(poolId).listLayerIds()) there.add(id)
   return new Map(rows.map((row) => [row.alias, { id: row.id, isThere: there.has(row.id) }]))
 }
 

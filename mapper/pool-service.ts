@@ -7,7 +7,7 @@
  *   resources of other pools read from. From the moment that is checked it gives out no spare, so nothing new can start in it.
  */
 import { AtollError, isAtollError, toAtollError, type PoolRow, type ResourceRow } from '@atoll/core'
-import type { Finding, PoolHandle } from '@atoll/southbound'
+import type { Finding, PoolHandle, PoolHealth } from '@atoll/southbound'
 import type { MapperContext } from './context.ts'
 import type { DeviceTotals } from './device-totals.ts'
 import { nameResources } from './check-finding.ts'
@@ -301,6 +301,17 @@ export class PoolService {
     }
   }
 
+  /** How the backend of a pool is; waits for nothing. null: the pool is not open. */
+  health(id: string): PoolHealth | null {
+    try {
+      return this.#context.pools.find(id)?.health() ?? null
+    } catch (error) {
+      // It is being closed just now.
+      if (isAtollError(error, 'POOL_CLOSED')) return null
+      throw error
+    }
+  }
+
   /** What has been done in each pool since this process started, by its id. */
   totals(): Map<string, DeviceTotals> {
     return this.#context.open.poolTotals()
@@ -334,7 +345,7 @@ export class PoolService {
     const row = await this.get(id)
     const handle = this.#context.pools.handle(id)
     const findings = [...(await handle.check()), ...lowSpaceFindings(row, await handle.usage())]
-    const listed = async (): Promise<Set<string>> => new Set((await handle.listLayers()).map((layer) => layer.id))
+    const listed = async (): Promise<Set<string>> => new Set(await handle.listLayerIds())
     const missing = async (present: ReadonlySet<string>) => (await this.#layersOf(id)).filter((row) => !present.has(row.id))
     const unknown = async (present: ReadonlySet<string>): Promise<string[]> => {
       const all = new Set((await this.#context.catalog.db.selectFrom('layers').select('id').execute()).map((row) => row.id))

@@ -68,6 +68,21 @@ describe('reclaim', () => {
     expect(await bench.read(volume.id, 0, 4 * slot)).toEqual(bytes(1, 4 * slot))
   })
 
+  it('leaves out the open volumes of a pool that answers nobody', async () => {
+    const volume = await bench.volume('v', leaf)
+    const device = await bench.attach(volume.id)
+    await device.write(0, bytes(1, 4 * slot))
+    await bench.mapper.deleteResource((await bench.snapshot(volume.id)).id)
+    await device.write(0, bytes(2, 4 * slot))
+    const pool = await bench.mapper.pools.handle(volume.home_pool_id)
+    const health = pool.health.bind(pool)
+    pool.health = () => ({ ...health(), conditions: [{ kind: 'silent', severity: 'error', message: 'no answer' }] })
+    expect(await bench.mapper.reclaim(null)).toMatchObject({ freedBytes: 0 })
+    pool.health = () => ({ ...health(), conditions: [{ kind: 'osds-down', severity: 'warning', message: 'one is down' }] })
+    expect(await bench.mapper.reclaim(null)).toMatchObject({ freedBytes: 4 * slot })
+    expect(await bench.findLeak()).toBe(null)
+  })
+
   it('goes on with the last checkpoint of a volume that cannot have one now', async () => {
     const volume = await bench.volume('v', leaf)
     const device = await bench.attach(volume.id)

@@ -9,7 +9,8 @@
  *     active and next layer (they are not sealed), and its durable root counts like every other: replaying a journal only
  *     ever takes sealed layers out of a map.
  *     Then open volumes are brought into the catalog, so that what they have overwritten or discarded is freed as well. One that
- *     cannot be now (its disk is full to the last byte, its device is poisoned) counts with its last checkpoint.
+ *     cannot be now (its disk is full to the last byte, its device is poisoned, its pool answers nobody) counts with its last
+ *     checkpoint.
  *  2. A pin (page-pins.ts), then the page boundary, then the list of sealed layers, then the roots, in this order, each
  *     after the one before. Pages below the boundary belong to no checkpoint in flight, so what made them is visible in the roots
  *     that are read afterwards; a layer that was sealed before the roots were read has all of its references in them.
@@ -35,7 +36,7 @@
 import { setImmediate as nextTurn } from 'node:timers/promises'
 import { AtollError, isAtollError, Mutex } from '@atoll/core'
 import { mapBytesMax, type Reach } from '@atoll/native'
-import type { PoolHandle } from '@atoll/southbound'
+import { isStalled, type PoolHandle } from '@atoll/southbound'
 import { checkpointLocked } from './checkpoint.ts'
 import { punchOrphansLocked } from './close.ts'
 import type { MapperContext } from './context.ts'
@@ -167,7 +168,7 @@ export class Reclaimer {
     }
     for (const volume of context.open.volumes()) {
       checkCancelled()
-      freedBytes += await this.#punchOrphans(volume.id)
+      if (!(await this.#isStalled(volume.id))) freedBytes += await this.#punchOrphans(volume.id)
     }
     await this.#restoreReserves(poolIds)
     if (failure !== undefined) throw failure
@@ -180,6 +181,7 @@ export class Reclaimer {
     const context = this.#context
     for (const volumeId of await dirtyVolumes(context)) {
       checkCancelled()
+      if (await this.#isStalled(volumeId)) continue
       try {
         await context.locks.run([volumeId], async () => await settleLocked(context, volumeId))
       } catch (error) {
@@ -192,6 +194,7 @@ export class Reclaimer {
     const { locks, log, open, pools } = this.#context
     for (const { id } of open.volumes()) {
       checkCancelled()
+      if (await this.#isStalled(id)) continue
       try {
         await locks.run([id], async () => {
           const volume = open.volume(id)
@@ -207,6 +210,16 @@ export class Reclaimer {
         )
       }
     }
+  }
+
+  /** Whether the pool of a volume answers nobody at present: the volume is left as it is, as if its disk were full. */
+  async #isStalled(volumeId: string): Promise<boolean> {
+    const { catalog, log, pools } = this.#context
+    const row = await catalog.db.selectFrom('resources').select('home_pool_id').where('id', '=', volumeId).executeTakeFirst()
+    const health = row === undefined ? undefined : pools.find(row.home_pool_id)?.health()
+    if (health === undefined || !isStalled(health)) return false
+    log.warn({ volumeId, poolId: row?.home_pool_id }, 'a reclaim leaves out a volume whose pool does not answer, or is full')
+    return true
   }
 
   async #sealedLayers(poolIds: readonly string[]): Promise<SealedLayer[]> {

@@ -103,11 +103,11 @@ export async function recoverPool(context: MapperContext, poolId: string): Promi
 
 /** Layers of a pool that have no row: reported, never deleted (I11). */
 export async function unknownLayers(context: MapperContext, poolId: string): Promise<string[]> {
-  const listing = await context.pools.handle(poolId).listLayers()
+  const listing = await context.pools.handle(poolId).listLayerIds()
   // The rows after the listing: a layer that is being made has its row before its file.
   const rows = await context.catalog.db.selectFrom('layers').select('id').execute()
   const known = new Set(rows.map((row) => row.id))
-  return listing.map((layer) => layer.id).filter((id) => !known.has(id))
+  return listing.filter((id) => !known.has(id))
 }
 
 interface UnusedLayer extends LayerIds {
@@ -125,17 +125,19 @@ async function sortOutUnused(
   references: () => Promise<References>,
 ): Promise<Set<number>> {
   const { layers } = context
-  const listing = new Map((await pool.listLayers()).map((layer) => [layer.id, layer]))
   const unused = await unusedLayers(context, pool.poolId)
+  const ids = unused.map((row) => row.id)
+  const [lengths, allocated] = [await pool.store.lengthBytes(ids), await pool.store.allocatedBytes(ids)]
   const written = await writtenLayers(
     context,
     unused.map((row) => row.alias),
   )
   const odd: { row: UnusedLayer; isUsed: boolean }[] = []
-  for (const row of unused) {
-    const file = listing.get(row.id)
-    const isUsed = (file !== undefined && (file.lengthBytes > 0 || file.allocatedBytes > 0)) || (await hasJournal(pool, row.id))
-    const isPlain = row.volume_id === null && !isUsed && (row.state === 'making' || file !== undefined)
+  for (const [index, row] of unused.entries()) {
+    // -1: it is not there.
+    const [lengthBytes = -1, allocatedBytes = -1] = [lengths[index], allocated[index]]
+    const isUsed = lengthBytes > 0 || allocatedBytes > 0 || (await hasJournal(pool, row.id))
+    const isPlain = row.volume_id === null && !isUsed && (row.state === 'making' || lengthBytes >= 0)
     if (!isPlain || written.has(row.alias)) odd.push({ row, isUsed })
   }
   if (odd.length === 0) return new Set()

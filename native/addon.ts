@@ -208,15 +208,39 @@ export interface RawStoreLock {
   release(): Promise<void>
 }
 
+export interface StoreFailure {
+  code: string
+  message: string
+}
+
+/** How a backend was when it was looked at last. */
+export interface StoreHealth {
+  observedAgoMs: number
+  /** How long a small read took. */
+  answerMs?: number
+  /** What came instead of its answer. */
+  failure?: StoreFailure
+  /** For how long reads have not been answered; absent: the last one was. */
+  silentMs?: number
+  /** What the backend says of itself, in its own form; neither this nor the next: it was not asked yet. */
+  report?: string
+  reportFailure?: StoreFailure
+  /** False: `usage` says less than is stored, because that is being counted. */
+  isCounted: boolean
+}
+
 export interface RawStore {
   kind(): string
   capabilities(): StoreCapabilities
   createLayer(id: string): Promise<void>
   removeLayer(id: string): Promise<void>
   listLayers(): Promise<LayerList>
+  /** 36 characters each. */
+  listLayerIds(): Promise<Uint8Array>
   layerExists(id: string): Promise<boolean>
   syncLayer(id: string): Promise<void>
   usage(): Promise<StoreUsage>
+  health(): StoreHealth | null
   readRecord(name: string): Promise<Uint8Array | null>
   writeRecord(name: string, bytes: Uint8Array): Promise<void>
   listRecords(prefix: string): Promise<string[]>
@@ -230,6 +254,7 @@ export interface RawStore {
   punchExcept(id: string, keepRuns: Float64Array): Promise<number>
   allocatedExcept(id: string, keepRuns: Float64Array): Promise<number>
   extents(id: string, offsetBytes: number, lengthBytes: number): Promise<LayerExtent[]>
+  lengthBytes(ids: string[]): Promise<Float64Array>
   allocatedBytes(ids: string[]): Promise<Float64Array>
   setFaults(plan: FaultPlan): void
   injectedCount(): number

@@ -27,6 +27,8 @@ export type {
   RootRef,
   ServeEnd,
   StoreCapabilities,
+  StoreFailure,
+  StoreHealth,
   StoreUsage,
   ThrottleLimits,
   TlsPeer,

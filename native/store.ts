@@ -9,6 +9,7 @@ import type {
   RawStore,
   RawStoreLock,
   StoreCapabilities,
+  StoreHealth,
   StoreUsage,
 } from './addon.ts'
 import { call, settle } from './native-error.ts'
@@ -80,6 +81,18 @@ export class Store {
     return entries
   }
 
+  /** Without their sizes, which may be much to ask a backend for. */
+  async listLayerIds(): Promise<string[]> {
+    const bytes = await settle(() => this.raw.listLayerIds())
+    const text = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString('latin1')
+    const ids: string[] = []
+    for (let start = 0; start < text.length; start += idLength) {
+      ids.push(text.slice(start, start + idLength))
+      if (ids.length % entriesAtOnce === 0) await nextTurn()
+    }
+    return ids
+  }
+
   layerExists(id: string): Promise<boolean> {
     return settle(() => this.raw.layerExists(id))
   }
@@ -91,6 +104,11 @@ export class Store {
 
   usage(): Promise<StoreUsage> {
     return settle(() => this.raw.usage())
+  }
+
+  /** How the backend was when it was looked at last; null where there is nothing to say beyond what calls answer. */
+  health(): StoreHealth | null {
+    return call(() => this.raw.health())
   }
 
   /** A small record, null if there is none. Names: [a-z0-9.-]{1,64}. */
@@ -174,6 +192,11 @@ export class Store {
   /** What of a range is allocated; a hint. */
   extents(id: string, offsetBytes: number, lengthBytes: number): Promise<LayerExtent[]> {
     return settle(() => this.raw.extents(id, offsetBytes, lengthBytes))
+  }
+
+  /** Offset after the last byte ever written to each layer, -1 for one that is not there. */
+  lengthBytes(ids: readonly string[]): Promise<Float64Array> {
+    return settle(() => this.raw.lengthBytes([...ids]))
   }
 
   /** Bytes that each layer has allocated, -1 for one that is not there: many at once, off the event loop. */

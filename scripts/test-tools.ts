@@ -32,6 +32,7 @@ export const testTools: readonly TestTool[] = [
   { name: 'ceph-mon', debianPackage: 'ceph-mon', usedFor: 'pools on a real Ceph cluster' },
   { name: 'ceph-osd', debianPackage: 'ceph-osd', usedFor: 'pools on a real Ceph cluster' },
   { name: 'ceph-mgr', debianPackage: 'ceph-mgr', usedFor: 'what a Ceph cluster says about its space' },
+  { name: 'ip', debianPackage: 'iproute2', usedFor: 'pools on a Ceph cluster whose network is cut' },
   { name: 'qemu-storage-daemon', debianPackage: 'qemu-system-common', usedFor: 'QEMU as a client that exports us again' },
 ]
 

@@ -58,6 +58,55 @@ export interface Finding {
   message: string
 }
 
+/** What may be the matter with the backend of a pool that is open. */
+export type PoolConditionKind =
+  /** The pool does not answer. */
+  | 'silent'
+  /** The backend lets this daemon do nothing any more: somebody has taken the pool over. */
+  | 'shut-out'
+  /** The pool answers with errors. */
+  | 'failing'
+  | 'full'
+  | 'nearly-full'
+  | 'osds-full'
+  | 'osds-down'
+  | 'inactive'
+  | 'degraded'
+  | 'damaged'
+  | 'paused'
+  | 'slow-requests'
+  | 'monitors-silent'
+  | 'monitors-down'
+  /** The backend calls something else an error. */
+  | 'cluster-error'
+  /** Of no harm: `PoolUsage.storedBytes` is not known yet. */
+  | 'counting'
+
+/** Under these, clients of the pool wait: what needs the pool for something else had better not. */
+const stalling: ReadonlySet<PoolConditionKind> = new Set(['silent', 'full', 'inactive', 'paused'])
+
+/** Whether requests to the pool wait, as far as it is known. */
+export function isStalled({ conditions }: PoolHealth): boolean {
+  return conditions.some(({ kind }) => stalling.has(kind))
+}
+
+export interface PoolCondition {
+  readonly kind: PoolConditionKind
+  readonly severity: Finding['severity']
+  /** A sentence with the backend's own words and what follows from them. */
+  readonly message: string
+}
+
+/** How the backend of an open pool is, as it was found not long ago. */
+export interface PoolHealth {
+  /** Milliseconds since 1970. */
+  readonly observedAt: number
+  /** How long it took to read a few bytes; null: they were not read, or nobody tried. */
+  readonly answerMs: number | null
+  /** Empty: there is nothing to say. */
+  readonly conditions: readonly PoolCondition[]
+}
+
 /** How a layer's journal ends: `Store.sealLayer`. */
 export interface LayerSeal {
   volumeId: string
@@ -132,8 +181,13 @@ export interface PoolHandle {
   removeLayer(id: string): Promise<void>
   /** Every layer there is, known to the catalog or not (I11), in any order. */
   listLayers(): Promise<LayerListing[]>
+  /** The same without their sizes, which may be much to ask for. */
+  listLayerIds(): Promise<string[]>
   layerExists(id: string): Promise<boolean>
+  /** A backend that has to be asked for free space was, not long ago. */
   usage(): Promise<PoolUsage>
+  /** Waits for nothing. @throws AtollError POOL_CLOSED */
+  health(): PoolHealth
   /**
    * Ends the journal of a closed volume's layer. Sealing again with the same values changes nothing.
    * @throws AtollError LAYER_MISSING, CATALOG_BEHIND if the journal goes on after `finalLsn` (nothing is changed then)

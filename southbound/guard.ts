@@ -7,7 +7,7 @@
  */
 import { AtollError, isAtollError, isId, toAtollError, volumeSizeMaxBytes } from '@atoll/core'
 import { slotBytes, type Store } from '@atoll/native'
-import type { Finding, LayerListing, LayerSeal, PoolCapabilities, PoolHandle, PoolUsage } from './driver.ts'
+import type { Finding, LayerListing, LayerSeal, PoolCapabilities, PoolHandle, PoolHealth, PoolUsage } from './driver.ts'
 
 const slotCountMax = volumeSizeMaxBytes / slotBytes
 
@@ -47,6 +47,10 @@ class GuardedPool implements PoolHandle {
     return this.#call(() => this.#inner.listLayers())
   }
 
+  listLayerIds(): Promise<string[]> {
+    return this.#call(() => this.#inner.listLayerIds())
+  }
+
   async layerExists(id: string): Promise<boolean> {
     requireId('layer', id)
     return this.#call(() => this.#inner.layerExists(id))
@@ -54,6 +58,11 @@ class GuardedPool implements PoolHandle {
 
   usage(): Promise<PoolUsage> {
     return this.#call(() => this.#inner.usage())
+  }
+
+  health(): PoolHealth {
+    this.#requireOpen()
+    return this.#inner.health()
   }
 
   async sealLayer(id: string, seal: LayerSeal): Promise<void> {

@@ -4,14 +4,16 @@
  * It holds the store's lock from `openStorePool` until `close`, and the owner record names the catalog that opened it.
  */
 import { AtollError, isAtollError } from '@atoll/core'
-import type { Store, StoreLock } from '@atoll/native'
+import type { Store, StoreHealth, StoreLock } from '@atoll/native'
 import type {
   Finding,
   LayerListing,
   LayerSeal,
   PoolCapabilities,
+  PoolCondition,
   PoolContext,
   PoolHandle,
+  PoolHealth,
   PoolInspection,
   PoolUsage,
 } from './driver.ts'
@@ -29,6 +31,8 @@ export interface StorePoolOptions {
   reserveBytes?: number
   /** What the driver adds to what the store says. */
   capabilities: Pick<PoolCapabilities, 'fence' | 'offloadDomain' | 'sharedByNodes'>
+  /** What is to be said of the pool after a look at the store; absent: nothing. */
+  conditionsOf?: (health: StoreHealth) => PoolCondition[]
   /** Called when the pool is deleted, after the lock was released. */
   onDestroyed?: () => Promise<void>
 }
@@ -141,12 +145,24 @@ class StorePool implements PoolHandle {
     return this.store.listLayers()
   }
 
+  listLayerIds(): Promise<string[]> {
+    return this.store.listLayerIds()
+  }
+
   layerExists(id: string): Promise<boolean> {
     return this.store.layerExists(id)
   }
 
   usage(): Promise<PoolUsage> {
     return this.store.usage()
+  }
+
+  health(): PoolHealth {
+    const nowMs = this.#options.context.now()
+    const health = this.store.health()
+    if (health === null) return { observedAt: nowMs, answerMs: null, conditions: [] }
+    const { observedAgoMs, answerMs = null } = health
+    return { observedAt: nowMs - Math.round(observedAgoMs), answerMs, conditions: this.#options.conditionsOf?.(health) ?? [] }
   }
 
   sealLayer(id: string, seal: LayerSeal): Promise<void> {
@@ -174,15 +190,19 @@ class StorePool implements PoolHandle {
   }
 
   async check(): Promise<Finding[]> {
-    return await this.#checkOwner()
+    const { poolName } = this.#options
+    const conditions = this.health().conditions.map(({ kind, severity, message }) => {
+      return { severity, kind: `backend-${kind}`, object: poolName, message }
+    })
+    return [...conditions, ...(await this.#checkOwner())]
   }
 
   async destroy(): Promise<void> {
-    const layers = await this.store.listLayers()
+    const layers = await this.store.listLayerIds()
     if (layers.length > 0) {
       throw new AtollError(
         'POOL_NOT_EMPTY',
-        `${this.#options.poolName} still holds ${layers.length} layers (${layers[0]?.id}, …): delete what lies in it and reclaim first`,
+        `${this.#options.poolName} still holds ${layers.length} layers (${layers[0]}, …): delete what lies in it and reclaim first`,
         { values: { pool: this.#options.poolName, layerCount: layers.length } },
       )
     }

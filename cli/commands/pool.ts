@@ -262,8 +262,9 @@ function readSettings(pairs: readonly string[]): Record<string, string> {
 }
 
 function poolState(pool: PoolDocument): string {
-  if (pool.error !== null) return pool.error.code
-  const states = [...(pool.lowSpace ? ['low space'] : []), ...(pool.slow ? ['slow'] : [])]
+  const conditions = pool.health?.conditions.map(({ kind }) => kind) ?? []
+  if (pool.error !== null) return [pool.error.code, ...conditions].join(', ')
+  const states = [...new Set([...conditions, ...(pool.lowSpace ? ['low space'] : []), ...(pool.slow ? ['slow'] : [])])]
   return states.length === 0 ? 'ok' : states.join(', ')
 }
 
@@ -275,6 +276,7 @@ function poolText(pool: PoolDocument): string {
     ...Object.entries(pool.options).map(([name, value]) => [`option ${name}`, value] as const),
     ...Object.entries(pool.settings).map(([name, value]) => [`setting ${name}`, value] as const),
     ['state', poolState(pool)],
+    ...(pool.health?.conditions.map(({ kind, message }) => [kind, message] as const) ?? []),
     ['total', formatBytes(pool.totalBytes)],
     [
       'free',

@@ -40,6 +40,7 @@ function statusText(status: StatusDocument): string {
     ['volumes', `${status.volumes}, ${status.attachedVolumes} attached`],
     ['connections', String(status.connections)],
     ...(status.lowSpacePools.length === 0 ? [] : [['low space', status.lowSpacePools.join(', ')] as const]),
+    ...status.troubledPools.map(({ name, conditions }) => [`pool ${name}`, conditions.join(', ')] as const),
     ['running jobs', String(status.runningJobs)],
     ['waiting reads', [status.waitingReads.path, status.waitingReads.reason].filter((text) => text !== null).join(': ')],
     ['memory', `${formatBytes(status.residentBytes)}, maps ${formatBytes(status.mapBytes)}`],

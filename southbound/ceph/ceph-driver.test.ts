@@ -17,7 +17,8 @@ describe.skipIf(!hasCeph())('on a real cluster', () => {
   let namespaceCount = 0
 
   beforeAll(async () => {
-    cluster = await CephCluster.start({ manager: true, pools: ['atoll', 'other'] })
+    // Three OSDs, and everything twice: one may go.
+    cluster = await CephCluster.start({ manager: true, pools: ['atoll', 'other'], osds: 3, copies: 2 })
   })
 
   afterAll(async () => {
@@ -112,6 +113,93 @@ describe.skipIf(!hasCeph())('on a real cluster', () => {
       await expect(open({ ...options, user: 'elsewhere', keyring })).rejects.toEqual(
         denied({ message: expect.stringMatching(/client\.elsewhere may not .* in pool atoll: `ceph auth caps/) }),
       )
+    })
+
+    test('an erasure-coded pool is refused, with what is wanted instead, and nothing is left in it', async () => {
+      await cluster.ceph('osd', 'erasure-code-profile', 'set', 'small', 'k=2', 'm=1', 'crush-failure-domain=osd')
+      await cluster.ceph('osd', 'pool', 'create', 'coded', '8', '8', 'erasure', 'small')
+      const refused = expect.objectContaining({
+        code: 'POOL_UNAVAILABLE',
+        message: expect.stringMatching(/pool coded cannot do this: it must be a replicated pool/) as string,
+      }) as unknown
+      await expect(open({ ...freshOptions(), pool: 'coded' })).rejects.toEqual(refused)
+      expect(await cluster.rados('-p', 'coded', '--all', 'ls')).toBe('')
+      await cluster.ceph('osd', 'pool', 'rm', 'coded', 'coded', '--yes-i-really-really-mean-it')
+    })
+
+    test('a user who may not shut out a dead daemon is refused when the pool is made', async () => {
+      const options = freshOptions()
+      const osd = `allow rwx pool=atoll namespace=${options['namespace']}`
+      const keyring = await cluster.addUser('unfencing', 'mon', 'allow r', 'osd', osd)
+      await expect(open({ ...options, user: 'unfencing', keyring })).rejects.toEqual(
+        expect.objectContaining({
+          code: 'POOL_ACCESS_DENIED',
+          message: expect.stringMatching(
+            /client\.unfencing may not shut out .*`ceph auth caps client\.unfencing mon 'profile rbd'/,
+          ) as string,
+        }),
+      )
+      expect(await cluster.rados('-p', 'atoll', '-N', options['namespace'] ?? '', 'ls')).toBe('')
+    })
+
+    test('a pool whose quota is reached is full: nothing is made in it, and what is there can be removed', async () => {
+      const options = { ...freshOptions(), pool: 'other' }
+      const pool = await open(options)
+      await pool.createLayer(layerId)
+      await pool.store.writeRecord('note', new Uint8Array(1000))
+      await cluster.ceph('osd', 'pool', 'set-quota', 'other', 'max_objects', '1')
+      const kinds = (): string[] => pool.health().conditions.map(({ kind }) => kind)
+      try {
+        await expect.poll(kinds).toContain('full')
+        expect(await pool.check()).toContainEqual(expect.objectContaining({ severity: 'error', kind: 'backend-full' }))
+        const full = expect.objectContaining({
+          code: 'NO_SPACE',
+          message: expect.stringMatching(/pool other is full/) as string,
+        }) as unknown
+        await expect(open({ ...freshOptions(), pool: 'other' })).rejects.toEqual(full)
+        await expect(pool.createLayer('a0000000-0000-4000-8000-000000000002')).rejects.toEqual(full)
+        // Without a record nothing would be deleted.
+        await pool.store.writeRecord('note', new Uint8Array(2000))
+        await pool.removeLayer(layerId)
+        expect(await pool.listLayerIds()).toEqual([])
+        await pool.close()
+        await (await open(options)).close()
+      } finally {
+        await cluster.ceph('osd', 'pool', 'set-quota', 'other', 'max_objects', '0')
+      }
+      const again = await open(options)
+      await expect.poll(() => again.health().conditions).toEqual([])
+      await again.createLayer(layerId)
+    })
+
+    test('an OSD that is down is told, and the pool goes on without it', async () => {
+      const pool = await open(freshOptions())
+      const kinds = (): string[] => pool.health().conditions.map(({ kind }) => kind)
+      process.kill(await cluster.pidOf('osd.2'), 'SIGKILL')
+      await expect.poll(kinds).toContain('osds-down')
+      await pool.createLayer(layerId)
+      expect(await pool.listLayerIds()).toEqual([layerId])
+      await cluster.resume()
+      await expect.poll(kinds).toEqual([])
+      expect(pool.health().answerMs).toBeGreaterThan(0)
+    })
+
+    test('what a pool holds is counted after it was opened', async () => {
+      const options = freshOptions()
+      const pool = await open(options)
+      await pool.createLayer(layerId)
+      const layer = { alias: 1, id: layerId, store: pool.store }
+      const map = engine.uniformMap(1)
+      const spec = { volumeId: poolId, sizeBytes: 2 ** 30, epoch: 1, map, mapLsn: 0, layers: [layer], active: 1, next: null }
+      const { device } = await engine.openDevice(spec)
+      for (let index = 0; index < 20; index++) await device.write(index * 5 * 2 ** 20, new Uint8Array(slotBytes).fill(7))
+      await device.flush()
+      await device.close()
+      expect(await pool.usage()).toMatchObject({ storedBytes: 20 * slotBytes })
+      await pool.close()
+      const again = await open(options)
+      expect(await again.usage()).toMatchObject({ storedBytes: 20 * slotBytes })
+      expect(again.health().conditions.map(({ kind }) => kind)).not.toContain('counting')
     })
 
     test('a cluster that does not answer is said to be unreachable after a bounded time', async () => {

@@ -4,6 +4,7 @@ import type { Store } from '@atoll/native'
 import type { Driver, PoolContext, PoolHandle, PoolInspection } from '../driver.ts'
 import { inspectStorePool, openStorePool } from '../store-pool.ts'
 import { type CephConfig, parseCephConfig } from './ceph-config.ts'
+import { conditionsOf } from './ceph-health.ts'
 
 const nameOf = ({ pool, namespace }: CephConfig): string => `the pool in namespace ${namespace} of Ceph pool ${pool}`
 
@@ -26,6 +27,7 @@ export const cephDriver: Driver = {
       store: await openStore(context, config, context.create ?? true),
       // Who breaks the lock of a daemon that is gone has shut it out of the cluster before. Copies go through this machine.
       capabilities: { fence: 'blocklist', offloadDomain: null, sharedByNodes: false },
+      conditionsOf: (health) => conditionsOf(config.pool, health),
     })
   },
 

@@ -128,6 +128,20 @@ function addPools(text: MetricsText, pools: readonly PoolState[]): void {
     'Whether the backend was slow when it was looked at last.',
     samples(({ slow }) => Number(slow)),
   )
+  text.gauge(
+    'atoll_pool_condition',
+    'Always 1: what is the matter with the backend of an open pool.',
+    pools.flatMap(({ name, health }) =>
+      [...new Map(health?.conditions.map(({ kind, severity }) => [kind, severity]))].map(
+        ([condition, severity]) => [{ pool: name, condition, severity }, 1] as const,
+      ),
+    ),
+  )
+  text.gauge(
+    'atoll_pool_answer_seconds',
+    'How long a small read of the backend took when it was tried last; not there: it was not answered, or nobody tries.',
+    samples(({ health }) => (health === null || health.answerMs === null ? null : health.answerMs / 1000)),
+  )
   text.gauge('atoll_pool_backend_running', 'Reads and syncs that wait for the backend.', [
     ...pools.map(({ name, totals }) => [{ pool: name, operation: 'read' }, totals.backendReadsRunning] as const),
     ...pools.map(({ name, totals }) => [{ pool: name, operation: 'sync' }, totals.backendSyncsRunning] as const),

@@ -4,7 +4,8 @@ use crate::map::{JsFrozenMap, JsPageBatch, ended, page_batch};
 use crate::promise::{rejected, run_on};
 use crate::store::JsStore;
 use atoll_engine::{
-    Checkpoint, ControlPool, Device, DeviceLimits, Engine, Latency, LatencyCounts, LayerSpec, Result, ThrottleLimits, copy_in, copy_out,
+    Checkpoint, ControlPool, Device, DeviceLimits, Engine, Lanes, Latency, LatencyCounts, LayerSpec, Result, ThrottleLimits, copy_in,
+    copy_out,
 };
 use napi::bindgen_prelude::{ClassInstance, Env, Float64Array, Object, ToNapiValue, Uint8Array};
 use napi_derive::napi;
@@ -198,9 +199,43 @@ impl JsCheckpoint {
 pub struct JsDevice {
     pub(crate) engine: Arc<Engine>,
     pub(crate) device: Arc<Device>,
+    pub(crate) lanes: DeviceLanes,
+}
+
+/// Whose threads carry out what is asked of a device; nothing: the engine's.
+#[derive(Clone, Default)]
+pub(crate) struct DeviceLanes {
+    /// Of the layer that is written, and of its journal.
+    pub(crate) control: Option<Arc<Lanes>>,
+    /// Of any layer that is read.
+    pub(crate) data: Option<Arc<Lanes>>,
+}
+
+impl DeviceLanes {
+    /// `active`: index of the layer that is written.
+    pub(crate) fn of(stores: &[ClassInstance<'_, JsStore>], active: Option<usize>) -> DeviceLanes {
+        let data = stores.iter().find_map(|store| store.lanes.clone());
+        let control = match active.and_then(|index| stores.get(index)) {
+            Some(store) => store.lanes.clone(),
+            None => data.clone(),
+        };
+        DeviceLanes { control, data }
+    }
 }
 
 impl JsDevice {
+    fn control(&self) -> &ControlPool {
+        self.lanes.control.as_ref().map_or_else(|| self.engine.control(), |lanes| &lanes.control)
+    }
+
+    fn data(&self) -> &ControlPool {
+        self.lanes.data.as_ref().map_or_else(|| self.engine.data(), |lanes| &lanes.data)
+    }
+
+    fn bulk(&self) -> &ControlPool {
+        self.lanes.data.as_ref().map_or_else(|| self.engine.bulk(), |lanes| &lanes.bulk)
+    }
+
     fn run<'env, T: ToNapiValue + Send + 'static>(
         &self,
         env: &'env Env,
@@ -271,7 +306,7 @@ impl JsDevice {
     /// The bytes are moved into a buffer that JavaScript owns.
     #[napi]
     pub fn read<'env>(&self, env: &'env Env, offset_bytes: f64, length_bytes: f64) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.data(), move |device| {
+        self.run(env, self.data(), move |device| {
             let length = to_u64("lengthBytes", length_bytes)?;
             if length > REQUEST_BYTES_MAX {
                 return Err(invalid("lengthBytes", length, "at most 64 MiB"));
@@ -289,26 +324,24 @@ impl JsDevice {
             return rejected::<()>(env, invalid("data length", data.len(), "at most 64 MiB"));
         }
         let data = data.to_vec();
-        self.run(env, self.engine.data(), move |device| device.write(to_u64("offsetBytes", offset_bytes)?, &data))
+        self.run(env, self.data(), move |device| device.write(to_u64("offsetBytes", offset_bytes)?, &data))
     }
 
     #[napi]
     pub fn discard<'env>(&self, env: &'env Env, offset_bytes: f64, length_bytes: f64) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.data(), move |device| {
-            device.discard(to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?)
-        })
+        self.run(env, self.data(), move |device| device.discard(to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?))
     }
 
     #[napi]
     pub fn write_zeroes<'env>(&self, env: &'env Env, offset_bytes: f64, length_bytes: f64, allocate: bool) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.data(), move |device| {
+        self.run(env, self.data(), move |device| {
             device.write_zeroes(to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?, allocate)
         })
     }
 
     #[napi]
     pub fn flush<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.data(), |device| device.flush())
+        self.run(env, self.data(), |device| device.flush())
     }
 
     #[napi]
@@ -319,7 +352,7 @@ impl JsDevice {
         length_bytes: f64,
         extent_count_max: f64,
     ) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.data(), move |device| {
+        self.run(env, self.data(), move |device| {
             let mut found = Vec::new();
             let count_max = to_usize("extentCountMax", extent_count_max)?;
             device.block_status(to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?, count_max, &mut found)?;
@@ -340,7 +373,7 @@ impl JsDevice {
         length_bytes: f64,
     ) -> napi::Result<Object<'env>> {
         let engine = self.engine.clone();
-        self.run(env, self.engine.bulk(), move |device| {
+        self.run(env, self.bulk(), move |device| {
             let source_offset = to_u64("sourceOffsetBytes", source_offset_bytes)?;
             let (offset, length) = (to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?);
             let report = copy_in(device, Path::new(&path), source_offset, offset, length, &|| engine.is_closing())?;
@@ -351,7 +384,7 @@ impl JsDevice {
     #[napi]
     pub fn copy_out<'env>(&self, env: &'env Env, path: String, offset_bytes: f64, length_bytes: f64) -> napi::Result<Object<'env>> {
         let engine = self.engine.clone();
-        self.run(env, self.engine.bulk(), move |device| {
+        self.run(env, self.bulk(), move |device| {
             let (offset, length) = (to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?);
             let report = copy_out(device, Path::new(&path), offset, length, &|| engine.is_closing())?;
             Ok(JsCopyReport { data_bytes: report.data_bytes as f64, zero_bytes: report.zero_bytes as f64 })
@@ -361,7 +394,7 @@ impl JsDevice {
     #[napi]
     pub fn checkpoint<'env>(&self, env: &'env Env, first_page_id: f64) -> napi::Result<Object<'env>> {
         let engine = self.engine.clone();
-        self.run(env, self.engine.control(), move |device| {
+        self.run(env, self.control(), move |device| {
             let found = device.checkpoint(to_u64("firstPageId", first_page_id)?)?;
             Ok(found.map(|checkpoint| JsCheckpoint {
                 engine,
@@ -376,7 +409,7 @@ impl JsDevice {
     #[napi]
     pub fn checkpoint_committed<'env>(&self, env: &'env Env, checkpoint: &JsCheckpoint, trim_journal: bool) -> napi::Result<Object<'env>> {
         match checkpoint.take(&self.device) {
-            Ok(checkpoint) => self.run(env, self.engine.control(), move |device| device.checkpoint_committed(checkpoint, trim_journal)),
+            Ok(checkpoint) => self.run(env, self.control(), move |device| device.checkpoint_committed(checkpoint, trim_journal)),
             Err(error) => rejected::<()>(env, error),
         }
     }
@@ -391,32 +424,32 @@ impl JsDevice {
 
     #[napi]
     pub fn sync_closing<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.control(), |device| device.sync_closing())
+        self.run(env, self.control(), |device| device.sync_closing())
     }
 
     #[napi]
     pub fn swap_committed<'env>(&self, env: &'env Env, seal: bool) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.control(), move |device| device.swap_committed(seal))
+        self.run(env, self.control(), move |device| device.swap_committed(seal))
     }
 
     #[napi]
     pub fn grow<'env>(&self, env: &'env Env, size_bytes: f64) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.control(), move |device| device.grow(to_u64("sizeBytes", size_bytes)?))
+        self.run(env, self.control(), move |device| device.grow(to_u64("sizeBytes", size_bytes)?))
     }
 
     #[napi]
     pub fn shrink_prepare<'env>(&self, env: &'env Env, size_bytes: f64) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.control(), move |device| device.shrink_prepare(to_u64("sizeBytes", size_bytes)?))
+        self.run(env, self.control(), move |device| device.shrink_prepare(to_u64("sizeBytes", size_bytes)?))
     }
 
     #[napi]
     pub fn shrink_punch<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.bulk(), |device| device.shrink_punch())
+        self.run(env, self.bulk(), |device| device.shrink_punch())
     }
 
     #[napi]
     pub fn punch_orphans<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.bulk(), |device| Ok(device.punch_orphans()? as f64))
+        self.run(env, self.bulk(), |device| Ok(device.punch_orphans()? as f64))
     }
 
     #[napi]
@@ -428,7 +461,7 @@ impl JsDevice {
         stores: Vec<ClassInstance<'env, JsStore>>,
     ) -> napi::Result<Object<'env>> {
         match to_layers(&aliases, &ids, &stores) {
-            Ok(layers) => self.run(env, self.engine.control(), move |device| {
+            Ok(layers) => self.run(env, self.control(), move |device| {
                 device.add_layers(layers);
                 Ok(())
             }),
@@ -446,7 +479,7 @@ impl JsDevice {
 
     #[napi]
     pub fn read_barrier<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, self.engine.control(), |device| {
+        self.run(env, self.control(), |device| {
             device.read_barrier();
             Ok(())
         })
@@ -455,6 +488,6 @@ impl JsDevice {
     #[napi]
     pub fn close<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
         let engine = self.engine.clone();
-        self.run(env, self.engine.control(), move |device| engine.close_device(device))
+        self.run(env, self.control(), move |device| engine.close_device(device))
     }
 }

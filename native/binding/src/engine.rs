@@ -1,7 +1,7 @@
 //! The engine's handle.
 use crate::connection::{JsListener, JsTlsConfig};
 use crate::convert::{JsRootRef, guard, invalid, to_root, to_u32, to_u64, to_uuid};
-use crate::device::{JsDevice, JsDeviceLimits, JsThrottleLimits, to_device_limits, to_layers, to_throttle_limits};
+use crate::device::{DeviceLanes, JsDevice, JsDeviceLimits, JsThrottleLimits, to_device_limits, to_layers, to_throttle_limits};
 use crate::map::{Bulky, JsFrozenMap, JsMapCheck, JsMapLoader, JsReach};
 use crate::promise::{Settler, rejected, run_on};
 use crate::store::JsStore;
@@ -71,6 +71,7 @@ pub struct JsEngineStats {
 pub struct JsOpenedDevice {
     engine: Arc<Engine>,
     device: Arc<Device>,
+    lanes: DeviceLanes,
     report: OpenReport,
 }
 
@@ -78,7 +79,7 @@ pub struct JsOpenedDevice {
 impl JsOpenedDevice {
     #[napi]
     pub fn device(&self) -> JsDevice {
-        JsDevice { engine: self.engine.clone(), device: self.device.clone() }
+        JsDevice { engine: self.engine.clone(), device: self.device.clone(), lanes: self.lanes.clone() }
     }
 
     #[napi]
@@ -162,7 +163,12 @@ impl JsEngine {
     #[napi]
     pub fn open_rados_store<'env>(&self, env: &'env Env, options: JsRadosOptions) -> napi::Result<Object<'env>> {
         let engine = self.engine.clone();
-        run_on(env, self.engine.control(), move || {
+        let lanes = match self.engine.new_lanes() {
+            Ok(lanes) => lanes,
+            Err(error) => return rejected::<JsStore>(env, error),
+        };
+        let of_store = lanes.clone();
+        run_on(env, &lanes.control, move || {
             let options = RadosOptions {
                 conf: options.conf.map(Into::into),
                 keyring: options.keyring.map(Into::into),
@@ -173,7 +179,7 @@ impl JsEngine {
                 connect_timeout: Duration::from_millis(to_u64("connectTimeoutMs", options.connect_timeout_ms)?),
                 create: options.create,
             };
-            JsStore::open_rados(engine, options)
+            JsStore::open_rados(engine, options, of_store)
         })
     }
 
@@ -235,10 +241,13 @@ impl JsEngine {
             Ok(spec) => spec,
             Err(error) => return rejected::<JsOpenedDevice>(env, error),
         };
+        let active = spec.active.and_then(|alias| spec.layers.iter().position(|layer| layer.alias == alias));
+        let lanes = DeviceLanes::of(&stores, active);
+        let control = lanes.control.clone();
         let engine = self.engine.clone();
-        run_on(env, self.engine.control(), move || {
+        run_on(env, control.as_ref().map_or_else(|| self.engine.control(), |lanes| &lanes.control), move || {
             let (device, report) = engine.open_device(spec)?;
-            Ok(JsOpenedDevice { engine, device, report })
+            Ok(JsOpenedDevice { engine, device, lanes, report })
         })
     }
 
@@ -247,7 +256,7 @@ impl JsEngine {
         let engine = self.engine.clone();
         run_on(env, self.engine.control(), move || {
             let device = engine.open_file_device(Path::new(&path))?;
-            Ok(JsDevice { engine, device })
+            Ok(JsDevice { engine, device, lanes: DeviceLanes::default() })
         })
     }
 
@@ -273,7 +282,8 @@ impl JsEngine {
             Err(error) => return rejected::<Vec<JsSwapReport>>(env, error),
         };
         let engine = self.engine.clone();
-        run_on(env, self.engine.control(), move || {
+        let lanes = stores.iter().find_map(|store| store.lanes.clone());
+        run_on(env, lanes.as_ref().map_or_else(|| self.engine.control(), |lanes| &lanes.control), move || {
             let reports = Device::swap(&pairs, deadline)?.into_iter();
             Ok(reports
                 .map(|report| JsSwapReport { engine: engine.clone(), frozen: report.frozen, lsn: report.lsn, pause: report.pause })

@@ -1,10 +1,10 @@
 //! Stores.
 use crate::convert::{from_ids, guard, invalid, to_layer_id, to_runs, to_u64, to_uuid};
 use crate::promise::{Settler, run_on};
-use atoll_engine::{Engine, EngineError, Result};
+use atoll_engine::{ControlPool, Engine, EngineError, Lanes, Result};
 use atoll_io::{
-    CrashOptions, FaultPlan, FaultRule, FaultStore, FileStore, IoErrorCode, Journal, JournalIdentity, LayerId, LayerIo, MemoryStore,
-    OpenMode, RadosOptions, RadosStore, SealMark, Store, StoreLock,
+    CrashOptions, FaultPlan, FaultRule, FaultStore, FileStore, IoError, IoErrorCode, Journal, JournalIdentity, LayerId, LayerIo,
+    MemoryStore, OpenMode, RadosOptions, RadosStore, SealMark, Store, StoreHealth, StoreLock,
 };
 use atoll_map::{Run, SLOT_BYTES};
 use napi::bindgen_prelude::{Env, Float64Array, Object, Uint8Array};
@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 #[napi(object)]
 pub struct JsCapabilities {
@@ -37,6 +38,23 @@ pub struct JsUsage {
     pub free_bytes: f64,
     pub stored_bytes: f64,
     pub reserve_bytes: f64,
+}
+
+#[napi(object)]
+pub struct JsFailure {
+    pub code: String,
+    pub message: String,
+}
+
+#[napi(object)]
+pub struct JsStoreHealth {
+    pub observed_ago_ms: f64,
+    pub answer_ms: Option<f64>,
+    pub failure: Option<JsFailure>,
+    pub silent_ms: Option<f64>,
+    pub report: Option<String>,
+    pub report_failure: Option<JsFailure>,
+    pub is_counted: bool,
 }
 
 #[napi(object)]
@@ -106,27 +124,38 @@ pub struct JsStore {
     engine: Arc<Engine>,
     pub(crate) store: Arc<dyn Store>,
     kind: Kind,
+    /// Its own threads, if its backend may hang.
+    pub(crate) lanes: Option<Arc<Lanes>>,
 }
 
 impl JsStore {
-    pub(crate) fn open_file(engine: Arc<Engine>, path: &str, create: bool, reserve_bytes: u64) -> Result<JsStore> {
-        let store = Arc::new(FileStore::open(Path::new(path), create, reserve_bytes)?);
-        Ok(JsStore { engine, store, kind: Kind::File })
+    fn control(&self) -> &ControlPool {
+        self.lanes.as_ref().map_or_else(|| self.engine.control(), |lanes| &lanes.control)
     }
 
-    pub(crate) fn open_rados(engine: Arc<Engine>, options: RadosOptions) -> Result<JsStore> {
+    fn bulk(&self) -> &ControlPool {
+        self.lanes.as_ref().map_or_else(|| self.engine.bulk(), |lanes| &lanes.bulk)
+    }
+
+    pub(crate) fn open_file(engine: Arc<Engine>, path: &str, create: bool, reserve_bytes: u64) -> Result<JsStore> {
+        let store = Arc::new(FileStore::open(Path::new(path), create, reserve_bytes)?);
+        Ok(JsStore { engine, store, kind: Kind::File, lanes: None })
+    }
+
+    /// On a thread of `lanes`.
+    pub(crate) fn open_rados(engine: Arc<Engine>, options: RadosOptions, lanes: Arc<Lanes>) -> Result<JsStore> {
         let store = Arc::new(RadosStore::open(options)?);
-        Ok(JsStore { engine, store, kind: Kind::Rados })
+        Ok(JsStore { engine, store, kind: Kind::Rados, lanes: Some(lanes) })
     }
 
     pub(crate) fn memory(engine: Arc<Engine>, store: MemoryStore) -> JsStore {
         let store = Arc::new(store);
-        JsStore { engine, store: store.clone(), kind: Kind::Memory(store) }
+        JsStore { engine, store: store.clone(), kind: Kind::Memory(store), lanes: None }
     }
 
     pub(crate) fn fault(engine: Arc<Engine>, inner: &JsStore) -> JsStore {
         let store = Arc::new(FaultStore::new(inner.store.clone()));
-        JsStore { engine, store: store.clone(), kind: Kind::Fault(store) }
+        JsStore { engine, store: store.clone(), kind: Kind::Fault(store), lanes: inner.lanes.clone() }
     }
 
     fn as_memory(&self) -> Result<&Arc<MemoryStore>> {
@@ -159,7 +188,7 @@ impl JsStore {
         job: impl FnOnce(&dyn Store) -> Result<T> + Send + 'static,
     ) -> napi::Result<Object<'env>> {
         let store = self.store.clone();
-        run_on(env, self.engine.control(), move || job(&*store))
+        run_on(env, self.control(), move || job(&*store))
     }
 }
 
@@ -208,6 +237,14 @@ impl JsStore {
     }
 
     #[napi]
+    pub fn list_layer_ids<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
+        self.run(env, |store| {
+            let ids: Vec<u8> = store.list_layer_ids()?.iter().flat_map(|id| id.to_string().into_bytes()).collect();
+            Ok(Uint8Array::new(ids))
+        })
+    }
+
+    #[napi]
     pub fn layer_exists<'env>(&self, env: &'env Env, id: String) -> napi::Result<Object<'env>> {
         self.run(env, move |store| match store.open_layer(to_layer_id(&id)?, OpenMode::ReadOnly) {
             Ok(_) => Ok(true),
@@ -235,6 +272,11 @@ impl JsStore {
     }
 
     #[napi]
+    pub fn health(&self) -> napi::Result<Option<JsStoreHealth>> {
+        guard(|| Ok(self.store.health().map(from_health)))
+    }
+
+    #[napi]
     pub fn read_record<'env>(&self, env: &'env Env, name: String) -> napi::Result<Object<'env>> {
         self.run(env, move |store| Ok(store.read_record(&name)?.map(Uint8Array::new)))
     }
@@ -257,10 +299,10 @@ impl JsStore {
 
     #[napi]
     pub fn lock<'env>(&self, env: &'env Env, owner: String, shut_out_holder: bool) -> napi::Result<Object<'env>> {
-        let engine = self.engine.clone();
+        let (engine, lanes) = (self.engine.clone(), self.lanes.clone());
         self.run(env, move |store| {
             let lock = if shut_out_holder { store.lock_shutting_out(&owner)? } else { store.lock(&owner)? };
-            Ok(JsStoreLock { engine, lock: Arc::new(Mutex::new(Some(lock))) })
+            Ok(JsStoreLock { engine, lanes, lock: Arc::new(Mutex::new(Some(lock))) })
         })
     }
 
@@ -290,7 +332,7 @@ impl JsStore {
         successor: Option<String>,
     ) -> napi::Result<Object<'env>> {
         let store = self.store.clone();
-        run_on(env, self.engine.control(), move || {
+        run_on(env, self.control(), move || {
             let successor = successor.map_or(Ok(LayerId([0; 16])), |id| to_layer_id(&id))?;
             let identity =
                 JournalIdentity { volume: to_uuid("volumeId", &volume_id)?, layer: to_layer_id(&id)?, epoch: to_u64("epoch", epoch)? };
@@ -309,7 +351,7 @@ impl JsStore {
         after_lsn: f64,
     ) -> napi::Result<Object<'env>> {
         let store = self.store.clone();
-        run_on(env, self.engine.bulk(), move || {
+        run_on(env, self.bulk(), move || {
             let volume = volume_id.map(|id| to_uuid("volumeId", &id)).transpose()?;
             let (epoch, after_lsn) = (to_u64("epoch", epoch)?, to_u64("afterLsn", after_lsn)?);
             let found = Journal::inspect(&*store, to_layer_id(&id)?, volume, epoch, after_lsn)?;
@@ -335,7 +377,7 @@ impl JsStore {
     pub fn punch_except<'env>(&self, env: &'env Env, id: String, keep_runs: &[f64]) -> napi::Result<Object<'env>> {
         let keep = guard(|| to_runs(keep_runs))?;
         let (store, engine) = (self.store.clone(), self.engine.clone());
-        run_on(env, self.engine.bulk(), move || Ok(punch_except(&*store, to_layer_id(&id)?, &keep, &|| engine.is_closing())? as f64))
+        run_on(env, self.bulk(), move || Ok(punch_except(&*store, to_layer_id(&id)?, &keep, &|| engine.is_closing())? as f64))
     }
 
     /// Bytes that are allocated outside the runs.
@@ -343,7 +385,7 @@ impl JsStore {
     pub fn allocated_except<'env>(&self, env: &'env Env, id: String, keep_runs: &[f64]) -> napi::Result<Object<'env>> {
         let keep = guard(|| to_runs(keep_runs))?;
         let (store, engine) = (self.store.clone(), self.engine.clone());
-        run_on(env, self.engine.bulk(), move || {
+        run_on(env, self.bulk(), move || {
             let layer = store.open_layer(to_layer_id(&id)?, OpenMode::ReadOnly)?;
             let mut sum_bytes = 0;
             visit_gaps(&*layer, &keep, &|| engine.is_closing(), &mut |_, length_bytes| {
@@ -366,6 +408,18 @@ impl JsStore {
                 data: extent.data,
             });
             Ok(extents.collect::<Vec<_>>())
+        })
+    }
+
+    /// Offset after the last byte that was ever written to each layer; -1 for one that is not there.
+    #[napi]
+    pub fn length_bytes<'env>(&self, env: &'env Env, ids: Vec<String>) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| {
+            let mut found = Vec::with_capacity(ids.len());
+            for id in &ids {
+                found.push(store.layer_entry(to_layer_id(id)?)?.map_or(-1.0, |entry| entry.length_bytes as f64));
+            }
+            Ok(Float64Array::new(found))
         })
     }
 
@@ -430,6 +484,7 @@ impl JsStore {
 #[napi(js_name = "StoreLock")]
 pub struct JsStoreLock {
     engine: Arc<Engine>,
+    lanes: Option<Arc<Lanes>>,
     lock: Arc<Mutex<Option<StoreLock>>>,
 }
 
@@ -450,12 +505,39 @@ impl JsStoreLock {
             release();
             on_thread.settle(Ok(()));
         };
-        if self.engine.control().submit(job).is_err() {
+        let control = self.lanes.as_ref().map_or_else(|| self.engine.control(), |lanes| &lanes.control);
+        if control.submit(job).is_err() {
             // The engine is closed, and nobody else does it.
             late();
             settler.settle(Ok(()));
         }
         Ok(promise)
+    }
+}
+
+fn from_health(health: StoreHealth) -> JsStoreHealth {
+    let in_ms = |time: Duration| time.as_secs_f64() * 1000.0;
+    let failure = |error: IoError| {
+        let EngineError { code, message, .. } = error.into();
+        JsFailure { code: code.to_owned(), message }
+    };
+    let (answer, error) = match health.answer {
+        Ok(time) => (Some(in_ms(time)), None),
+        Err(error) => (None, Some(failure(error))),
+    };
+    let (report, report_error) = match health.report {
+        None => (None, None),
+        Some(Ok(text)) => (Some(text), None),
+        Some(Err(error)) => (None, Some(failure(error))),
+    };
+    JsStoreHealth {
+        observed_ago_ms: in_ms(health.observed_at.elapsed()),
+        answer_ms: answer,
+        failure: error,
+        silent_ms: health.silent_since.map(|since| in_ms(since.elapsed())),
+        report,
+        report_failure: report_error,
+        is_counted: health.is_counted,
     }
 }
 

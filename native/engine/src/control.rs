@@ -68,6 +68,15 @@ impl ControlPool {
         Ok(())
     }
 
+    /// As `close`, and waits for nobody: the threads end when what is queued is done.
+    fn retire(&self) {
+        let mut state = self.shared.state.lock();
+        state.closed = true;
+        state.threads.clear();
+        drop(state);
+        self.shared.work.notify_all();
+    }
+
     /// Refuses new jobs, waits until those queued are done, ends the threads. Never call it from a job of this pool.
     pub fn close(&self) {
         let threads = {
@@ -86,6 +95,43 @@ impl ControlPool {
 impl Drop for ControlPool {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+/// Pools of threads for one backend that may hang, so that what waits for it keeps nothing else waiting. They run what the engine's
+/// own pools of the same names run. Dropped, they are waited for by nobody.
+pub struct Lanes {
+    /// For what changes the state of devices, and short calls to the store. Never wait for data calls here.
+    pub control: ControlPool,
+    /// For data calls to devices.
+    pub data: ControlPool,
+    /// For what may take long.
+    pub bulk: ControlPool,
+}
+
+impl Lanes {
+    /// Pools without threads, each with as many as is said as work comes.
+    pub fn new(control_thread_count: usize, data_thread_count: usize, bulk_thread_count: usize) -> Lanes {
+        Lanes {
+            control: ControlPool::new("atoll-net-ctl", control_thread_count),
+            data: ControlPool::new("atoll-net-data", data_thread_count),
+            bulk: ControlPool::new("atoll-net-bulk", bulk_thread_count),
+        }
+    }
+
+    /// Refuses new jobs, waits until those queued are done, ends the threads. Never call it from a job of these pools.
+    pub fn close(&self) {
+        self.data.close();
+        self.bulk.close();
+        self.control.close();
+    }
+}
+
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        for pool in [&self.control, &self.data, &self.bulk] {
+            pool.retire();
+        }
     }
 }
 
@@ -136,6 +182,22 @@ mod tests {
         let (sender, receiver) = mpsc::channel();
         pool.submit(move || sender.send(1).unwrap()).unwrap();
         assert_eq!(receiver.recv().unwrap(), 1);
+    }
+
+    #[test]
+    fn lanes_that_are_dropped_finish_what_is_queued_and_keep_nobody_waiting() {
+        let lanes = Lanes::new(1, 1, 1);
+        let (release, released) = mpsc::channel::<()>();
+        let (done, is_done) = mpsc::channel();
+        let last = done.clone();
+        lanes.control.submit(move || released.recv().unwrap()).unwrap();
+        lanes.control.submit(move || last.send("control").unwrap()).unwrap();
+        lanes.data.submit(move || done.send("data").unwrap()).unwrap();
+        assert_eq!(is_done.recv(), Ok("data"), "another lane waits for nothing");
+        // The first job hangs.
+        drop(lanes);
+        release.send(()).unwrap();
+        assert_eq!(is_done.recv(), Ok("control"));
     }
 
     #[test]

@@ -5,8 +5,8 @@
 use crate::net::ConnectionCount;
 use crate::thread::spawn_named;
 use crate::{
-    BatchLogPlace, Connection, ControlPool, Device, DeviceLimits, DeviceSpec, EngineError, LayerSpec, Listener, OpenReport, ReadPath,
-    Result, ThrottleLimits,
+    BatchLogPlace, Connection, ControlPool, Device, DeviceLimits, DeviceSpec, EngineError, Lanes, LayerSpec, Listener, OpenReport,
+    ReadPath, Result, ThrottleLimits,
 };
 use atoll_io::{RawFileStore, probe_ring};
 use atoll_map::{FrozenMap, MapCache};
@@ -88,6 +88,8 @@ pub struct Engine {
     control: ControlPool,
     data: ControlPool,
     bulk: ControlPool,
+    /// Of backends that may hang; who uses them owns them.
+    lanes: Mutex<Vec<Weak<Lanes>>>,
     connection_count: ConnectionCount,
     batch_log: Option<BatchLogPlace>,
     /// Why reads wait on workers; `None`: they wait in rings. Found out once.
@@ -116,6 +118,7 @@ impl Engine {
             control: ControlPool::new("atoll-control", CONTROL_THREAD_COUNT),
             data: ControlPool::new("atoll-data", DATA_THREAD_COUNT),
             bulk: ControlPool::new("atoll-bulk", BULK_THREAD_COUNT),
+            lanes: Mutex::default(),
             connection_count: ConnectionCount::default(),
             batch_log: options.batch_log_directory.map(BatchLogPlace::here).transpose()?,
             ring_refused: if options.without_io_uring {
@@ -147,6 +150,16 @@ impl Engine {
     /// For what may take long.
     pub fn bulk(&self) -> &ControlPool {
         &self.bulk
+    }
+    /// Threads for a backend that may hang, which is to keep nobody else waiting. They are closed with the engine at the latest.
+    pub fn new_lanes(&self) -> Result<Arc<Lanes>> {
+        let lanes = Arc::new(Lanes::new(CONTROL_THREAD_COUNT, DATA_THREAD_COUNT, BULK_THREAD_COUNT));
+        let mut known = self.lanes.lock();
+        // `close` takes the list under the same lock, after it has said so.
+        self.refuse_if_closing()?;
+        known.retain(|lanes| lanes.strong_count() > 0);
+        known.push(Arc::downgrade(&lanes));
+        Ok(lanes)
     }
     /// Long work looks at this between its steps.
     pub fn is_closing(&self) -> bool {
@@ -294,6 +307,10 @@ impl Engine {
         }
         for connection in connections {
             connection.wait_ended();
+        }
+        let lanes = std::mem::take(&mut *self.lanes.lock());
+        for lanes in lanes.iter().filter_map(Weak::upgrade) {
+            lanes.close();
         }
         self.data.close();
         self.bulk.close();

@@ -13,7 +13,7 @@ mod net;
 mod thread;
 mod throttle;
 
-pub use control::{CONTROL_QUEUE_MAX, ControlPool};
+pub use control::{CONTROL_QUEUE_MAX, ControlPool, Lanes};
 pub use copy::{CopyReport, copy_in, copy_out};
 pub use device::{
     BatchLogPlace, BlockStatus, Checkpoint, Device, DeviceEvent, DeviceLatencies, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec,

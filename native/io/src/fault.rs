@@ -9,7 +9,10 @@
 //!   none can hit.
 use crate::error::{layer_object, segment_object};
 use crate::random::Random;
-use crate::{Extent, IoError, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreLock, StoreUsage};
+use crate::{
+    Extent, IoError, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreHealth, StoreLock,
+    StoreUsage,
+};
 use parking_lot::{Condvar, Mutex};
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
@@ -206,8 +209,16 @@ impl Store for FaultStore {
         self.inner.list_layers()
     }
 
+    fn list_layer_ids(&self) -> Result<Vec<LayerId>> {
+        self.inner.list_layer_ids()
+    }
+
     fn usage(&self) -> Result<StoreUsage> {
         self.inner.usage()
+    }
+
+    fn health(&self) -> Option<StoreHealth> {
+        self.inner.health()
     }
 
     fn list_segments(&self, layer: LayerId) -> Result<Vec<u64>> {

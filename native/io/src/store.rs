@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The UUID of a layer.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -101,6 +101,21 @@ pub struct StoreUsage {
     pub reserve_bytes: u64,
 }
 
+/// How the backend of a store is, as it was found when it was looked at last.
+#[derive(Debug, Clone)]
+pub struct StoreHealth {
+    /// When that was.
+    pub observed_at: Instant,
+    /// How long a small read took; what came instead of its answer.
+    pub answer: Result<Duration>,
+    /// Since when reads have not been answered: calls that manage are refused meanwhile. `None`: the last one was.
+    pub silent_since: Option<Instant>,
+    /// What the backend says of itself, in its own form; what came instead. `None`: it was not asked yet.
+    pub report: Option<Result<String>>,
+    /// False: what the store holds is being counted, and `StoreUsage::stored_bytes` is less than that.
+    pub is_counted: bool,
+}
+
 /// One layer as the backend shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerEntry {
@@ -136,6 +151,10 @@ pub trait Store: Send + Sync + 'static {
     fn remove_layer(&self, id: LayerId) -> Result<()>;
     /// Every layer of the store, in any order.
     fn list_layers(&self) -> Result<Vec<LayerEntry>>;
+    /// The same without their sizes, which may be much to ask for.
+    fn list_layer_ids(&self) -> Result<Vec<LayerId>> {
+        Ok(self.list_layers()?.into_iter().map(|entry| entry.id).collect())
+    }
     /// One layer; `None` if it is not there.
     fn layer_entry(&self, id: LayerId) -> Result<Option<LayerEntry>> {
         match self.open_layer(id, OpenMode::ReadOnly) {
@@ -144,8 +163,12 @@ pub trait Store: Send + Sync + 'static {
             Err(error) => Err(error),
         }
     }
-    /// Bytes in use and free.
+    /// Bytes in use and free. A backend that has to be asked for them was, not long ago.
     fn usage(&self) -> Result<StoreUsage>;
+    /// How the backend is; waits for nothing. `None` where there is nothing to say beyond what calls answer.
+    fn health(&self) -> Option<StoreHealth> {
+        None
+    }
     /// Base lsns of the journal segments of a layer, ascending.
     fn list_segments(&self, layer: LayerId) -> Result<Vec<u64>>;
     /// Makes an empty segment; `Exists` if there is one. Its name is durable only after `SegmentIo::sync` of it.

@@ -17,6 +17,34 @@ export function hasCeph(): boolean {
   return programs.every((program) => spawnSync('sh', ['-c', 'command -v -- "$1"', 'sh', program]).status === 0)
 }
 
+/** Whether it can be put into a network namespace, so that the network to it can be cut; else as above. */
+export function canCutNetwork(): boolean {
+  if (process.env['ATOLL_TEST_REQUIRE'] === 'all') return true
+  const name = `atoll-test-${process.pid}`
+  const run = (command: string): boolean =>
+    spawnSync('ip', ['netns', command, name], { env: { ...process.env, PATH: searchPath() } }).status === 0
+  return run('add') && run('del')
+}
+
+function searchPath(): string {
+  return `${process.env['PATH'] ?? ''}:/usr/sbin:/sbin`
+}
+
+export interface CephClusterOptions {
+  /** Names of the RADOS pools; the first one is `atoll`, the default. */
+  readonly pools?: readonly string[]
+  /** It knows how full it is (takes some seconds more). */
+  readonly manager?: boolean
+  /** Default 1. */
+  readonly osds?: number
+  /** Copies of everything; default 1. */
+  readonly copies?: number
+  /** It has a network that can be cut. */
+  readonly network?: boolean
+  /** The folder that it lies in. */
+  readonly parent?: string
+}
+
 export class CephCluster {
   /** All there is of it. */
   readonly folder: string
@@ -27,13 +55,15 @@ export class CephCluster {
     this.#environment = environment
   }
 
-  /** `parent`: the folder that it lies in. `pools`: names of the RADOS pools; the first one is `atoll`. `manager`: it knows how full it is (takes some seconds more). */
-  static async start(options: { pools?: readonly string[]; manager?: boolean; parent?: string } = {}): Promise<CephCluster> {
+  static async start(options: CephClusterOptions = {}): Promise<CephCluster> {
     // Short, because of the sockets in it.
     const folder = await mkdtemp(join(options.parent ?? tmpdir(), 'ceph-'))
     const cluster = new CephCluster(folder, {
       ...process.env,
-      PATH: `${process.env['PATH'] ?? ''}:/usr/sbin:/sbin`,
+      PATH: searchPath(),
+      OSDS: String(options.osds ?? 1),
+      SIZE: String(options.copies ?? 1),
+      NETNS: options.network === true ? '1' : '0',
       POOLS: (options.pools ?? ['atoll']).join(' '),
       MGR: options.manager === true ? '1' : '0',
       OWNER_PID: String(process.pid),
@@ -58,7 +88,16 @@ export class CephCluster {
 
   /** Starts what of it does not run. */
   async resume(): Promise<void> {
-    await execFileAsync(script, ['start', this.folder], { env: this.#environment })
+    await this.#run('start')
+  }
+
+  /** From now on nothing passes between the cluster and this machine, and nobody is told (`network`). */
+  async cutNetwork(): Promise<void> {
+    await this.#run('cut')
+  }
+
+  async mendNetwork(): Promise<void> {
+    await this.#run('mend')
   }
 
   /** Ends its daemons; what it holds stays. */
@@ -69,8 +108,12 @@ export class CephCluster {
   /** Ends it for good. */
   async remove(): Promise<void> {
     await rm(join(this.folder, 'run', 'guard'), { force: true })
-    await this.stop('KILL')
+    await this.#run('remove')
     await rm(this.folder, { recursive: true, force: true, maxRetries: 5 })
+  }
+
+  async #run(command: 'start' | 'remove' | 'cut' | 'mend'): Promise<void> {
+    await execFileAsync(script, [command, this.folder], { env: this.#environment })
   }
 
   /** Pid of a daemon: `mon.a`, `osd.0`. */

@@ -3,12 +3,15 @@
 #
 #   cluster.sh start DIR    makes it, or starts again what of it does not run; data is kept. Prints the path of its ceph.conf.
 #   cluster.sh stop DIR     ends its daemons (STOP_SIGNAL, default TERM) by their pids; the folder stays.
+#   cluster.sh remove DIR   ends it for good: daemons, network namespace and folder.
+#   cluster.sh cut DIR      takes the network away between it and everybody else (NETNS=1); `mend DIR` brings it back.
 #
-# Environment of the first start: OSDS=1  POOLS="atoll" (names)  MGR=0|1 (1: usage figures; a few seconds more)  BLOCK_BYTES=10737418240 (of an OSD)
+# Environment of the first start: OSDS=1  POOLS="atoll" (names)  SIZE=1 (copies)  MGR=0|1 (1: usage figures; a few seconds more)
+# BLOCK_BYTES=10737418240 (of an OSD)  NETNS=0|1 (1: in a network namespace of its own, made with iproute2)
 # OWNER_PID: when this process is gone, the cluster ends and its folder is removed, whatever became of the test.
-# Nothing outside of DIR is touched; ports are free ones on 127.0.0.1; the exit code is 3 if a Debian package is missing.
+# Nothing outside of DIR is touched but that namespace; ports are free ones on 127.0.0.1; the exit code is 3 if a Debian package is missing.
 set -euo pipefail
-[ $# -eq 2 ] || { sed -n '4,5p' "$0" >&2; exit 2; }
+[ $# -eq 2 ] || { sed -n '4,7p' "$0" >&2; exit 2; }
 command=$1
 mkdir -p "$2"
 dir=$(cd "$2" && pwd -P)
@@ -35,17 +38,31 @@ stop_all() {
     done
   done
 }
-if [ "$command" = stop ]; then
-  stop_all "${STOP_SIGNAL:-TERM}"
-  exit 0
-fi
-[ "$command" = start ] || { echo "cluster.sh: start or stop, not $command" >&2; exit 2; }
-
 PATH=$PATH:/usr/sbin:/sbin
+# Its own, if it has one: atoll-ceph-NUMBER.
+netns=$(cat "$dir/netns" 2>/dev/null || true)
+remove_all() {
+  stop_all KILL
+  if [ -n "$netns" ]; then ip netns del "$netns" 2>/dev/null || true; fi
+  rm -rf "$dir"
+}
+case $command in
+  start) ;;
+  stop) stop_all "${STOP_SIGNAL:-TERM}" && exit 0 ;;
+  remove) remove_all && exit 0 ;;
+  # The side in the namespace: here packets are lost without a word, as they are behind a switch.
+  cut) exec ip -n "$netns" link set inner down ;;
+  mend) exec ip -n "$netns" link set inner up ;;
+  *) echo "cluster.sh: start, stop, remove, cut or mend, not $command" >&2 && exit 2 ;;
+esac
+
 for program in ceph-mon ceph-osd ceph-authtool monmaptool ceph rados; do
   command -v "$program" >/dev/null || { echo "cluster.sh: $program is missing: apt-get install ceph-mon ceph-osd" >&2; exit 3; }
 done
-osds=${OSDS:-1} pools=${POOLS-atoll} with_mgr=${MGR:-0} block_bytes=${BLOCK_BYTES:-10737418240}
+osds=${OSDS:-1} pools=${POOLS-atoll} copies=${SIZE:-1} with_mgr=${MGR:-0} block_bytes=${BLOCK_BYTES:-10737418240}
+address=$(cat "$dir/address" 2>/dev/null || echo 127.0.0.1)
+in_netns=()
+if [ -n "$netns" ]; then in_netns=(ip netns exec "$netns"); fi
 # Only for what hangs.
 deadline=$((SECONDS + 500))
 fail() {
@@ -58,7 +75,7 @@ spawn() {
   local name=$1
   shift
   if is_alive "$name"; then return 0; fi
-  setsid "$@" -c "$conf" >>"$dir/log/$name.out" 2>&1 </dev/null &
+  setsid "${in_netns[@]}" "$@" -c "$conf" >>"$dir/log/$name.out" 2>&1 </dev/null &
   local pid=$!
   echo $pid >"$dir/run/$name.pid"
   disown
@@ -74,9 +91,9 @@ write_conf() {
   cat >"$conf" <<CONF
 [global]
 fsid = $fsid
-mon host = v2:127.0.0.1:$port
-public addr = 127.0.0.1
-cluster addr = 127.0.0.1
+mon host = v2:$address:$port
+public addr = $address
+cluster addr = $address
 ms bind ipv6 = false
 ms bind msgr1 = false
 auth cluster required = cephx
@@ -89,7 +106,7 @@ log to stderr = false
 err to stderr = true
 mon cluster log file = $dir/log/cluster.log
 admin socket = $socket
-osd pool default size = 1
+osd pool default size = $copies
 osd pool default min size = 1
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
@@ -148,11 +165,34 @@ make_monitor() {
   rm -rf "$dir"/mon.* "$dir/monmap"
   write_conf
   mkdir "$dir/mon.a"
-  env -u CEPH_CONF monmaptool --create --clobber --fsid "$fsid" --addv a "[v2:127.0.0.1:$port]" "$dir/monmap" >"$dir/log/mkfs.out"
+  env -u CEPH_CONF monmaptool --create --clobber --fsid "$fsid" --addv a "[v2:$address:$port]" "$dir/monmap" >"$dir/log/mkfs.out"
   ceph-mon --mkfs -i a --monmap "$dir/monmap" --keyring "$dir/seed.keyring" >>"$dir/log/mkfs.out" 2>&1 || fail "the monitor cannot be made"
 }
 
+# A name that is free becomes ours with its making; the addresses go with its number. They are of a net that nobody routes (RFC 2544), and
+# the cluster's own one is on the loopback device in there, so that it reaches itself while the network is cut.
+make_netns() {
+  local number
+  for number in $(seq 0 255); do
+    if ip netns add "atoll-ceph-$number" 2>"$dir/log/netns.out"; then netns=atoll-ceph-$number && break; fi
+  done
+  [ -n "$netns" ] || fail "no network namespace can be made: $(cat "$dir/log/netns.out")"
+  echo "$netns" >"$dir/netns"
+  address=198.18.$number.2
+  echo "$address" >"$dir/address"
+  ip link add "atollceph$number" type veth peer name inner netns "$netns"
+  ip addr add "198.18.$number.5/30" dev "atollceph$number"
+  ip link set "atollceph$number" up
+  ip -n "$netns" addr add "198.18.$number.6/30" dev inner
+  ip -n "$netns" addr add "$address/32" dev lo
+  ip -n "$netns" link set lo up
+  ip -n "$netns" link set inner up
+  ip route add "$address/32" via "198.18.$number.6"
+  in_netns=(ip netns exec "$netns")
+}
+
 if [ ! -e "$dir/made" ]; then
+  if [ "${NETNS:-0}" = 1 ] && [ -z "$netns" ]; then make_netns; fi
   stop_all KILL
   rm -rf "$dir"/mon.* "$dir"/osd.* "$dir"/mgr.* "$dir"/*.keyring
   fsid=$(cat /proc/sys/kernel/random/uuid)
@@ -224,10 +264,7 @@ if [ -n "${OWNER_PID:-}" ] && [ ! -e "$dir/run/guard" ]; then
   touch "$dir/run/guard"
   (
     while kill -0 "$OWNER_PID" 2>/dev/null && [ -e "$dir/run/guard" ]; do sleep 1; done
-    if [ -e "$dir/run/guard" ]; then
-      stop_all KILL
-      rm -rf "$dir"
-    fi
+    if [ -e "$dir/run/guard" ]; then remove_all; fi
   ) >/dev/null 2>&1 </dev/null &
   disown
 fi

@@ -1,5 +1,6 @@
 //! What a device does by itself: flush when a bound is passed, ask for a checkpoint, make writers wait when memory would
-//! grow without one (I8). Two threads serve all devices of the process.
+//! grow without one (I8). Two threads serve all devices of the process whose layers are on this machine, and two those that wait for
+//! other machines, so that these keep nobody else waiting.
 use super::{Device, DeviceEvent};
 use crate::{EngineError, Result, spawn_named};
 use parking_lot::Mutex;
@@ -14,10 +15,14 @@ const ROOM_WAIT_MAX: Duration = Duration::from_secs(30);
 /// The open batch is flushed by the writer itself at this multiple of `batch_deltas_max`: a frame stays well below its limit.
 const BATCH_HARD_FACTOR: u64 = 4;
 
+type Queue = OnceLock<Option<Sender<Weak<Device>>>>;
+
 /// `None` where no thread could be started: writers then flush by themselves at the hard bound.
-fn queue() -> Option<&'static Sender<Weak<Device>>> {
-    static QUEUE: OnceLock<Option<Sender<Weak<Device>>>> = OnceLock::new();
-    QUEUE
+fn queue(waits_for_network: bool) -> Option<&'static Sender<Weak<Device>>> {
+    static LOCAL: Queue = OnceLock::new();
+    static NETWORK: Queue = OnceLock::new();
+    let queue = if waits_for_network { &NETWORK } else { &LOCAL };
+    queue
         .get_or_init(|| {
             let (sender, receiver) = channel();
             let receiver = Arc::new(Mutex::new(receiver));
@@ -45,7 +50,7 @@ fn work(receiver: &Mutex<Receiver<Weak<Device>>>) {
 impl Device {
     pub(super) fn queue_background_flush(&self) {
         if !self.background_queued.swap(true, Ordering::SeqCst) {
-            let sent = queue().is_some_and(|queue| queue.send(self.myself.clone()).is_ok());
+            let sent = queue(self.waits_for_network()).is_some_and(|queue| queue.send(self.myself.clone()).is_ok());
             self.background_queued.store(sent, Ordering::SeqCst);
         }
     }

@@ -1,14 +1,17 @@
 //! A connection to a cluster, and what can be asked of one pool of it. Everything goes through `Completion`s, so that many requests
 //! are in flight where there are many; each ends within the time of the options, however the cluster is.
-use super::library::{CMPXATTR_EQ, CONNECTION_COUNT, CREATE_EXCLUSIVE, CREATE_IDEMPOTENT, ENDING_COUNT, Handle, Library, library};
+use super::library::{
+    CMPXATTR_EQ, CONNECTION_COUNT, CREATE_EXCLUSIVE, CREATE_IDEMPOTENT, ENDING_COUNT, FULL_FORCE, FULL_TRY, Handle, Library, library,
+};
 use crate::{IoError, IoErrorCode, Result};
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fmt::{self, Write};
 use std::path::PathBuf;
 use std::ptr::{null, null_mut};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Where a pool lies in a cluster, and how it is reached.
@@ -34,6 +37,10 @@ pub struct RadosOptions {
 
 /// Requests that one call has under way at once (I8).
 const IN_FLIGHT_MAX: usize = 64;
+
+/// Shortest and longest pause between two looks at whether a request is done.
+const POLL_INTERVAL_MIN: Duration = Duration::from_micros(50);
+const POLL_INTERVAL_MAX: Duration = Duration::from_millis(20);
 
 /// Keys that one request asks an index for: the cluster's own bound.
 const INDEX_PAGE_KEYS: u64 = 1024;
@@ -82,7 +89,32 @@ pub(super) struct Cluster {
     library: &'static Library,
     cluster: Handle,
     io: Handle,
+    /// The same pool, for what is to be done, or to fail at once, where it is full: locks.
+    full_io: Handle,
+    /// The pool has not answered for so long that nobody who manages waits for it (`watch.rs`).
+    pub(super) is_silent: AtomicBool,
     pub(super) options: RadosOptions,
+}
+
+thread_local! {
+    /// This thread carries out a call that manages.
+    static IS_MANAGING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// While it lives, no request of this thread is waited for once the pool is silent: it is cancelled then, as if it had timed out.
+pub(super) struct Managing(());
+
+impl Managing {
+    pub(super) fn begin() -> Managing {
+        IS_MANAGING.set(true);
+        Managing(())
+    }
+}
+
+impl Drop for Managing {
+    fn drop(&mut self) {
+        IS_MANAGING.set(false);
+    }
 }
 
 // SAFETY: librados may be called from any thread at any time with one connection and one pool of it.
@@ -93,15 +125,15 @@ unsafe impl Sync for Cluster {}
 impl Drop for Cluster {
     /// Off this thread, which may be the event loop's: it waits for threads of the library.
     fn drop(&mut self) {
-        struct Handles(Handle, Handle, &'static Library);
+        struct Handles(Handle, [Handle; 2], &'static Library);
         // SAFETY: they move to the thread, nobody else has them any more.
         unsafe impl Send for Handles {}
-        let handles = Handles(self.cluster, self.io, self.library);
+        let handles = Handles(self.cluster, [self.io, self.full_io], self.library);
         let end = move || {
-            let Handles(cluster, io, library) = { handles };
-            // SAFETY: both are open or null, and every completion was waited for: it borrows or owns the cluster.
+            let Handles(cluster, pools, library) = { handles };
+            // SAFETY: all are open or null, and every completion was waited for: it borrows or owns the cluster.
             unsafe {
-                if !io.is_null() {
+                for io in pools.into_iter().filter(|io| !io.is_null()) {
                     (library.ioctx_destroy)(io);
                 }
                 (library.shutdown)(cluster);
@@ -132,21 +164,30 @@ impl Cluster {
         }
         // From here on dropping it ends the connection.
         CONNECTION_COUNT.fetch_add(1, Ordering::SeqCst);
-        let mut this = Cluster { library, cluster, io: null_mut(), options };
+        let mut this = Cluster { library, cluster, io: null_mut(), full_io: null_mut(), is_silent: AtomicBool::new(false), options };
         this.configure()?;
         // SAFETY: the handle is open and was configured.
         let code = unsafe { (library.connect)(cluster) };
         if code < 0 {
             return Err(this.connect_error(-code));
         }
-        // SAFETY: connected; the name ends with a NUL; `io` is filled with a handle on success.
-        let code = unsafe { (library.ioctx_create)(cluster, pool.as_ptr(), &raw mut this.io) };
-        if code < 0 {
-            this.io = null_mut();
-            return Err(this.pool_error(-code));
+        for is_for_full in [false, true] {
+            let mut io = null_mut();
+            // SAFETY: connected; the name ends with a NUL; `io` is filled with a handle on success.
+            let code = unsafe { (library.ioctx_create)(cluster, pool.as_ptr(), &raw mut io) };
+            if code < 0 {
+                return Err(this.pool_error(-code));
+            }
+            // SAFETY: the pool is open; the name is copied.
+            unsafe { (library.ioctx_set_namespace)(io, namespace.as_ptr()) };
+            if is_for_full {
+                // SAFETY: as above.
+                unsafe { (library.set_pool_full_try)(io) };
+                this.full_io = io;
+            } else {
+                this.io = io;
+            }
         }
-        // SAFETY: the pool is open; the name is copied.
-        unsafe { (library.ioctx_set_namespace)(this.io, namespace.as_ptr()) };
         Ok(Arc::new(this))
     }
 
@@ -237,6 +278,7 @@ impl Cluster {
         let object = object.to_string();
         let special = |code, message| IoError { errno, ..IoError::new(code, operation, object.clone(), offset_bytes, message) };
         match errno {
+            libc::ETIMEDOUT if self.is_silent.load(Ordering::Relaxed) => special(IoErrorCode::Unavailable, silent_message(pool)),
             libc::ETIMEDOUT => special(
                 IoErrorCode::Unavailable,
                 format!("the cluster did not answer within {} s: `ceph -s` says what it lacks", request_timeout.as_secs()),
@@ -250,6 +292,13 @@ impl Cluster {
                 )
             },
             libc::EPERM | libc::EACCES => special(IoErrorCode::Denied, denied_message(user, pool)),
+            libc::ENOSPC | libc::EDQUOT => special(
+                IoErrorCode::NoSpace,
+                format!(
+                    "pool {pool} is full, by its quota or by the full ratio of the cluster (`ceph health detail` says which): \
+                     delete something and reclaim, or add OSDs"
+                ),
+            ),
             libc::EOPNOTSUPP => special(
                 IoErrorCode::Unavailable,
                 format!("pool {pool} cannot do this: it must be a replicated pool (an erasure-coded one keeps no indexes)"),
@@ -361,9 +410,12 @@ impl Cluster {
         })
     }
 
+    /// Also on a full pool.
     pub(super) fn start_remove(&self, name: &Name) -> Completion<'_> {
-        // SAFETY: the name is copied.
-        self.start(|io, completion| unsafe { (self.library.aio_remove)(io, name.as_ptr(), completion) })
+        let mut change = self.change();
+        change.remove();
+        change.even_if_full();
+        self.start_change(name, change)
     }
 
     /// Carries out a change: all of it or nothing.
@@ -371,13 +423,13 @@ impl Cluster {
         // SAFETY: the name is copied; what the operation refers to was copied into it when it was built, and the parts are moved out
         // of it here, so that it may be released before the answer.
         self.start(|io, completion| unsafe {
-            (self.library.aio_write_op_operate)(change.raw, io, completion, name.as_ptr(), null_mut(), 0)
+            (self.library.aio_write_op_operate)(change.raw, io, completion, name.as_ptr(), null_mut(), change.flags)
         })
     }
 
     pub(super) fn change(&self) -> Change {
         // SAFETY: takes nothing.
-        Change { library: self.library, raw: unsafe { (self.library.create_write_op)() } }
+        Change { library: self.library, raw: unsafe { (self.library.create_write_op)() }, flags: 0 }
     }
 
     /// As `start_change`, and waits.
@@ -391,17 +443,7 @@ impl Cluster {
     /// Waits for a completion no longer than for a connection: a pool without OSDs would answer only when the request times out.
     pub(super) fn wait_shortly(&self, completion: Completion<'_>) -> c_int {
         let started_at = Instant::now();
-        // SAFETY: the completion is alive.
-        while completion.refused == 0 && unsafe { (self.library.aio_is_complete)(completion.raw) } == 0 {
-            if started_at.elapsed() > self.options.connect_timeout {
-                // SAFETY: the request is of this pool. A request that is cancelled is complete; one that just got its answer too.
-                unsafe { (self.library.aio_cancel)(self.io, completion.raw) };
-                drop(completion);
-                return -libc::ETIMEDOUT;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        completion.wait()
+        completion.wait_unless(|| started_at.elapsed() > self.options.connect_timeout)
     }
 
     /// The object's length, `None` if there is none.
@@ -566,10 +608,19 @@ impl Cluster {
         self.apply("index", name, change)
     }
 
+    /// As `add_to_index`; fails at once if that is not possible because the pool is full.
+    pub(super) fn add_to_index_now(&self, name: &Name, keys: &[String]) -> Result<()> {
+        let mut change = self.change();
+        change.set_keys(keys);
+        change.even_if_full();
+        self.apply("index", name, change)
+    }
+
     pub(super) fn remove_from_index(&self, name: &Name, keys: &[String]) -> Result<()> {
         let mut change = self.change();
         change.assert_exists();
         change.remove_keys(keys);
+        change.even_if_full();
         match self.start_change(name, change).wait() {
             code if code < 0 && -code != libc::ENOENT => Err(self.error("index", name, 0, -code)),
             _ => Ok(()),
@@ -581,7 +632,7 @@ impl Cluster {
         // SAFETY: all strings live longer than the call; without a duration it does not run out.
         let code = unsafe {
             (self.library.lock_exclusive)(
-                self.io,
+                self.full_io,
                 name.as_ptr(),
                 lock.as_ptr(),
                 cookie.as_ptr(),
@@ -630,7 +681,7 @@ impl Cluster {
 
     pub(super) fn unlock(&self, name: &Name, lock: &CStr, cookie: &CStr) {
         // SAFETY: all strings live longer than the call. A failure leaves the lock to be broken by the next one who wants it.
-        unsafe { (self.library.unlock)(self.io, name.as_ptr(), lock.as_ptr(), cookie.as_ptr()) };
+        unsafe { (self.library.unlock)(self.full_io, name.as_ptr(), lock.as_ptr(), cookie.as_ptr()) };
     }
 
     /// Who holds a lock; `None`: nobody.
@@ -643,7 +694,7 @@ impl Cluster {
         // SAFETY: each place has as many bytes as is said and lives longer than the call.
         let count = unsafe {
             (self.library.list_lockers)(
-                self.io,
+                self.full_io,
                 name.as_ptr(),
                 lock.as_ptr(),
                 &raw mut exclusive,
@@ -683,10 +734,24 @@ impl Cluster {
             return Err(self.error("fence", "the map of the cluster", 0, -code));
         }
         // SAFETY: all strings live longer than the call.
-        let code = unsafe { (self.library.break_lock)(self.io, name.as_ptr(), lock.as_ptr(), client.as_ptr(), cookie.as_ptr()) };
+        let code = unsafe { (self.library.break_lock)(self.full_io, name.as_ptr(), lock.as_ptr(), client.as_ptr(), cookie.as_ptr()) };
         match -code {
             errno if errno <= 0 || errno == libc::ENOENT => Ok(()),
             errno => Err(self.error("fence", name, 0, errno)),
+        }
+    }
+
+    /// Whether this user may shut others out, found out by shutting nobody out for a second. `Denied` with what it lacks.
+    pub(super) fn check_may_fence(&self) -> Result<()> {
+        let RadosOptions { user, pool, .. } = &self.options;
+        // SAFETY: the text lives longer than the call, which does not change it. No client has this address.
+        match -unsafe { (self.library.blocklist_add)(self.cluster, c"0.0.0.0:0/1".as_ptr().cast_mut(), 1) } {
+            errno if errno <= 0 => Ok(()),
+            errno @ (libc::EPERM | libc::EACCES) => {
+                let message = format!("client.{user} may not shut out a daemon that is gone (osd blocklist): {}", caps_advice(user, pool));
+                Err(IoError { errno, ..IoError::new(IoErrorCode::Denied, "fence", "nobody", 0, message) })
+            }
+            errno => Err(self.error("fence", "nobody", 0, errno)),
         }
     }
 
@@ -723,7 +788,12 @@ impl Cluster {
         match -code {
             errno if errno <= 0 => Ok(Some(answer)),
             libc::EACCES | libc::EPERM | libc::EINVAL => Ok(None),
-            errno => Err(self.error("usage", "the cluster", 0, errno)),
+            libc::ETIMEDOUT => {
+                let seconds = self.options.connect_timeout.as_secs().max(1);
+                let message = format!("no monitor answered within {seconds} s: is the network to them cut, or are they down?");
+                Err(IoError { errno: libc::ETIMEDOUT, ..IoError::new(IoErrorCode::Unavailable, "ask", "the monitors", 0, message) })
+            }
+            errno => Err(self.error("ask", "the monitors", 0, errno)),
         }
     }
 }
@@ -735,8 +805,16 @@ pub(super) struct Locker {
     address: String,
 }
 
+pub(super) fn silent_message(pool: &str) -> String {
+    format!("pool {pool} does not answer at present: it is tried again all the time, and `ceph -s` says what it lacks")
+}
+
 fn denied_message(user: &str, pool: &str) -> String {
-    format!("client.{user} may not do this in pool {pool}: `ceph auth caps client.{user} mon 'profile rbd' osd 'allow rwx pool={pool}'`")
+    format!("client.{user} may not do this in pool {pool}: {}", caps_advice(user, pool))
+}
+
+fn caps_advice(user: &str, pool: &str) -> String {
+    format!("`ceph auth caps client.{user} mon 'profile rbd' osd 'allow rwx pool={pool}'`")
 }
 
 fn first_text(bytes: &[u8]) -> String {
@@ -782,6 +860,33 @@ impl Completion<'_> {
         if self.refused < 0 {
             return self.refused;
         }
+        if IS_MANAGING.get() {
+            let cluster = self.cluster;
+            return self.wait_unless(|| cluster.is_silent.load(Ordering::Relaxed));
+        }
+        self.wait_to_the_end()
+    }
+
+    /// As `wait`; `ETIMEDOUT` as soon as `is_enough` says so.
+    fn wait_unless(self, is_enough: impl Fn() -> bool) -> c_int {
+        let mut pause = POLL_INTERVAL_MIN;
+        // SAFETY: the completion is alive.
+        while self.refused == 0 && unsafe { (self.cluster.library.aio_is_complete)(self.raw) } == 0 {
+            if is_enough() {
+                // SAFETY: the request is of this pool. A request that is cancelled is complete; one that just got its answer too.
+                unsafe { (self.cluster.library.aio_cancel)(self.cluster.io, self.raw) };
+                return -libc::ETIMEDOUT;
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(POLL_INTERVAL_MAX);
+        }
+        self.wait_to_the_end()
+    }
+
+    fn wait_to_the_end(self) -> c_int {
+        if self.refused < 0 {
+            return self.refused;
+        }
         // SAFETY: the completion is ours until it is dropped.
         unsafe {
             (self.cluster.library.aio_wait_for_complete)(self.raw);
@@ -809,6 +914,7 @@ impl Drop for Completion<'_> {
 pub(super) struct Change {
     library: &'static Library,
     raw: Handle,
+    flags: c_int,
 }
 
 impl Drop for Change {
@@ -820,6 +926,21 @@ impl Drop for Change {
 
 // All texts and data are copied when they are added.
 impl Change {
+    /// Where the pool is full it fails at once if it takes more space, instead of waiting until there is some.
+    pub(super) fn even_if_full(&mut self) {
+        self.flags |= FULL_TRY;
+    }
+
+    /// It is carried out where the pool is full, too: for the little that has to be written before something can be deleted.
+    pub(super) fn beyond_full(&mut self) {
+        self.flags |= FULL_FORCE;
+    }
+
+    pub(super) fn remove(&mut self) {
+        // SAFETY: the operation is ours.
+        unsafe { (self.library.write_op_remove)(self.raw) };
+    }
+
     /// Fails with `ENOENT` if the object is not there.
     pub(super) fn assert_exists(&mut self) {
         // SAFETY: the operation is ours.

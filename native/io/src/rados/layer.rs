@@ -34,6 +34,9 @@ const SHARD_COUNT: usize = 8;
 /// Objects that go into the index ahead of a layer that is written from its front: one request for all of them.
 const INDEXED_AHEAD: u32 = 16;
 
+/// Objects that are asked in one go: between two of these it may be said that nobody wants to know any more.
+const ASKED_AT_ONCE: usize = 1024;
+
 /// Zeros are written from here; pages that nobody writes take no memory.
 static ZEROS: [u8; OBJECT_BYTES as usize] = [0; OBJECT_BYTES as usize];
 const ZERO_STEP_BYTES: u64 = 16 << 20;
@@ -82,6 +85,7 @@ impl Layer {
         let mut change = cluster.change();
         change.create(true);
         change.set_attribute(STATE_ATTRIBUTE, STATE_USED);
+        change.even_if_full();
         cluster.apply("create", &head_name(id), change)?;
         Ok(Layer::new(cluster, id))
     }
@@ -117,6 +121,15 @@ impl Layer {
         }
         layer.is_removed.store(is_going, Ordering::SeqCst);
         Ok(layer)
+    }
+
+    /// Asks whether there is a layer: the answer is `ENOENT` if not.
+    ///
+    /// # Safety
+    /// The buffer is the caller's until the completion was waited for or dropped.
+    pub(super) unsafe fn start_asking<'a>(cluster: &'a Cluster, id: LayerId, buffer: &mut [u8; 16]) -> Completion<'a> {
+        // SAFETY: the caller's promise.
+        unsafe { cluster.start_attribute(&head_name(id), STATE_ATTRIBUTE, buffer.as_mut_ptr(), buffer.len()) }
     }
 
     fn shard(&self, index: u32) -> &Mutex<Shard> {
@@ -460,12 +473,28 @@ impl Layer {
     }
 
     pub(super) fn allocated_bytes(&self) -> Result<u64> {
-        self.ask(&self.indexed(0..u64::from(u32::MAX) + 1))?;
+        self.ask_all(&|| false)?;
+        Ok(self.known_bytes())
+    }
+
+    /// Makes sure that something is known of every object, unless `is_ended` says so before.
+    pub(super) fn ask_all(&self, is_ended: &dyn Fn() -> bool) -> Result<()> {
+        for objects in self.indexed(0..u64::from(u32::MAX) + 1).chunks(ASKED_AT_ONCE) {
+            if is_ended() {
+                return Ok(());
+            }
+            self.ask(objects)?;
+        }
+        Ok(())
+    }
+
+    /// What is allocated as far as it is known.
+    pub(super) fn known_bytes(&self) -> u64 {
         let known = self.shards.iter().map(|shard| {
             let shard = shard.lock();
             shard.values().flatten().map(Object::allocated_bytes).sum::<u64>()
         });
-        Ok(known.sum())
+        known.sum()
     }
 
     pub(super) fn entry(&self) -> Result<LayerEntry> {
@@ -503,6 +532,7 @@ impl Layer {
                         let mut change = self.cluster.change();
                         change.assert_exists();
                         change.truncate(0);
+                        change.even_if_full();
                         Layer::tell(&mut change, object);
                         return (self.cluster.start_change(name, change), true);
                     }
@@ -512,6 +542,7 @@ impl Layer {
                         Layer::tell(&mut change, object);
                     }
                     change.zero(bytes.start, bytes.end - bytes.start);
+                    change.even_if_full();
                     (self.cluster.start_change(name, change), is_changed)
                 })?;
                 Ok(completion)
@@ -556,6 +587,7 @@ impl Layer {
         let mut change = self.cluster.change();
         change.assert_exists();
         change.set_attribute(STATE_ATTRIBUTE, STATE_GOING);
+        change.even_if_full();
         self.cluster.apply("remove", &head, change)?;
         self.cluster.run_all(
             self.indexed(0..u64::from(u32::MAX) + 1),

@@ -18,6 +18,11 @@ pub(super) const CREATE_EXCLUSIVE: c_int = 1;
 /// An object that is there is as good.
 pub(super) const CREATE_IDEMPOTENT: c_int = 0;
 
+/// Flag of an operation: on a full pool it is tried all the same, and fails if it would take more space.
+pub(super) const FULL_TRY: c_int = 64;
+/// Flag of an operation: it is carried out on a full pool, too.
+pub(super) const FULL_FORCE: c_int = 128;
+
 macro_rules! library {
     ($($name:ident($($argument:ty),*) $(-> $result:ty)?;)*) => {
         /// The functions, without their prefix `rados_`.
@@ -66,6 +71,7 @@ library! {
     ioctx_create(Handle, *const c_char, *mut Handle) -> c_int;
     ioctx_destroy(Handle);
     ioctx_set_namespace(Handle, *const c_char);
+    set_pool_full_try(Handle);
     aio_create_completion2(*mut c_void, *mut c_void, *mut Handle) -> c_int;
     aio_wait_for_complete(Handle) -> c_int;
     aio_is_complete(Handle) -> c_int;
@@ -74,7 +80,6 @@ library! {
     aio_release(Handle);
     aio_read(Handle, *const c_char, Handle, *mut c_char, usize, u64) -> c_int;
     aio_write(Handle, *const c_char, Handle, *const c_char, usize, u64) -> c_int;
-    aio_remove(Handle, *const c_char, Handle) -> c_int;
     aio_stat(Handle, *const c_char, Handle, *mut u64, *mut libc::time_t) -> c_int;
     aio_exec(Handle, *const c_char, Handle, *const c_char, *const c_char, *const c_char, usize, *mut c_char, usize) -> c_int;
     aio_getxattr(Handle, *const c_char, Handle, *const c_char, *mut c_char, usize) -> c_int;
@@ -88,6 +93,7 @@ library! {
     write_op_write(Handle, *const c_char, usize, u64);
     write_op_write_full(Handle, *const c_char, usize);
     write_op_truncate(Handle, u64);
+    write_op_remove(Handle);
     write_op_zero(Handle, u64, u64);
     write_op_omap_set2(Handle, *const *const c_char, *const *const c_char, *const usize, *const usize, usize);
     write_op_omap_rm_keys2(Handle, *const *const c_char, *const usize, usize);

@@ -18,24 +18,30 @@
 //! a fence shuts out: all volumes of a pool at once, as its lock is one.
 mod cluster;
 mod layer;
+mod layers;
 mod library;
 mod lock;
 mod object;
 mod segment;
+mod watch;
 
 use crate::error::{layer_object, segment_object};
 use crate::store::is_record_name;
 use crate::{
-    IoError, IoErrorCode, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreLock, StoreUsage,
+    IoError, IoErrorCode, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreHealth, StoreLock,
+    StoreUsage,
 };
 pub use cluster::RadosOptions;
 use cluster::{Cluster, Name};
 use layer::{Layer, RadosLayer};
+use layers::{Layers, layers_index};
 use parking_lot::Mutex;
 use segment::RadosSegment;
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::CString;
 use std::sync::Arc;
+use std::time::Instant;
+use watch::{PoolFigures, Watch};
 
 const HEAD: &[u8] = b"atoll pool, version 1\n";
 
@@ -45,18 +51,21 @@ const RECORD_BYTES_MAX: u64 = 64 << 20;
 /// A namespace of a RADOS pool.
 pub struct RadosStore {
     cluster: Arc<Cluster>,
-    layers: Mutex<HashMap<LayerId, Arc<Layer>>>,
+    layers: Arc<Layers>,
     segments: Mutex<HashMap<LayerId, BTreeSet<u64>>>,
     /// Cookie of the lock that was taken last.
     cookie: Mutex<Option<CString>>,
+    watch: Watch,
+}
+
+impl Drop for RadosStore {
+    fn drop(&mut self) {
+        self.layers.end();
+    }
 }
 
 fn head() -> Name {
     Name::new(format_args!("head"))
-}
-
-fn layers_index() -> Name {
-    Name::new(format_args!("index.layers"))
 }
 
 fn segments_index() -> Name {
@@ -88,48 +97,53 @@ fn record_name(name: &str) -> Result<Name> {
     Ok(Name::new(format_args!("record.{name}")))
 }
 
+/// Looks for the pool, and makes it if there is none and that is wanted.
+fn find_head(cluster: &Cluster, create: bool) -> Result<()> {
+    let mut found = vec![0; HEAD.len() + 1];
+    // SAFETY: the buffer lives until the wait is over.
+    let reading = unsafe { cluster.start_read(&head(), 0, found.as_mut_ptr(), found.len()) };
+    match cluster.wait_shortly(reading) {
+        length if length >= 0 => {
+            if &found[..length as usize] == HEAD {
+                return Ok(());
+            }
+            let text = String::from_utf8_lossy(&found[..length as usize]).trim().to_owned();
+            let message = format!("the pool is of another version ({text:?}): open it with the Atoll that made it, or a newer one");
+            Err(IoError::new(IoErrorCode::Version, "open", head().to_string(), 0, message))
+        }
+        code if code != -libc::ENOENT => Err(cluster.error("open", head(), 0, -code)),
+        _ if !create => {
+            let message = "there is no pool of Atoll in this namespace";
+            Err(IoError::new(IoErrorCode::NotFound, "open", head().to_string(), 0, message))
+        }
+        _ => {
+            cluster.check_may_fence()?;
+            // The indexes first: where they cannot be (erasure-coded pools) nothing is made.
+            for index in [layers_index(), segments_index(), records_index()] {
+                cluster.add_to_index_now(&index, &["~".to_owned()])?;
+                cluster.remove_from_index(&index, &["~".to_owned()])?;
+            }
+            let mut change = cluster.change();
+            change.write_full(HEAD);
+            change.even_if_full();
+            cluster.apply("create", &head(), change)
+        }
+    }
+}
+
 impl RadosStore {
     /// Connects and looks for the pool, which is made if there is none and the options say so. Waits for the cluster no longer than
     /// they say. `Unavailable`, `Denied`; `NotFound`: the RADOS pool is not there, or no pool of ours is in it; `Version`.
     pub fn open(options: RadosOptions) -> Result<RadosStore> {
         let create = options.create;
         let cluster = Cluster::connect(options)?;
-        let store = RadosStore { cluster, layers: Mutex::default(), segments: Mutex::default(), cookie: Mutex::default() };
-        store.find_head(create)?;
+        let started_at = Instant::now();
+        find_head(&cluster, create)?;
+        let watch = Watch::start(&cluster, head(), started_at.elapsed())?;
+        let layers = Layers::new(&cluster);
+        let store = RadosStore { cluster, layers, segments: Mutex::default(), cookie: Mutex::default(), watch };
         store.read_segments()?;
         Ok(store)
-    }
-
-    fn find_head(&self, create: bool) -> Result<()> {
-        let cluster = &self.cluster;
-        let mut found = vec![0; HEAD.len() + 1];
-        // SAFETY: the buffer lives until the wait is over.
-        let reading = unsafe { cluster.start_read(&head(), 0, found.as_mut_ptr(), found.len()) };
-        match cluster.wait_shortly(reading) {
-            length if length >= 0 => {
-                if &found[..length as usize] == HEAD {
-                    return Ok(());
-                }
-                let text = String::from_utf8_lossy(&found[..length as usize]).trim().to_owned();
-                let message = format!("the pool is of another version ({text:?}): open it with the Atoll that made it, or a newer one");
-                Err(IoError::new(IoErrorCode::Version, "open", head().to_string(), 0, message))
-            }
-            code if code != -libc::ENOENT => Err(cluster.error("open", head(), 0, -code)),
-            _ if !create => {
-                let message = "there is no pool of Atoll in this namespace";
-                Err(IoError::new(IoErrorCode::NotFound, "open", head().to_string(), 0, message))
-            }
-            _ => {
-                // The indexes first: where they cannot be (erasure-coded pools) nothing is made.
-                for index in [layers_index(), segments_index(), records_index()] {
-                    cluster.add_to_index(&index, &["~".to_owned()])?;
-                    cluster.remove_from_index(&index, &["~".to_owned()])?;
-                }
-                let mut change = cluster.change();
-                change.write_full(HEAD);
-                cluster.apply("create", &head(), change)
-            }
-        }
     }
 
     /// The segments that are there, of all layers.
@@ -141,19 +155,6 @@ impl RadosStore {
         }
         *self.segments.lock() = segments;
         Ok(())
-    }
-
-    /// The layer as this store knows it. `NotFound`.
-    fn layer(&self, id: LayerId, going_too: bool) -> Result<Arc<Layer>> {
-        if let Some(layer) = self.layers.lock().get(&id) {
-            if layer.is_removed() && !going_too {
-                return Err(IoError::new(IoErrorCode::NotFound, "open", layer_object(id), 0, "there is no such layer"));
-            }
-            return Ok(Arc::clone(layer));
-        }
-        let loaded = Layer::load(&self.cluster, id, going_too)?;
-        // All handles share what is known: the first to come wins.
-        Ok(Arc::clone(self.layers.lock().entry(id).or_insert(loaded)))
     }
 }
 
@@ -172,18 +173,20 @@ impl Store for RadosStore {
     }
 
     fn create_layer(&self, id: LayerId) -> Result<()> {
-        self.cluster.add_to_index(&layers_index(), &[id.to_string()])?;
+        let _managing = self.watch.manage("create")?;
+        self.cluster.add_to_index_now(&layers_index(), &[id.to_string()])?;
         let layer = Layer::create(&self.cluster, id)?;
-        self.layers.lock().insert(id, layer);
+        self.layers.add(id, layer);
         Ok(())
     }
 
     fn open_layer(&self, id: LayerId, mode: OpenMode) -> Result<Arc<dyn LayerIo>> {
-        Ok(Arc::new(RadosLayer { layer: self.layer(id, false)?, is_writable: mode == OpenMode::ReadWrite }))
+        Ok(Arc::new(RadosLayer { layer: self.layers.get(id, false)?, is_writable: mode == OpenMode::ReadWrite }))
     }
 
     fn remove_layer(&self, id: LayerId) -> Result<()> {
-        match self.layer(id, true) {
+        let _managing = self.watch.manage("remove")?;
+        match self.layers.get(id, true) {
             Ok(layer) => match layer.remove() {
                 Err(error) if error.code != IoErrorCode::NotFound => return Err(error),
                 _ => {}
@@ -195,15 +198,16 @@ impl Store for RadosStore {
             self.remove_segment(id, base_lsn)?;
         }
         self.cluster.remove_from_index(&layers_index(), &[id.to_string()])?;
-        self.layers.lock().remove(&id);
+        self.layers.forget(id);
         Ok(())
     }
 
     /// What is not known yet of a layer's objects is asked of each of them: the first call after a start takes as long as that.
     fn list_layers(&self) -> Result<Vec<LayerEntry>> {
+        let _managing = self.watch.manage("list")?;
         let mut entries = Vec::new();
         for id in self.cluster.index_keys(&layers_index())?.iter().filter_map(|key| LayerId::parse(key)) {
-            match self.layer(id, true).and_then(|layer| layer.entry()) {
+            match self.layers.get(id, true).and_then(|layer| layer.entry()) {
                 Ok(entry) => entries.push(entry),
                 // Its making or its removal ended half-way, or it goes just now.
                 Err(error) if error.code == IoErrorCode::NotFound => {}
@@ -213,15 +217,42 @@ impl Store for RadosStore {
         Ok(entries)
     }
 
+    fn list_layer_ids(&self) -> Result<Vec<LayerId>> {
+        let _managing = self.watch.manage("list")?;
+        let mut ids: Vec<LayerId> = self.cluster.index_keys(&layers_index())?.iter().filter_map(|key| LayerId::parse(key)).collect();
+        let mut gone = BTreeSet::new();
+        self.cluster.run_all(
+            ids.iter().map(|id| (*id, Box::new([0u8; 16]))),
+            // SAFETY: the buffer has a place of its own, which goes after the completion.
+            |(id, buffer)| Ok(unsafe { Layer::start_asking(&self.cluster, *id, buffer) }),
+            |(id, _), code| match -code {
+                errno if errno <= 0 || errno == libc::ERANGE => Ok(()),
+                // Its making or its removal ended half-way.
+                libc::ENOENT => {
+                    gone.insert(id);
+                    Ok(())
+                }
+                errno => Err(self.cluster.error("list", layer_object(id), 0, errno)),
+            },
+        )?;
+        ids.retain(|id| !gone.contains(id));
+        Ok(ids)
+    }
+
     /// Free is what the cluster says that the RADOS pool can take, replicas counted; total is that and what the pool holds. Both are
-    /// 0 if the cluster does not know (no manager runs), or does not tell this user.
+    /// 0 if the cluster does not know (no manager runs), or does not tell this user. After a start, what is stored is counted in the
+    /// background; that is waited for as long as for a connection.
     fn usage(&self) -> Result<StoreUsage> {
-        let stored_bytes = self.list_layers()?.iter().map(|entry| entry.allocated_bytes).sum();
-        let answer = self.cluster.ask_monitor(r#"{"prefix":"df","format":"json"}"#)?;
-        let figures = answer.as_deref().and_then(|text| pool_figures(text, &self.cluster.options.pool)).unwrap_or_default();
-        let PoolFigures { stored_bytes: held_bytes, free_bytes } = figures;
+        let _managing = self.watch.manage("usage")?;
+        let PoolFigures { stored_bytes: held_bytes, free_bytes } = self.watch.figures()?;
+        self.layers.wait_counted(self.cluster.options.connect_timeout);
+        let (stored_bytes, _) = self.layers.stored_bytes();
         let total_bytes = if free_bytes == 0 && held_bytes == 0 { 0 } else { free_bytes + held_bytes };
         Ok(StoreUsage { total_bytes, free_bytes, stored_bytes, reserve_bytes: 0 })
+    }
+
+    fn health(&self) -> Option<StoreHealth> {
+        Some(self.watch.health(self.layers.is_counted()))
     }
 
     fn list_segments(&self, layer: LayerId) -> Result<Vec<u64>> {
@@ -266,6 +297,7 @@ impl Store for RadosStore {
     }
 
     fn read_record(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        let _managing = self.watch.manage("read")?;
         self.cluster.read_whole(&record_name(name)?, RECORD_BYTES_MAX)
     }
 
@@ -274,13 +306,17 @@ impl Store for RadosStore {
         if bytes.len() as u64 > RECORD_BYTES_MAX {
             return Err(IoError::from_errno("write", object.to_string(), RECORD_BYTES_MAX, libc::EFBIG));
         }
-        self.cluster.add_to_index(&records_index(), &[name.to_owned()])?;
+        let _managing = self.watch.manage("write")?;
+        self.cluster.add_to_index_now(&records_index(), &[name.to_owned()])?;
         let mut change = self.cluster.change();
         change.write_full(bytes);
+        // Nothing is deleted before the records say so.
+        change.beyond_full();
         self.cluster.apply("write", &object, change)
     }
 
     fn list_records(&self, prefix: &str) -> Result<Vec<String>> {
+        let _managing = self.watch.manage("list")?;
         let mut names = self.cluster.index_keys(&records_index())?;
         names.retain(|name| name.starts_with(prefix) && is_record_name(name));
         let mut found = Vec::new();
@@ -295,6 +331,7 @@ impl Store for RadosStore {
 
     fn remove_record(&self, name: &str) -> Result<()> {
         let object = record_name(name)?;
+        let _managing = self.watch.manage("remove")?;
         match self.cluster.start_remove(&object).wait() {
             code if code < 0 && code != -libc::ENOENT => return Err(self.cluster.error("remove", object, 0, -code)),
             _ => {}
@@ -337,9 +374,10 @@ impl RadosStore {
     /// Whoever held the lock before may have changed everything since.
     fn locked(&self, lock: lock::HeldLock) -> Result<StoreLock> {
         *self.cookie.lock() = Some(lock.cookie().to_owned());
-        self.layers.lock().clear();
+        // Whoever held the lock before may have changed everything since.
         self.read_segments()?;
         self.drop_missing_segments()?;
+        self.layers.start_anew()?;
         Ok(StoreLock { guard: Box::new(lock) })
     }
 
@@ -368,37 +406,9 @@ impl RadosStore {
     }
 }
 
-#[derive(Default, Debug, PartialEq, Eq)]
-struct PoolFigures {
-    stored_bytes: u64,
-    free_bytes: u64,
-}
-
-/// What `ceph df` says about a pool. The names of pools that we take need no escapes in JSON.
-fn pool_figures(text: &str, pool: &str) -> Option<PoolFigures> {
-    let of_pool = text.split_once(&format!("\"name\":\"{pool}\","))?.1;
-    let of_pool = of_pool.split_once("\"name\":").map_or(of_pool, |(this, _)| this);
-    let number = |name: &str| -> Option<u64> {
-        let rest = of_pool.split_once(&format!("\"{name}\":"))?.1;
-        let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
-        digits.parse().ok()
-    };
-    Some(PoolFigures { stored_bytes: number("stored")?, free_bytes: number("max_avail")? })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn figures_of_a_pool_are_found_among_those_of_others() {
-        let text = r#"{"stats":{"total_bytes":10},"pools":[{"name":"one","id":1,"stats":{"stored":5,"objects":1,"max_avail":900}},
-            {"name":"two","id":2,"stats":{"stored":6,"stored_raw":7,"max_avail":901}}]}"#;
-        assert_eq!(pool_figures(text, "two"), Some(PoolFigures { stored_bytes: 6, free_bytes: 901 }));
-        assert_eq!(pool_figures(text, "one"), Some(PoolFigures { stored_bytes: 5, free_bytes: 900 }));
-        assert_eq!(pool_figures(text, "on"), None);
-        assert_eq!(pool_figures(r#"{"pools":[{"name":"one","id":1}]}"#, "one"), None);
-    }
 
     #[test]
     fn keys_of_segments_are_read_back_and_others_passed_over() {
