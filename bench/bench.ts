@@ -3,8 +3,9 @@ import { execFileSync } from 'node:child_process'
 import { mkdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { compare, type Comparison, type Contender } from './contenders.ts'
+import type { FioTarget } from './fio.ts'
 import { Atoll, missing, type Server, socketUri, startNbdkit, startQemuNbd } from './servers.ts'
-import { figureLine, rowLine, type Document, type Figure } from './table.ts'
+import { figureLine, rowLine, type Document, type Figure, type Row } from './table.ts'
 
 export const MiB = 2 ** 20
 export const GiB = 2 ** 30
@@ -69,10 +70,18 @@ export class Bench {
   }
 
   async compare(comparison: Comparison): Promise<void> {
-    for (const row of await compare(comparison, this.rounds)) {
-      this.#document.rows.push(row)
-      this.#print(rowLine(row))
-    }
+    for (const row of await compare(comparison, this.rounds)) this.row(row)
+  }
+
+  row(row: Row): void {
+    this.#document.rows.push(row)
+    this.#print(rowLine(row))
+  }
+
+  /** Ends with the run. */
+  add<T extends { stop(): Promise<void> }>(server: T): T {
+    this.#servers.add(server)
+    return server
   }
 
   figure(figure: Figure): void {
@@ -92,6 +101,6 @@ export class Bench {
 }
 
 /** A disk that stays as it is from round to round. */
-export function standing(name: string, uri: string): Contender {
-  return { name, prepare: () => Promise.resolve(uri) }
+export function standing(name: string, target: FioTarget): Contender {
+  return { name, prepare: () => Promise.resolve(target) }
 }

@@ -1,12 +1,12 @@
 /** What one row compares: disks of the same content behind different servers, driven by the same fio job in turns. */
-import { type FioJob, type FioResult, runFio } from './fio.ts'
+import { type FioJob, type FioResult, type FioTarget, runFio } from './fio.ts'
 import { median, type Row } from './table.ts'
 
 /** A disk that can be driven; `prepare` makes it new for a round where the job needs that. */
 export interface Contender {
   readonly name: string
-  /** URI of the disk for this round. */
-  prepare(round: number): Promise<string>
+  /** The disk for this round. */
+  prepare(round: number): Promise<FioTarget>
   /** After the round: what was made for it is thrown away. */
   finish?(round: number): Promise<void>
 }
@@ -25,9 +25,9 @@ export async function compare(comparison: Comparison, rounds: number): Promise<R
   for (let round = 0; round < rounds; round += 1) {
     for (let turn = 0; turn < all.length; turn += 1) {
       const contender = all[(round + turn) % all.length] as Contender
-      const uri = await contender.prepare(round)
+      const target = await contender.prepare(round)
       try {
-        results.get(contender.name)?.push(await runFio(uri, { ...comparison.job, seed: 1000 + round }))
+        results.get(contender.name)?.push(await runFio(target, { ...comparison.job, seed: 1000 + round }))
       } finally {
         await contender.finish?.(round)
       }

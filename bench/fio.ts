@@ -1,4 +1,4 @@
-/** fio over NBD: one job, one connection, no file system in between. */
+/** fio over NBD, or over a library of its own engines: one job, one connection, no file system in between. */
 import { execFile } from 'node:child_process'
 import { promisify } from 'node:util'
 
@@ -16,6 +16,9 @@ export interface FioJob {
   readonly writesPerFlush?: number
   readonly seed: number
 }
+
+/** What a job drives: the URI of an NBD disk, or another engine of fio with its options. */
+export type FioTarget = string | { readonly engine: readonly string[]; readonly environment: Readonly<Record<string, string>> }
 
 export interface FioResult {
   readonly operationsPerSecond: number
@@ -42,11 +45,10 @@ interface FioSide {
 const run = promisify(execFile)
 
 /** @throws Error with what fio said, or if it did nothing */
-export async function runFio(uri: string, job: FioJob): Promise<FioResult> {
+export async function runFio(target: FioTarget, job: FioJob): Promise<FioResult> {
   const args = [
     '--name=bench',
-    '--ioengine=nbd',
-    `--uri=${uri}`,
+    ...(typeof target === 'string' ? ['--ioengine=nbd', `--uri=${target}`] : target.engine),
     `--rw=${job.rw}`,
     `--bs=${job.blockBytes}`,
     `--iodepth=${job.depth}`,
@@ -60,7 +62,8 @@ export async function runFio(uri: string, job: FioJob): Promise<FioResult> {
     ...(job.bytesMax === undefined ? [] : [`--io_size=${job.bytesMax}`]),
     ...(job.writesPerFlush === undefined ? [] : [`--fsync=${job.writesPerFlush}`]),
   ]
-  const { stdout } = await run('fio', args, { maxBuffer: 16 * 2 ** 20 })
+  const env = typeof target === 'string' ? process.env : { ...process.env, ...target.environment }
+  const { stdout } = await run('fio', args, { env, maxBuffer: 16 * 2 ** 20 })
   // fio writes warnings before the document.
   const document = JSON.parse(stdout.slice(stdout.indexOf('{'))) as FioDocument
   const done = document.jobs[0]

@@ -8,6 +8,7 @@ import { join, resolve } from 'node:path'
 import { parseArgs } from 'node:util'
 import { Bench } from './bench.ts'
 import { figureLine, heading, rowLine, type Document } from './table.ts'
+import { ceph } from './suites/ceph.ts'
 import { commandCosts } from './suites/command-costs.ts'
 import { firstWrites } from './suites/first-writes.ts'
 import { manySnapshots } from './suites/many-snapshots.ts'
@@ -17,7 +18,7 @@ import { synced } from './suites/synced.ts'
 const help = `npm run bench -- [options]
   --rounds N      rounds of which the median counts (default 3)
   --seconds N     length of each timed job (default 4)
-  --only TEXT     only suites whose name has TEXT: ${['steady', 'first-writes', 'many-snapshots', 'synced', 'command-costs'].join(', ')}
+  --only TEXT     only suites whose name has TEXT: ${['steady', 'first-writes', 'many-snapshots', 'synced', 'command-costs', 'ceph'].join(', ')}
   --memory DIR    where everything but the synced jobs lies (default /dev/shm: no disk in between)
   --disk DIR      where the synced jobs lie (default ${tmpdir()})
   --json FILE     where the figures go (default bench.json)
@@ -38,7 +39,14 @@ const { values } = parseArgs({
 if (values.help) {
   process.stdout.write(help)
 } else {
-  const suites = { steady, 'first-writes': firstWrites, 'many-snapshots': manySnapshots, synced, 'command-costs': commandCosts }
+  const suites = {
+    steady,
+    'first-writes': firstWrites,
+    'many-snapshots': manySnapshots,
+    synced,
+    'command-costs': commandCosts,
+    ceph,
+  }
   const document: Document = {
     machine: {
       cpus: cpus().length,

@@ -11,6 +11,7 @@ import type {
   JobView,
   PoolAcceptView,
   PoolImportView,
+  PoolsRead,
   PoolView,
   ResourceUsage,
   SnapshotView,
@@ -37,10 +38,11 @@ export interface PageDocument<Entry> {
   readonly next: string | null
 }
 export type VolumeSummary = Document<VolumeView>
-export type VolumeDocument = Document<VolumeView & ResourceUsage>
+export type CreatedVolumeDocument = Document<VolumeView & PoolsRead>
+export type VolumeDocument = Document<VolumeView & ResourceUsage & PoolsRead>
 export type SnapshotDocument = Document<SnapshotView>
 export type ImageSummary = Document<ImageView>
-export type ImageDocument = Document<ImageView & ResourceUsage>
+export type ImageDocument = Document<ImageView & ResourceUsage & PoolsRead>
 export type ContainerDocument = Document<ContainerView>
 export type FileSummary = Document<FileView>
 export type FileDocument = Document<FileView & ResourceUsage>
@@ -58,8 +60,18 @@ export type CheckDocument = CheckResult
 export type BackupDocument = BackupInfo & { readonly path: string }
 export type RestoreDocument = RestoredCatalog
 
+/** What `status` says of a daemon that stands by. */
+export interface StandbyDocument extends Pick<
+  StatusDocument,
+  'ready' | 'version' | 'pid' | 'home' | 'http' | 'nbd' | 'nbdSocket' | 'iscsi' | 'uptimeSeconds'
+> {
+  /** The catalog that it shares, and who is active on it. */
+  readonly standby: { readonly catalog: string; readonly active: string }
+}
+
 export interface StatusDocument {
   readonly ready: true
+  readonly standby: null
   readonly version: string
   readonly pid: number
   readonly home: string

@@ -11,6 +11,9 @@
  *   other options (`shared`) under its own id. Several connections of one attachment are normal.
  * - After a failed sync (I6) new clients are refused, the old ones disconnected, and when none is left the device is closed
  *   and opened again from its journal.
+ * - Homes that share a catalog each have attachments of their own, which name their sockets. Those of another home are not served
+ *   here: its daemon takes them up when it is active again, unless the resource was attached or detached here meanwhile. Until then the
+ *   resource is in use.
  * - The services change an attachment only while they hold the resource's key of `ResourceLocks`.
  */
 import {
@@ -90,6 +93,8 @@ export interface AttachmentsOptions {
   setTimer: SetTimer
   newId: NewId
   nbdSocketPath: string
+  /** What the attachments of this home carry. */
+  homeKey: string
 }
 
 export class Attachments {
@@ -103,6 +108,9 @@ export class Attachments {
   private readonly setTimer: SetTimer
   private readonly newId: NewId
   private readonly nbdSocketPath: string
+  private readonly homeKey: string
+  /** Resources that are attached in other homes, and in which. */
+  private readonly elsewhere = new Map<string, string>()
   private readonly attached = new Map<string, Attached>()
   private readonly background = new Set<Promise<void>>()
   private closing = false
@@ -118,16 +126,22 @@ export class Attachments {
     this.setTimer = options.setTimer
     this.newId = options.newId
     this.nbdSocketPath = options.nbdSocketPath
+    this.homeKey = options.homeKey
   }
 
   /** Opens and exports everything that is attached. Returns when every one was tried; failures are shown, not thrown. */
   async start(): Promise<void> {
-    const rows = await this.catalog.db.selectFrom('attachments').selectAll().orderBy('created_at').orderBy('id').execute()
+    await this.adopt()
+    const all = await this.catalog.db.selectFrom('attachments').selectAll().orderBy('created_at').orderBy('id').execute()
+    const rows = all.filter(({ home }) => home === this.homeKey)
+    for (const row of all) if (row.home !== this.homeKey) this.elsewhere.set(row.volume_id, row.home ?? '')
+    if (this.elsewhere.size > 0)
+      this.log.info({ resourceIds: [...this.elsewhere.keys()] }, 'what is attached in other homes is not served here')
     const byResource = Map.groupBy(rows, (row) => row.volume_id)
     const resources = await this.catalog.db
       .selectFrom('resources')
       .selectAll()
-      .where('id', 'in', (query) => query.selectFrom('attachments').select('volume_id'))
+      .where('id', 'in', (query) => query.selectFrom('attachments').select('volume_id').where('home', '=', this.homeKey))
       .execute()
     await boundedParallel(resources, reopenParallelMax, async (resource) => {
       const entry: Attached = { resource, rows: byResource.get(resource.id) ?? [], hold: null, error: null, reopening: null }
@@ -139,7 +153,7 @@ export class Attachments {
   }
 
   isAttached(resourceId: string): boolean {
-    return this.attached.has(resourceId)
+    return this.attached.has(resourceId) || this.elsewhere.has(resourceId)
   }
 
   /** Ids of all attached resources. */
@@ -193,6 +207,11 @@ export class Attachments {
    */
   async detach(resource: ResourceRow): Promise<void> {
     const entry = this.attached.get(resource.id)
+    if (entry === undefined && this.elsewhere.has(resource.id)) {
+      // Nobody is connected: the daemon of that home is not active.
+      await this.removeRows(resource.id)
+      return
+    }
     if (entry === undefined) {
       throw new AtollError('NOT_ATTACHED', `${resource.kind} ${resource.name} is not attached`, { values: { id: resource.id } })
     }
@@ -208,11 +227,7 @@ export class Attachments {
     }
     await this.letGo(entry)
     entry.hold = null
-    // A detach leads to a delete, so it goes through on a full disk.
-    await this.catalog.write(
-      async (tx) => void (await tx.deleteFrom('attachments').where('volume_id', '=', resource.id).execute()),
-      { emergency: true },
-    )
+    await this.removeRows(resource.id)
     for (const row of entry.rows) this.exports.withdraw(this.exportNameOf(entry, row))
     this.attached.delete(resource.id)
     this.log.info({ resourceId: resource.id, name: resource.name }, 'detached')
@@ -250,6 +265,25 @@ export class Attachments {
     })
   }
 
+  /** Rows of an Atoll that had one home only are this one's. */
+  private async adopt(): Promise<void> {
+    const strange = await this.catalog.db.selectFrom('attachments').select('id').where('home', 'is', null).limit(1).execute()
+    if (strange.length === 0) return
+    await this.catalog.write(
+      async (tx) => void (await tx.updateTable('attachments').set({ home: this.homeKey }).where('home', 'is', null).execute()),
+      { emergency: true },
+    )
+  }
+
+  private async removeRows(resourceId: string): Promise<void> {
+    // A detach leads to a delete, so it goes through on a full disk.
+    await this.catalog.write(
+      async (tx) => void (await tx.deleteFrom('attachments').where('volume_id', '=', resourceId).execute()),
+      { emergency: true },
+    )
+    this.elsewhere.delete(resourceId)
+  }
+
   private async add(entry: Attached, wanted: WantedOptions): Promise<AttachmentView> {
     const { resource } = entry
     const isFirst = entry.rows.length === 0
@@ -262,10 +296,16 @@ export class Attachments {
       shared: wanted.shared,
       options: {},
       created_at: this.clock.nowMs(),
+      home: this.homeKey,
     }
     if (isFirst) await this.openOrThrow(entry)
     try {
-      await this.catalog.write(async (tx) => void (await tx.insertInto('attachments').values(row).execute()))
+      await this.catalog.write(async (tx) => {
+        // What other homes made of the resource ends here: from now on this one has it.
+        await tx.deleteFrom('attachments').where('volume_id', '=', resource.id).where('home', '!=', this.homeKey).execute()
+        await tx.insertInto('attachments').values(row).execute()
+      })
+      this.elsewhere.delete(resource.id)
     } catch (error) {
       if (isFirst) await entry.hold?.release()
       throw error

@@ -47,6 +47,8 @@ export interface ComposerOptions {
   log: Logger
   /** Absolute. */
   home: string
+  /** What this home's attachments carry among those of all homes that share the catalog. Default: the empty text, the home of the catalog. */
+  homeKey?: string
   serveTemporaryNbd: ServeTemporaryNbd
   /** Default: `nbd.sock` in the home; stands in the URIs of attachments. */
   nbdSocketPath?: string
@@ -110,7 +112,20 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
   const exports = new Exports({ log, setTimer })
   const devices = new OpenDevices({ mapper, holder: options.holder ?? `${hostname()} pid ${process.pid}` })
   const nbdSocketPath = options.nbdSocketPath ?? join(options.home, 'nbd.sock')
-  const attachments = new Attachments({ catalog, mapper, devices, exports, locks, log, clock, setTimer, newId, nbdSocketPath })
+  const homeKey = options.homeKey ?? ''
+  const attachments = new Attachments({
+    catalog,
+    mapper,
+    devices,
+    exports,
+    locks,
+    log,
+    clock,
+    setTimer,
+    newId,
+    nbdSocketPath,
+    homeKey,
+  })
   const targets = new ImportTargets({ mapper, catalog })
   const streams = new ImportStreams()
   const urls = new SecretUrls()

@@ -29,11 +29,12 @@ import {
   reread,
   viewOfOne,
   viewSources,
+  withPoolsRead,
   withUsage,
   type NamePolicy,
   type ServiceContext,
 } from './service-context.ts'
-import { imageStatus, resourceView, type ImageView, type ResourceUsage } from './views.ts'
+import { imageStatus, resourceView, type ImageView, type PoolsRead, type ResourceUsage } from './views.ts'
 import type { SetTimer } from './timers.ts'
 import { defaultPoolName } from './volume-service.ts'
 
@@ -252,9 +253,9 @@ export class ImageService {
   }
 
   /** @throws AtollError IMAGE_NOT_FOUND, NAME_AMBIGUOUS */
-  async show(image: string, scope: ProjectScope = {}): Promise<ImageView & ResourceUsage> {
+  async show(image: string, scope: ProjectScope = {}): Promise<ImageView & ResourceUsage & PoolsRead> {
     const row = await this.context.resolver.resource('image', image, scope)
-    return await withUsage(this.context, await this.view(row))
+    return await withUsage(this.context, await withPoolsRead(this.context, await this.view(row)))
   }
 
   /** Deletes an image; what was made from it stays. @throws AtollError IMAGE_IN_USE, IMAGE_NOT_FOUND, NAME_AMBIGUOUS */

@@ -50,6 +50,10 @@ export interface PoolView {
   /** logicalBytes / storedBytes. */
   dedupRatio: number
   layers: number
+  /** Names of the other pools whose resources may read from this one. */
+  readBy: string[]
+  /** Of those, the ones of a lost catalog that are not here: nothing of this pool is freed until they are imported or given up. */
+  missingReaders: string[]
   /** What the pool says of itself for the case that the catalog is lost; null: the backend cannot be reached. */
   export: PoolExportView | null
   /** Why the backend cannot be reached; null if it can. */
@@ -228,7 +232,11 @@ export class PoolService {
   private async view(row: PoolRow): Promise<PoolView> {
     const { activity, health, mapper, space } = this.context
     const settings = shownSettings(row.settings)
-    const common = { id: row.id, name: row.name, driver: row.driver, options: row.options, settings, createdAt: row.created_at }
+    const { readers } = await mapper.pools.links(row.id)
+    const readBy = readers.map((pool) => pool.name)
+    const missingReaders = readers.filter((pool) => pool.isAbsent).map((pool) => pool.name)
+    const { id, name, driver, options, created_at: createdAt } = row
+    const common = { id, name, driver, options, settings, readBy, missingReaders, createdAt }
     try {
       const { capabilities } = await mapper.pools.open(row)
       const room = await mapper.pools.space(row.id)

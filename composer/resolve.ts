@@ -174,3 +174,10 @@ function onlyOne<T extends { id: string }>(kind: string, nameOrId: string, rows:
   }
   return row
 }
+
+/** What `attach` takes: a volume, or with a prefix or an `@` something to read. @throws as `Resolver.source` and `resource` */
+export async function attachableResource(resolver: Resolver, text: string, scope: ProjectScope): Promise<ResourceRow> {
+  if (/^(image|snapshot|volume):/.test(text)) return await resolver.source(text, scope)
+  if (text.includes('@')) return await resolver.resource('snapshot', text, scope)
+  return await resolver.volumeOrId(text, scope)
+}

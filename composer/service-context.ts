@@ -18,7 +18,7 @@ import type { OpenDevices } from './open-devices.ts'
 import type { ReclaimScheduler } from './reclaim-job.ts'
 import type { Resolver } from './resolve.ts'
 import type { SpaceMonitor } from './space-monitor.ts'
-import { resourceView, type ResourceUsage, type ResourceView, type ViewSources } from './views.ts'
+import { resourceView, type PoolsRead, type ResourceUsage, type ResourceView, type ViewSources } from './views.ts'
 
 export interface ServiceContext {
   readonly catalog: Catalog
@@ -124,6 +124,12 @@ export async function viewOfOne(context: ServiceContext, row: ResourceRow): Prom
 function lastingFailure(mapper: Mapper, id: string): AtollError | null {
   const failure = mapper.failure(id)
   return failure === undefined || failure.retryable ? null : failure
+}
+
+/** A view with the pools other than its own that the resource reads from. */
+export async function withPoolsRead<View extends { id: string }>(context: ServiceContext, view: View): Promise<View & PoolsRead> {
+  const pools = await context.mapper.readsFrom(view.id)
+  return { ...view, readsFrom: pools.map((pool) => pool.name) }
 }
 
 /** A view with what the resource takes; one whose map cannot be read is shown in error, and what it takes is not known. */

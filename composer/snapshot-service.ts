@@ -10,11 +10,12 @@ import {
   reread,
   viewOfOne,
   viewSources,
+  withPoolsRead,
   withUsage,
   type NamePolicy,
   type ServiceContext,
 } from './service-context.ts'
-import { resourceView, snapshotStatus, type ResourceUsage, type SnapshotView } from './views.ts'
+import { resourceView, snapshotStatus, type PoolsRead, type ResourceUsage, type SnapshotView } from './views.ts'
 
 /** Volumes that one call takes a snapshot of at one point in time. */
 export const snapshotGroupMax = 256
@@ -89,11 +90,12 @@ export class SnapshotService {
   }
 
   /** @throws AtollError SNAPSHOT_NOT_FOUND, VOLUME_NOT_FOUND, NAME_AMBIGUOUS */
-  async show(snapshot: string, scope: ProjectScope = {}): Promise<SnapshotView & ResourceUsage> {
+  async show(snapshot: string, scope: ProjectScope = {}): Promise<SnapshotView & ResourceUsage & PoolsRead> {
     const { catalog, resolver } = this.context
     const row = await resolver.resource('snapshot', snapshot, scope)
     const volume = await reread(catalog, row.volume_id ?? row.id)
-    return await withUsage(this.context, snapshotView(row, await viewOfOne(this.context, row), volume.name))
+    const view = snapshotView(row, await viewOfOne(this.context, row), volume.name)
+    return await withUsage(this.context, await withPoolsRead(this.context, view))
   }
 
   /** Deletes a snapshot; what was made from it stays. @throws AtollError SNAPSHOT_IN_USE, SNAPSHOT_NOT_FOUND, NAME_AMBIGUOUS */

@@ -1,7 +1,7 @@
 /** What tests need to have a composer over a real mapper and engine. Not a part of the package's face. */
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { basename, join } from 'node:path'
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { createInterface } from 'node:readline'
@@ -57,7 +57,7 @@ export class TestDaemon {
     })
     // How full the disk of this machine is does not matter.
     const settings = { 'low-space': 'off' }
-    await composer.pools.createFirst({ name: 'default', driver: 'file', options: { path: join(folder, 'pool') }, settings })
+    await composer.pools.createFirst({ name: 'default', ...defaultPoolOf(folder), settings })
     return new TestDaemon({ catalog, engine, mapper, composer })
   }
 
@@ -68,6 +68,14 @@ export class TestDaemon {
     await this.engine.close()
     await this.catalog.close()
   }
+}
+
+/** A folder of files; where the conf of a Ceph cluster is given (tests/ceph/suites-over-ceph.test.ts), a namespace there. */
+function defaultPoolOf(folder: string): { driver: string; options: Record<string, string> } {
+  const conf = process.env['ATOLL_TEST_CEPH_CONF']
+  if (conf === undefined) return { driver: 'file', options: { path: join(folder, 'pool') } }
+  const namespace = basename(folder)
+  return { driver: 'ceph', options: { conf, pool: 'atoll', namespace, timeout: '600', 'connect-timeout': '300' } }
 }
 
 /** Steps of jobs in tests: small, so that files are. */

@@ -31,6 +31,11 @@ export interface ResourceUsage {
   sharedBytes: number | null
 }
 
+export interface PoolsRead {
+  /** Names of the pools other than its own that it reads from: what it shares with what it was made from lies there. */
+  readsFrom: string[]
+}
+
 export interface VolumeView extends ResourceView {
   status: VolumeStatus
   /** Names of its snapshots, oldest first. */

@@ -1,7 +1,7 @@
 /** Volumes: what the CLI, the daemon and the APIs call. Names and ids are taken alike. */
 import { AtollError, checkName, checkVolumeSize, roundUp, volumeSizeUnitBytes, type ResourceRow } from '@atoll/core'
 import type { AttachmentView, AttachOptions } from './attachments.ts'
-import type { ProjectScope } from './resolve.ts'
+import { attachableResource, type ProjectScope } from './resolve.ts'
 import { pageOfResources, snapshotNames, type Page, type PageOptions } from './resource-pages.ts'
 import {
   nameKey,
@@ -11,11 +11,12 @@ import {
   snapshotsOf,
   viewOfOne,
   viewSources,
+  withPoolsRead,
   withUsage,
   type NamePolicy,
   type ServiceContext,
 } from './service-context.ts'
-import { resourceView, volumeStatus, type ResourceUsage, type ResourceView, type VolumeView } from './views.ts'
+import { resourceView, volumeStatus, type PoolsRead, type ResourceUsage, type ResourceView, type VolumeView } from './views.ts'
 
 /** The pool of what is made without naming one. */
 export const defaultPoolName = 'default'
@@ -38,10 +39,10 @@ export class VolumeService {
   }
 
   /**
-   * Makes a volume; from a source it shares all bytes with it.
+   * Makes a volume; from a source it shares all bytes with it, also where that lies in another pool: then it reads from both.
    * @throws AtollError NAME_INVALID, NAME_TAKEN, SIZE_INVALID, ARGUMENT_INVALID, POOL_NOT_FOUND, what the source's kind has, RESOURCE_STATUS
    */
-  async create(options: CreateVolumeOptions): Promise<VolumeView> {
+  async create(options: CreateVolumeOptions): Promise<VolumeView & PoolsRead> {
     const { catalog, mapper, resolver, locks } = this.context
     checkName('volume', options.name)
     const project = await resolver.project(options)
@@ -62,7 +63,7 @@ export class VolumeService {
         ...(source === null ? {} : { fromId: source.id }),
       })
     })
-    return await this.view(row)
+    return await withPoolsRead(this.context, await this.view(row))
   }
 
   /** The volumes of the project, oldest first. @throws AtollError ARGUMENT_INVALID */
@@ -79,9 +80,9 @@ export class VolumeService {
   }
 
   /** @throws AtollError VOLUME_NOT_FOUND, NAME_AMBIGUOUS */
-  async show(volume: string, scope: ProjectScope = {}): Promise<VolumeView & ResourceUsage> {
+  async show(volume: string, scope: ProjectScope = {}): Promise<VolumeView & ResourceUsage & PoolsRead> {
     const row = await this.context.resolver.resource('volume', volume, scope)
-    return await withUsage(this.context, await this.view(row))
+    return await withUsage(this.context, await withPoolsRead(this.context, await this.view(row)))
   }
 
   /**
@@ -155,12 +156,14 @@ export class VolumeService {
 
   /**
    * Makes the volume reachable, or a snapshot (`VOLUME@SNAPSHOT`) or image (`image:NAME`) for reading. With the same options
-   * as before nothing changes and the same URI comes back.
-   * @throws AtollError VOLUME_IN_USE, SNAPSHOT_IN_USE, IMAGE_IN_USE, RESOURCE_STATUS, ARGUMENT_INVALID, what opening throws
+   * as before nothing changes and the same URI comes back. `takeOver`: whoever else has the pool of the volume is shut out of it,
+   * and with that of everything in it.
+   * @throws AtollError VOLUME_IN_USE, SNAPSHOT_IN_USE, IMAGE_IN_USE, RESOURCE_STATUS, ARGUMENT_INVALID, POOL_LOCKED naming the holder,
+   * TAKE_OVER_REFUSED, what opening throws
    */
-  async attach(volume: string, options: ProjectScope & AttachOptions = {}): Promise<AttachmentView> {
-    const { catalog, locks, attachments } = this.context
-    const { id } = await this.attachable(volume, options)
+  async attach(volume: string, options: ProjectScope & AttachOptions & { takeOver?: boolean } = {}): Promise<AttachmentView> {
+    const { catalog, locks, attachments, mapper, resolver } = this.context
+    const { id } = await attachableResource(resolver, volume, options)
     return await locks.run(id, async () => {
       const row = await reread(catalog, id)
       // It would have to stay when its name is given other content.
@@ -174,6 +177,7 @@ export class VolumeService {
           values: { id, status: row.status },
         })
       }
+      await mapper.pools.openFor(row.home_pool_id, `${row.kind} ${row.name}`, { takeOver: options.takeOver ?? false })
       return await attachments.attach(row, options)
     })
   }
@@ -183,16 +187,9 @@ export class VolumeService {
    * @throws AtollError NOT_ATTACHED, NO_SPACE (what clients wrote cannot be stored: it stays attached), VOLUME_NOT_FOUND, NAME_AMBIGUOUS
    */
   async detach(volume: string, scope: ProjectScope = {}): Promise<void> {
-    const { catalog, locks, attachments } = this.context
-    const { id } = await this.attachable(volume, scope)
+    const { catalog, locks, attachments, resolver } = this.context
+    const { id } = await attachableResource(resolver, volume, scope)
     await locks.run(id, async () => attachments.detach(await reread(catalog, id)))
-  }
-
-  private async attachable(text: string, scope: ProjectScope): Promise<ResourceRow> {
-    const { resolver } = this.context
-    if (/^(image|snapshot|volume):/.test(text)) return await resolver.source(text, scope)
-    if (text.includes('@')) return await resolver.resource('snapshot', text, scope)
-    return await resolver.volumeOrId(text, scope)
   }
 
   private async view(row: ResourceRow): Promise<VolumeView> {

@@ -16,6 +16,7 @@ describe('resolveConfig', () => {
       nbdInsecure: false,
       nbdList: false,
       socketGroup: null,
+      sharesCatalog: false,
       publicUrl: null,
       allowPrivateImageSources: false,
       ioUring: true,
@@ -37,6 +38,7 @@ describe('resolveConfig', () => {
     const config = resolveConfig('/home', file, { http: 'off', logLevel: undefined })
     expect(config).toMatchObject({ http: null, nbdSocket: false, socketGroup: '100', logLevel: 'debug' })
     expect(config.paths.catalog).toBe('/home/other.db')
+    expect(config.sharesCatalog).toBe(true)
   })
 
   test('an empty file is no settings', () => {

@@ -99,6 +99,8 @@ export interface Config {
   allowPrivateImageSources: boolean
   ioUring: boolean
   logLevel: z.output<typeof settingsSchema>['logLevel']
+  /** The catalog was named, so that others may have it, too: this daemon then stands by while another one is active. */
+  sharesCatalog: boolean
   paths: HomePaths
 }
 
@@ -158,7 +160,13 @@ export function resolveConfig(home: string, file: string | null, flags: Settings
   }
   const { catalog, nbdTls, ...settings } = checked.data
   checkNbd(settings.nbd, nbdTls, settings.nbdInsecure)
-  return { home, ...settings, nbdTls: nbdTls === null ? null : resolve(home, nbdTls), paths: homePaths(home, catalog) }
+  return {
+    home,
+    ...settings,
+    nbdTls: nbdTls === null ? null : resolve(home, nbdTls),
+    sharesCatalog: catalog !== null,
+    paths: homePaths(home, catalog),
+  }
 }
 
 /**

@@ -367,6 +367,22 @@ export const errorCatalogue = {
   CATALOG_CORRUPT: entry(500, 'The catalog is damaged or not a catalog.', 'Restore the named file from a backup.'),
   CATALOG_BACKUP_INVALID: entry(400, 'A file is no backup of a catalog, or it is damaged.', 'Use another backup.'),
   CATALOG_LOCKED: entry(503, 'Another process has the catalog locked.', 'Stop the other process.', true),
+  CATALOG_HELD: entry(
+    409,
+    'Another daemon is active on the catalog, and this one stands by.',
+    'Ask the daemon that the message names; when it ends, this one takes its place by itself.',
+    true,
+  ),
+  TAKE_OVER_REFUSED: entry(
+    409,
+    'The volume is in a pool that cannot shut out the daemon that has it.',
+    'Stop the daemon that the message names; nothing was taken over.',
+  ),
+  CATALOG_TAKEN_OVER: entry(
+    409,
+    'Another process has taken the catalog over: this one changes nothing any more, and ends.',
+    'Use the daemon that the message names; start this one again to stand by.',
+  ),
   CATALOG_CONSTRAINT: entry(
     409,
     'A change would break a rule of the catalog.',

@@ -28,6 +28,11 @@ export class Mutex {
     }
   }
 
+  /** Whether somebody has it. */
+  get isHeld(): boolean {
+    return this.#held
+  }
+
   get waitingCount(): number {
     return this.#waiting.length
   }

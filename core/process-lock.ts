@@ -17,12 +17,13 @@ export interface ProcessLock {
 
 /**
  * Takes the lock, or tells who has it: `{ owner }` is the text that the holder gave (empty if it cannot be read).
- * Does not wait. The file is made if it is missing and stays when the lock is released.
+ * Does not wait. The file is made if it is missing and stays when the lock is released. An `owner` of null leaves the text that is
+ * there: for who only looks whether somebody has the lock.
  */
-export function takeProcessLock(path: string, owner: string): { lock: ProcessLock } | { owner: string } {
+export function takeProcessLock(path: string, owner: string | null): { lock: ProcessLock } | { owner: string } {
   const database = new Database(path, { timeout: 0 })
   try {
-    writeOwner(database, owner)
+    if (owner !== null) writeOwner(database, owner)
     // Between the two transactions another process may slip in: then it has the lock and its text replaces ours.
     database.exec('begin immediate')
   } catch (error) {

@@ -48,6 +48,8 @@ export type CheckKind =
   | 'export-damaged'
   | 'backend-failed'
   | 'pool-unavailable'
+  | 'pool-reader-missing'
+  | 'pool-source-missing'
   // Of drivers: southbound/store-pool.ts.
   | (string & {})
 

@@ -33,6 +33,8 @@ export interface MapperContext {
   readonly clock: Clock
   readonly setTimer: SetTimer
   readonly newId: NewId
+  /** Names the batch logs of the engine; stands in the leases, because the logs of another home mean nothing here. */
+  readonly batchLogId: string
   readonly pools: Pools
   readonly layers: Layers
   readonly open: OpenTable

@@ -6,6 +6,7 @@
  *   active layer was therefore never written by anybody (layers.ts).
  * - A clone shares its source's root and writes to an active layer of its own. The source's row is read in the transaction
  *   that makes the clone, so the root cannot have been deleted in between (see reclaim.ts).
+ * - A clone may lie in another pool than its source: it then reads from layers of both (pool-links.ts).
  * - A clone may be larger than its source. What lies beyond reads as zeros: no device ever wrote past its size, and a shrink
  *   leaves holes there (see reclaim.ts for why the layers that a map names beyond its end are still there).
  */
@@ -147,7 +148,8 @@ async function insertVolume(
     parentId: source?.row.id ?? null,
     status: 'available',
   })
-  if (source !== null && source.row.home_pool_id !== wanted.poolId) await noteForeignTree(tx, wanted.poolId, id)
+  if (source !== null && source.row.home_pool_id !== wanted.poolId)
+    await noteForeignTree(tx, wanted.poolId, id, source.row.home_pool_id)
   // Every page of a shared root has a smaller number than the next one; a fresh volume has no pages.
   await insertWritable(context, tx, row, spare, source === null ? 0 : context.pageIds.next)
   return row

@@ -7,7 +7,7 @@
  * | offset | bytes | field |
  * |---|---|---|
  * | 0 | 8 | magic `ATOLLEXP` |
- * | 8 | 4 | version, 1 |
+ * | 8 | 4 | version: 2 if the header names linked pools (`readers`, `sources`), else 1 |
  * | 12 | 4 | crc32 (ISO-HDLC, that of zlib) of everything after it |
  * | 16 | 4 | length of the JSON text |
  * | 20 | 4 | number of map pages |
@@ -22,7 +22,9 @@ import { AtollError, exportedTableNames, isId, type ExportedRow, type ExportedTa
 import { z } from 'zod'
 
 const magic = Buffer.from('ATOLLEXP', 'latin1')
-const version = 1
+const version = 2
+/** Of a record that names no linked pools: what has none is as it was before there were any. */
+const versionWithoutLinks = 1
 const headBytes = 24
 const pageHeadBytes = 12
 
@@ -30,6 +32,7 @@ const pageHeadBytes = 12
 export const recordBytesTarget = 2 * 2 ** 20
 
 const count = z.int().min(0)
+const linkedPools = z.array(z.strictObject({ id: z.string().refine(isId), name: z.string(), driver: z.string() })).min(1)
 const headerSchema = z.strictObject({
   kind: z.enum(['base', 'delta']),
   /** A base's number, or that of a delta record: both only rise. */
@@ -53,6 +56,10 @@ const headerSchema = z.strictObject({
   /** No alias of a layer and no page id above these was given out, in the whole catalog. */
   aliasMax: count,
   pageIdMax: count,
+  /** Pools of the same catalog whose resources may read from this one, at the time of the record. */
+  readers: linkedPools.optional(),
+  /** Pools that resources of this one may read from. */
+  sources: linkedPools.optional(),
 })
 export type ExportHeader = z.infer<typeof headerSchema>
 
@@ -113,7 +120,7 @@ export function encodeRecord(record: ExportRecord): Uint8Array {
   })
   const head = Buffer.alloc(headBytes)
   magic.copy(head)
-  head.writeUInt32LE(version, 8)
+  head.writeUInt32LE(header.readers === undefined && header.sources === undefined ? versionWithoutLinks : version, 8)
   head.writeUInt32LE(text.length, 16)
   head.writeUInt32LE(pages.length, 20)
   const bytes = Buffer.concat([head, text, pageHeads, ...pages.map((page) => page.body)])

@@ -57,6 +57,7 @@ import {
   recordPrefix,
 } from './export-format.ts'
 import { loadExport } from './export-load.ts'
+import { addLink, type LinkedPool, type PoolLinks, readersOf, readLinks, sourcesOf } from './pool-links.ts'
 import { rootOf } from './root.ts'
 
 /** How long after a commit that nobody waits for a flush begins. */
@@ -125,6 +126,7 @@ interface Changes {
   readonly notes: readonly { readonly table: string; readonly key: string; readonly poolId: string | null }[]
   /** Rows by table and key. */
   readonly rows: ReadonlyMap<string, readonly PoolRowOf[]>
+  readonly links: PoolLinks
 }
 
 type Context = Pick<
@@ -367,13 +369,11 @@ export class Exporter {
     return all
   }
 
-  /** As `flushed`, for a pool whose layers others may refer to, too: all that are open if any resource ever did that. */
+  /** As `flushed`, also for the pools that read from it; false while one of them is not in this catalog. */
   async flushedForPunch(poolId: string): Promise<boolean> {
-    const { db } = this.#context.catalog
-    const crossing = await db.selectFrom('meta').select('value').where('key', '=', crossPoolKey).executeTakeFirst()
-    if (crossing === undefined) return await this.flushed([poolId])
-    const pools = await db.selectFrom('pools').select('id').execute()
-    return await this.flushed(pools.map((pool) => pool.id))
+    const readers = readersOf(await readLinks(this.#context.catalog.db), poolId)
+    if (readers.some((pool) => pool.isAbsent)) return false
+    return await this.flushed([poolId, ...readers.map((pool) => pool.id)])
   }
 
   /** A flush that begins after the call; callers that wait for the same one share it. */
@@ -493,15 +493,16 @@ export class Exporter {
   }
 
   async #writeDelta(state: PoolExport, changes: Changes): Promise<void> {
-    const { upserts, deletes, pageRanges, trees } = deltaOf(state.poolId, changes)
+    const { upserts, deletes, pageRanges, trees, isLinked } = deltaOf(state.poolId, changes)
     const isEmpty = Object.keys(upserts).length + Object.keys(deletes).length + pageRanges.length + trees.length === 0
-    if (!isEmpty) {
+    if (!isEmpty || isLinked) {
       const first = state.nextDelta
       const put = async (content: Omit<ExportRecord, 'header'>, last: boolean): Promise<void> => {
         // Whatever becomes of the write, its number is used up.
         const number = state.nextDelta
         state.nextDelta += 1
-        const header = this.#header(state, { kind: 'delta', number, part: first, last, aliasMax: changes.aliasMax })
+        const { aliasMax, links } = changes
+        const header = this.#header(state, { kind: 'delta', number, part: first, last, aliasMax }, links)
         const bytes = encodeRecord({ ...content, header: { ...header, fromSeq: state.recordedSeq, toSeq: changes.toSeq } })
         await this.#put(state, deltaName(number), bytes)
         state.deltaBytes += bytes.length
@@ -594,7 +595,7 @@ export class Exporter {
     const put = async (content: Omit<ExportRecord, 'header'>, last: boolean): Promise<void> => {
       if (state.isDetached) throw new AtollError('POOL_CLOSED', `pool ${state.poolId} was closed while its export was written`)
       const aliasMax = await lastLayerAlias(catalog.db)
-      const header = this.#header(state, { kind: 'base', number, part, last, aliasMax })
+      const header = this.#header(state, { kind: 'base', number, part, last, aliasMax }, await readLinks(catalog.db))
       const toSeq = Math.max(state.recordedSeq, fromSeq)
       const bytes = encodeRecord({ ...content, header: { ...header, fromSeq, toSeq, deltasFrom } })
       await this.#put(state, baseName(number, part), bytes)
@@ -654,9 +655,18 @@ export class Exporter {
     }
   }
 
-  #header(state: PoolExport, part: Pick<ExportHeader, 'kind' | 'number' | 'part' | 'last' | 'aliasMax'>): ExportHeader {
+  #header(
+    state: PoolExport,
+    part: Pick<ExportHeader, 'kind' | 'number' | 'part' | 'last' | 'aliasMax'>,
+    links: PoolLinks,
+  ): ExportHeader {
     const { catalog, clock, pageIds } = this.#context
+    const named = (pools: readonly LinkedPool[]) => pools.map(({ id, name, driver }) => ({ id, name, driver }))
+    const readers = named(readersOf(links, state.poolId))
+    const sources = named(sourcesOf(links, state.poolId))
     return {
+      ...(readers.length > 0 && { readers }),
+      ...(sources.length > 0 && { sources }),
       ...part,
       catalogId: catalog.id,
       poolId: state.poolId,
@@ -748,9 +758,6 @@ export function isLong({
   return deltaBytes > Math.max(baseBytes, deltaBytesMin) || deltaCount > countMax
 }
 
-/** Set once a resource has been made whose map refers to layers of another pool than its own. */
-export const crossPoolKey = 'crosses_pools'
-
 async function rememberIn(tx: CatalogTransaction, state: PoolExport): Promise<void> {
   const known = { record_number: state.lastDelta, outbox_seq: state.exportedSeq, is_ahead: state.isAhead ? 1 : 0 }
   const pool = await tx.selectFrom('pools').select('id').where('id', '=', state.poolId).executeTakeFirst()
@@ -770,14 +777,18 @@ export async function notePages(tx: CatalogTransaction, poolId: string, firstPag
     .execute()
 }
 
-/** Notes that a resource's map came from another pool: its pages are in none of its own pool's records. Inside the write that makes it. */
-export async function noteForeignTree(tx: CatalogTransaction, poolId: string, resourceId: string): Promise<void> {
+/**
+ * Notes that the map of a resource of `poolId` came from the pool `sourceId`: its pages are in none of its own pool's records, and
+ * its layers are there. Inside the write that makes it.
+ */
+export async function noteForeignTree(
+  tx: CatalogTransaction,
+  poolId: string,
+  resourceId: string,
+  sourceId: string,
+): Promise<void> {
   await tx.insertInto('export_changes').values({ table_name: 'tree', row_key: resourceId, pool_id: poolId }).execute()
-  await tx
-    .insertInto('meta')
-    .values({ key: crossPoolKey, value: '1' })
-    .onConflict((conflict) => conflict.column('key').doNothing())
-    .execute()
+  await addLink(tx, poolId, sourceId)
 }
 
 async function readChanges(tx: CatalogTransaction, from: number): Promise<Changes> {
@@ -802,7 +813,7 @@ async function readChanges(tx: CatalogTransaction, from: number): Promise<Change
       else known.push(each)
     }
   }
-  return { toSeq: await lastExportSeq(tx), aliasMax: await lastLayerAlias(tx), notes, rows }
+  return { toSeq: await lastExportSeq(tx), aliasMax: await lastLayerAlias(tx), notes, rows, links: await readLinks(tx) }
 }
 
 interface Delta {
@@ -810,11 +821,13 @@ interface Delta {
   readonly deletes: Partial<Record<ExportedTable, RowKey[]>>
   readonly pageRanges: { readonly firstPageId: number; readonly endPageId: number }[]
   readonly trees: RootRef[]
+  /** What the header says of other pools has changed. */
+  isLinked: boolean
 }
 
 /** What of the changes concerns one pool. */
 function deltaOf(poolId: string, { notes, rows }: Changes): Delta {
-  const delta: Delta = { upserts: {}, deletes: {}, pageRanges: [], trees: [] }
+  const delta: Delta = { upserts: {}, deletes: {}, pageRanges: [], trees: [], isLinked: false }
   const seen = new Set<string>()
   for (const note of notes) {
     if (note.poolId !== null && note.poolId !== poolId) continue
@@ -824,6 +837,10 @@ function deltaOf(poolId: string, { notes, rows }: Changes): Delta {
     if (note.table === 'pages') {
       const [firstPageId = 0, endPageId = 0] = note.key.split(':').map(Number)
       delta.pageRanges.push({ firstPageId, endPageId })
+      continue
+    }
+    if (note.table === 'link') {
+      delta.isLinked = true
       continue
     }
     if (note.table === 'tree') {

@@ -6,7 +6,9 @@
  *   when the catalog has everything that the device had. A lease that is not released and not held by this process belongs
  *   to a dead one: the volume is *dirty*, its journal is the truth, and it is opened (replayed) before anything else.
  * - The pool's own lock keeps a living second process out; a pool that knows no lock is not opened by two processes because
- *   the catalog's lock holds for all of its pools.
+ *   the catalog has one owner, and that holds for all of its pools.
+ * - A lease says under whose batch logs the volume is open: what a home's logs still hold is worth something only if no other home
+ *   had the volume since.
  */
 import { AtollError } from '@atoll/core'
 import type { MapperContext } from './context.ts'
@@ -17,6 +19,8 @@ export interface TakenLease {
   readonly epoch: number
   /** The last holder died without releasing it. */
   readonly wasDirty: boolean
+  /** Batch logs of an older epoch mean nothing: the volume was open under those of another home since. */
+  readonly logSinceEpoch: number
   readonly activeAlias: number
   readonly nextAlias: number
   readonly mapLsn: number
@@ -47,7 +51,16 @@ export async function takeLease(
       if (spare !== undefined)
         await layers.assign(tx, spare, { volumeId: volume.id, projectId: volume.projectId, epoch }, 'spare')
       await tx.updateTable('volumes').set({ epoch, next_alias: nextAlias }).where('id', '=', volume.id).execute()
-      const held = { holder, epoch, acquired_at: clock.nowMs(), released_at: null }
+      const isOurLog = lease === undefined || lease.log_id === null || lease.log_id === context.batchLogId
+      const logSinceEpoch = isOurLog ? (lease?.log_since_epoch ?? 0) : epoch
+      const held = {
+        holder,
+        epoch,
+        acquired_at: clock.nowMs(),
+        released_at: null,
+        log_id: context.batchLogId,
+        log_since_epoch: logSinceEpoch,
+      }
       if (lease === undefined)
         await tx
           .insertInto('leases')
@@ -57,6 +70,7 @@ export async function takeLease(
       return {
         epoch,
         wasDirty: lease !== undefined && lease.released_at === null,
+        logSinceEpoch,
         activeAlias: row.active_alias,
         nextAlias,
         mapLsn: row.map_lsn,

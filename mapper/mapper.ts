@@ -59,6 +59,8 @@ import { PageIds } from './page-ids.ts'
 import { PagePins } from './page-pins.ts'
 import { acceptPool, type PoolAcceptReport } from './pool-accept.ts'
 import { importPool, type PoolImport, type PoolImportReport } from './pool-import.ts'
+import type { LinkedPool } from './pool-links.ts'
+import { PoolReads } from './pool-reads.ts'
 import { PoolService } from './pool-service.ts'
 import { Pools } from './pools.ts'
 import { Reclaimer, type ReclaimOptions, type ReclaimResult } from './reclaim.ts'
@@ -80,6 +82,10 @@ export interface MapperOptions {
   readonly clock?: Clock
   readonly setTimer?: SetTimer
   readonly newId?: NewId
+  /** Names the batch logs of the engine, which lie in one home, among those of all homes that share the catalog. Default: there are none. */
+  readonly batchLogId?: string
+  /** Default false. True: pools that somebody else has are opened all the same, where their drivers can shut him out. */
+  readonly takeOver?: boolean
   /** Memory that telling what resources take may use (usage.ts); default: 512 MiB. */
   readonly usageTableBytesMax?: number
 }
@@ -110,7 +116,7 @@ export async function openMapper(options: MapperOptions): Promise<Mapper> {
   const mapper = new Mapper(options, nextPageId)
   const open = async (row: PoolRow): Promise<void> => {
     try {
-      await mapper.pools.open(row)
+      await mapper.pools.open(row, { takeOver: options.takeOver ?? false })
     } catch (error) {
       log.error({ err: error, poolId: row.id, pool: row.name }, cannotOpen(row.name, error))
     }
@@ -132,6 +138,7 @@ export class Mapper {
   readonly #scheduler: CheckpointScheduler
   readonly #reclaimer: Reclaimer
   readonly #usage: Usage
+  readonly #reads: PoolReads
   readonly #checker: Checker
   readonly #importing = new Mutex()
 
@@ -154,6 +161,7 @@ export class Mapper {
       clock,
       setTimer,
       newId,
+      batchLogId: options.batchLogId ?? 'none',
       pools,
       layers,
       open: new OpenTable(),
@@ -170,13 +178,15 @@ export class Mapper {
     this.#reclaimer = new Reclaimer(context)
     this.#usage = new Usage(context, options.usageTableBytesMax)
     this.#checker = new Checker(context, this.#reclaimer)
-    this.pools = new PoolService(context, this.#usage)
+    this.#reads = new PoolReads(context)
+    this.pools = new PoolService(context, this.#usage, this.#reads)
     this.#scheduler.start()
   }
 
-  /** See `importPool` in pool-import.ts. One at a time. */
+  /** See `importPool` in pool-import.ts. One at a time, and beside no reclaim: that would sweep pages whose roots it has not seen. */
   async importPool(wanted: PoolImport): Promise<PoolImportReport> {
-    return await this.#importing.run(async () => await importPool(this.#context, this.pools, wanted))
+    const run = async () => await importPool(this.#context, this.pools, wanted)
+    return await this.#importing.run(async () => await this.#reclaimer.alone(run))
   }
 
   /** See `acceptPool` in pool-accept.ts. */
@@ -354,6 +364,17 @@ export class Mapper {
   /** See `Usage.of` in usage.ts, also for what it costs. */
   async usage(resourceId: string): Promise<ResourceUsage> {
     return await this.#usage.of(resourceId)
+  }
+
+  /**
+   * The pools other than its own that a resource reads from, by name: those of the layers that its durable map names. Of a map of
+   * very many pages, and of one that cannot be read: all that it may read from.
+   * @throws AtollError RESOURCE_NOT_FOUND
+   */
+  async readsFrom(resourceId: string): Promise<LinkedPool[]> {
+    return await this.#context.pins.run(
+      async () => await this.#reads.of(await requireResource(this.#context.catalog.db, resourceId)),
+    )
   }
 
   /** Layers of a pool that no row knows: reported, never deleted (I11). @throws AtollError POOL_UNAVAILABLE */

@@ -4,7 +4,8 @@
  * A case is a world of its own: volumes of a few leaves, of which only slots around the leaves' borders are written (so that
  * leaves, inner nodes and whole subtrees all take part), their snapshots, clones and images. After each reclaim, whatever is open,
  * nothing may be left that no durable root refers to; what is said to be used and shared is compared with a count; and every
- * resource must be, byte for byte, what the arrays say, also after a restart.
+ * resource must be, byte for byte, what the arrays say, also after a restart. In every third case there are two pools, and a clone
+ * may lie in another one than its source.
  *
  * ATOLL_MODEL_CASES: number of cases (default 300; `npm run test:crash` runs 10,000). ATOLL_SEED: seed of the first one (default 1); case n has seed + n.
  */
@@ -60,6 +61,11 @@ class World {
 
   name(kind: string): string {
     return `${kind}${(this.#counter += 1)}`
+  }
+
+  poolId(): string {
+    const { poolIds, poolId } = this.bench
+    return poolIds.length === 1 ? poolId : this.random.pick(poolIds)
   }
 
   nextStamp(): number {
@@ -128,7 +134,7 @@ type Operation = (world: World) => Promise<void>
 async function create(world: World): Promise<void> {
   if (world.of('volume').length >= volumesMax) return
   const sizeBytes = world.size()
-  const row = await world.bench.volume(world.name('v'), sizeBytes)
+  const row = await world.bench.volume(world.name('v'), sizeBytes, undefined, world.poolId())
   world.note(`create ${row.name} of ${sizeBytes}`)
   world.add({ id: row.id, name: row.name, kind: 'volume', sizeBytes, content: new Map(), volumeId: null })
 }
@@ -137,8 +143,9 @@ async function clone(world: World): Promise<void> {
   if (world.of('volume').length >= volumesMax || world.resources.size === 0) return
   const source = world.random.pick([...world.resources.values()])
   const sizeBytes = Math.max(Math.ceil(source.sizeBytes / slot) * slot, world.random.below(2) === 0 ? world.size() : 0)
-  const row = await world.bench.volume(world.name('c'), sizeBytes, source.id)
-  world.note(`clone ${source.name} as ${row.name} of ${sizeBytes}`)
+  const poolId = world.poolId()
+  const row = await world.bench.volume(world.name('c'), sizeBytes, source.id, poolId)
+  world.note(`clone ${source.name} as ${row.name} of ${sizeBytes} in pool ${world.bench.poolIds.indexOf(poolId)}`)
   world.add({
     id: row.id,
     name: row.name,
@@ -317,6 +324,11 @@ async function usage(world: World): Promise<void> {
   const counted = await world.bench.countUsage()
   for (const { id, name } of world.resources.values()) {
     const said = await world.bench.mapper.usage(id)
+    if (world.bench.poolIds.length > 1) {
+      const { home_pool_id: home } = await world.bench.row(id)
+      const other = (await world.bench.mapper.readsFrom(id)).map((pool) => pool.id)
+      expect(other, `the pools that ${name} reads from`).toEqual(await world.bench.poolsNamedBy(id, home))
+    }
     // Of zeros that were written as allocated a file system says data or hole, by whether they were read since.
     if (world.bench.backend.folder === null) expect(said, `usage of ${name}`).toEqual(counted.get(id))
   }
@@ -466,7 +478,7 @@ async function compareAll(world: World): Promise<void> {
 
 async function runCase(seed: number): Promise<void> {
   // One in ten over files: the same calls, through a real file system.
-  const bench = await Bench.open({ files: seed % 10 === 0 })
+  const bench = await Bench.open({ files: seed % 10 === 0, pools: seed % 3 === 0 ? 2 : 1 })
   const world = new World(bench, seed)
   try {
     for (let index = 0; index < operationsPerCase; index += 1) await pickOperation(world.random)(world)

@@ -8,12 +8,14 @@
  *   another next) before the volume serves.
  * - A next layer without frames may still hold bytes that nobody acknowledged. It is replaced by a clean one, so that
  *   nothing stays allocated that no map refers to.
+ * - Where the holder that died may have been on another machine, its active layer is left: it is sealed, and the volume goes on in the
+ *   next one (I1). The backend has shut that holder out before, so this only makes sure that no two holders ever wrote one layer.
  * - A resource that cannot be opened is an error that names it and the layer, page or journal; nothing else is harmed, and
  *   the reason is kept (`OpenTable.failure`).
  *
  * Everything here is called by who holds the resource's lock.
  */
-import { AtollError, type ResourceRow } from '@atoll/core'
+import { AtollError, isAtollError, type ResourceRow } from '@atoll/core'
 import { mapBytesMax, type Device, type DeviceLimits, type FrozenMap, type OpenReport, type ThrottleLimits } from '@atoll/native'
 import { checkpointLocked } from './checkpoint.ts'
 import { closeLocked } from './close.ts'
@@ -21,6 +23,7 @@ import type { MapperContext } from './context.ts'
 import { isDirty, releaseLease, takeLease, type TakenLease } from './lease.ts'
 import { loadMap } from './maps.ts'
 import type { LayerName, OpenEntry, OpenEvent, OpenReader, OpenVolume } from './open-table.ts'
+import { namePools, readLinks, sourcesOf } from './pool-links.ts'
 import { rootOf } from './root.ts'
 import { aboutResource, leaseLostError, requireResource, requireVolumeRow } from './rows.ts'
 import { roundUpToSlot } from './size.ts'
@@ -40,6 +43,8 @@ export interface OpenOptions {
 
 /** Layer files that one native call looks for. */
 const existenceBatch = 512
+/** Nobody uses the device yet, so that nothing has to end. */
+const leaveDeadlineMs = 5000
 /** Who opens a dirty volume to make it clean. */
 const recoveryHolder = 'recovery'
 
@@ -55,10 +60,21 @@ export async function openLocked(context: MapperContext, resource: ResourceRow, 
     if (resource.kind === 'volume') await settleLocked(context, resource.id)
     return await openReader(context, resource.id, options)
   } catch (error) {
-    const failure = aboutResource(error, resource.id, `the ${resource.kind} "${resource.name}" cannot be opened`)
+    const why = await whyElsewhere(context, resource, error)
+    const failure = aboutResource(error, resource.id, `the ${resource.kind} "${resource.name}" cannot be opened${why}`)
     context.open.setFailure(resource.id, failure)
     throw failure
   }
+}
+
+/** What a failure has to do with another pool that the resource reads from; empty: nothing. */
+async function whyElsewhere(context: MapperContext, resource: ResourceRow, error: unknown): Promise<string> {
+  if (!isAtollError(error)) return ''
+  if (error.code === 'POOL_UNAVAILABLE' && error.values['poolId'] !== resource.home_pool_id)
+    return ' without another pool, which it reads from'
+  if (error.code !== 'LAYER_MISSING') return ''
+  const absent = sourcesOf(await readLinks(context.catalog.db), resource.home_pool_id).filter((pool) => pool.isAbsent)
+  return absent.length === 0 ? '' : ` while a pool of the lost catalog is not here: import ${namePools(absent)}`
 }
 
 /**
@@ -95,6 +111,7 @@ async function openWritable(context: MapperContext, resource: ResourceRow, optio
       volumeId: resource.id,
       sizeBytes: row.size_bytes,
       epoch: lease.epoch,
+      batchLogSinceEpoch: lease.logSinceEpoch,
       map,
       mapLsn: lease.mapLsn,
       layers,
@@ -130,6 +147,7 @@ async function openWritable(context: MapperContext, resource: ResourceRow, optio
       await checkpointLocked(context, serve)
     } else if (lease.wasDirty) {
       await replaceUsedNext(context, serve)
+      await leaveActive(context, serve)
     }
     context.open.add(serve)
     return serve
@@ -177,6 +195,23 @@ async function replaceUsedNext(context: MapperContext, volume: OpenVolume): Prom
   }
   volume.next = spare
   volume.nextExported = false
+}
+
+/** I1: what another machine may have written is not written on. Where that cannot be now, the volume serves all the same. */
+async function leaveActive(context: MapperContext, volume: OpenVolume): Promise<void> {
+  const { fence } = context.pools.handle(volume.poolId).capabilities
+  if (fence === 'lock' || fence === 'none') return
+  // As before any swap (share.ts).
+  if (!(await context.exporter.flushed([volume.poolId]))) return
+  volume.nextExported = true
+  try {
+    const next = await context.layers.ref(volume.next)
+    await context.engine.swap([{ device: volume.device, next }], leaveDeadlineMs)
+    volume.swapUncommitted = true
+    await checkpointLocked(context, volume)
+  } catch (error) {
+    context.log.warn({ err: error, volumeId: volume.id }, 'the layer of the last holder is left later')
+  }
 }
 
 async function openReader(context: MapperContext, resourceId: string, options: OpenOptions): Promise<OpenReader> {

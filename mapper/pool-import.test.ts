@@ -7,7 +7,7 @@ import { fileDriver, makeMemoryDriver } from '@atoll/southbound'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { type Mapper, openMapper } from './mapper.ts'
 import type { PoolImportReport } from './pool-import.ts'
-import { Bench, bytes, failingCatalog, LogLines, slot } from './test-bench.ts'
+import { Bench, bytes, failingCatalog, lockless, LogLines, slot } from './test-bench.ts'
 
 /** A fresh home: another catalog, another engine, the same store. */
 interface Fresh {
@@ -15,17 +15,6 @@ interface Fresh {
   readonly mapper: Mapper
   readonly log: LogLines
   close(): Promise<void>
-}
-
-/** The store as a process finds it whose predecessor died without letting go of its lock. */
-function lockless(store: Store): Store {
-  return new Proxy(store, {
-    get(target, key) {
-      if (key === 'lock') return async () => ({ release: () => undefined })
-      const value: unknown = Reflect.get(target, key, target)
-      return typeof value === 'function' ? (value.bind(target) as unknown) : value
-    },
-  })
 }
 
 async function freshHome(store: Store, wrap: (catalog: Catalog) => Catalog = (catalog) => catalog): Promise<Fresh> {
@@ -414,7 +403,7 @@ describe('importing the pools of one lost catalog one after the other', () => {
     await fresh.mapper.idle()
     const partly = await fresh.mapper.importPool(importOf('second'))
     expect(partly.failed).toMatchObject([{ id: clone.id, name: 'clone', code: 'LAYER_MISSING' }])
-    expect(partly.failed[0]?.reason).toContain('import the other pools')
+    expect(partly.failed[0]?.reason).toContain('import pool "first"')
     // What is missing is missed by nobody who reclaims meanwhile.
     await fresh.mapper.reclaim(null)
 

@@ -10,6 +10,8 @@
  *   earlier import, too, which the pool's own epoch tells apart: a catalog may be lost again before it has exported anything.
  * - Aliases and page ids stay as they are, since maps name them. New ones are given far above, so that another pool of the same
  *   lost catalog still fits in afterwards.
+ * - Its volumes may read from other pools of the lost catalog, and theirs from it (pool-links.ts). What is missing of those is named,
+ *   and until the last of them that reads from this one is here, or given up, nothing of this one is freed: so the order does not matter.
  * - What cannot be brought back is named with the reason; a snapshot whose volume cannot be becomes an image. While anything is missing or damaged, layers that nothing here refers
  *   to get no row: their files are kept (I11), because what is missing may be what refers to them.
  */
@@ -36,6 +38,7 @@ import type { MapperContext } from './context.ts'
 import { type ExportDamage, loadExport, type LoadedExport } from './export-load.ts'
 import { loadMap } from './maps.ts'
 import { settleLocked } from './open.ts'
+import { addLinks, type LinkedPool, namePools, readersOf, readLinks, sourcesOf } from './pool-links.ts'
 import type { PoolService } from './pool-service.ts'
 import { pageIdsFromKey, removeCondemned, unknownLayers } from './recover.ts'
 import { rootOf } from './root.ts'
@@ -84,6 +87,10 @@ export interface PoolImportReport {
   /** Resources that a damaged or missing record may have changed or deleted. */
   readonly uncertain: readonly { readonly kind: ResourceKind; readonly id: string; readonly name: string }[]
   readonly damages: readonly ExportDamage[]
+  /** Pools of the lost catalog that are not here, and that what lies in this one may read from. */
+  readonly missingSources: readonly LinkedPool[]
+  /** Pools of the lost catalog that are not here, and may read from this one: nothing of it is freed meanwhile. */
+  readonly missingReaders: readonly LinkedPool[]
   /** Layers in the pool that nothing refers to; they are left alone. */
   readonly unknownLayers: readonly string[]
   readonly notes: readonly string[]
@@ -108,6 +115,10 @@ interface Plan {
   readonly rows: ReadonlyMap<ExportedTable, readonly ExportedRow[]>
   readonly pageIds: readonly number[]
   readonly failed: readonly ImportFailure[]
+  /** What goes in and cannot be opened before another pool is here, too. */
+  readonly waiting: readonly ImportFailure[]
+  readonly missingSources: readonly LinkedPool[]
+  readonly missingReaders: readonly LinkedPool[]
   readonly asImages: readonly SnapshotAsImage[]
 }
 
@@ -291,7 +302,40 @@ async function planImport(context: MapperContext, loaded: LoadedExport): Promise
     ['volumes', keptVolumes.map((row) => (keptAliases.has(row['next_alias']) ? row : changed(row, { next_alias: null })))],
     ['files', [...files.values()].filter((row) => kept.has(row['id']))],
   ])
-  return { loaded, resources, rows, pageIds: reached.pageIds, failed, asImages }
+  const present = new Set((await context.catalog.db.selectFrom('pools').select('id').execute()).map((row) => row.id))
+  const notHere = (pools: readonly Pick<LinkedPool, 'id' | 'name' | 'driver'>[] = []): LinkedPool[] =>
+    pools.filter((pool) => !present.has(pool.id)).map(({ id, name, driver }) => ({ id, name, driver, isAbsent: true }))
+  const missingSources = notHere(loaded.header.sources)
+  const known = new Set(keptLayers.map((row) => Number(row['alias'])))
+  for (const row of await context.catalog.db.selectFrom('layers').select('alias').execute()) known.add(row.alias)
+  const waiting = [...reached.aliases].every((alias) => known.has(alias))
+    ? []
+    : await waitingFor(context, loaded, resources, known, missingSources)
+  const missingReaders = notHere(loaded.header.readers)
+  return { loaded, resources, rows, pageIds: reached.pageIds, failed, waiting, missingSources, missingReaders, asImages }
+}
+
+/** Resources whose maps name layers that neither the pool nor this catalog has. */
+async function waitingFor(
+  context: MapperContext,
+  loaded: LoadedExport,
+  resources: readonly ExportedRow[],
+  known: ReadonlySet<number>,
+  missing: readonly LinkedPool[],
+): Promise<ImportFailure[]> {
+  const waiting: ImportFailure[] = []
+  for (const row of resources) {
+    const { aliases } = await reachOf(context, loaded, [row])
+    const alias = [...aliases].find((each) => !known.has(each))
+    if (alias !== undefined) waiting.push(failure(row, 'LAYER_MISSING', layerElsewhere(alias, missing)))
+    await nextTurn()
+  }
+  return waiting
+}
+
+function layerElsewhere(alias: number, missing: readonly LinkedPool[]): string {
+  const where = missing.length === 0 ? 'the other pools of the lost catalog' : `pool ${namePools(missing)}`
+  return `its map refers to layer ${alias}, which no pool that is here knows: import ${where}, too`
 }
 
 interface Reached {
@@ -408,6 +452,12 @@ async function insertAll(
     await put('projects', plan.rows.get('projects') ?? [], { orIgnore: true })
     for (const row of await tx.selectFrom('projects').select('id').execute()) projects.add(row.id)
     await put('pools', [{ ...project, ...exported, id: header.poolId, ...place, options: { ...place.options } }])
+    const { readers = [], sources = [] } = header
+    const links = [
+      ...readers.map(({ id }) => ({ reader: id, source: header.poolId })),
+      ...sources.map(({ id }) => ({ reader: header.poolId, source: id })),
+    ]
+    await addLinks(tx, links, [...readers, ...sources])
     await put('containers', plan.rows.get('containers') ?? [], { orIgnore: true })
     const ids = new Set(plan.resources.map((row) => row['id']))
     const others = new Set((await tx.selectFrom('resources').select('id').execute()).map((row) => row.id))
@@ -562,11 +612,13 @@ async function finish(
       broken.set(id, toAtollError(error))
     }
   }
+  const links = await readLinks(catalog.db)
+  const missingSources = sourcesOf(links, row.id).filter((pool) => pool.isAbsent)
   const files = await layerFiles(context)
   for (const resource of await catalog.db.selectFrom('resources').selectAll().where('home_pool_id', '=', row.id).execute()) {
     try {
       // First: what it says of a missing layer says what to do.
-      await requireLayers(context, files, resource.id, rootOf(resource))
+      await requireLayers(context, files, resource.id, rootOf(resource), missingSources)
       const known = broken.get(resource.id)
       if (known !== undefined) throw known
       broughtBack[resource.kind] += 1
@@ -580,6 +632,8 @@ async function finish(
     poolId: row.id,
     broughtBack,
     failed,
+    missingSources,
+    missingReaders: readersOf(links, row.id).filter((pool) => pool.isAbsent),
     unknownLayers: await unknownLayers(context, row.id),
   }
   context.log.info(
@@ -607,16 +661,13 @@ async function requireLayers(
   files: ReadonlyMap<number, { id: string; isThere: boolean }>,
   resourceId: string,
   root: RootRef,
+  missing: readonly LinkedPool[],
 ): Promise<void> {
   const map = await loadMap(context, resourceId, root)
   for (const alias of map.layers(mapBytesMax)) {
     const layer = files.get(alias)
     if (layer === undefined) {
-      throw new AtollError(
-        'LAYER_MISSING',
-        `its map refers to layer ${alias}, which no pool that is here knows: import the other pools of the lost catalog, too`,
-        { values: { alias } },
-      )
+      throw new AtollError('LAYER_MISSING', layerElsewhere(alias, missing), { values: { alias } })
     }
     if (!layer.isThere) {
       throw new AtollError(
@@ -637,14 +688,17 @@ function reportPlan(plan: Plan | null, wanted: PoolImport, owner: string | null)
       uncertain.push({ kind: row['kind'] as ResourceKind, id: String(row['id']), name: String(row['name']) })
     }
   }
+  const waiting = new Set<unknown>(plan?.waiting.map((each) => each.id))
   return {
     poolId: plan?.loaded.header.poolId ?? '',
     name: wanted.name,
     catalogId: owner,
     dryRun: wanted.dryRun,
     exportedAt: plan?.loaded.header.writtenAt ?? null,
-    broughtBack: count(plan?.resources ?? []),
-    failed: plan?.failed ?? [],
+    broughtBack: count((plan?.resources ?? []).filter((row) => !waiting.has(row['id']))),
+    failed: [...(plan?.failed ?? []), ...(plan?.waiting ?? [])],
+    missingSources: plan?.missingSources ?? [],
+    missingReaders: plan?.missingReaders ?? [],
     asImages: plan?.asImages ?? [],
     uncertain,
     damages: plan?.loaded.damages ?? [],

@@ -3,17 +3,21 @@
  *
  * Rules:
  * - The row of a pool is committed before its backend is touched, so a pool that was made half is opened at the next start.
- * - A pool is deleted only when nothing lies in it: no resource calls it home, and it has no layer but spares. From the
- *   moment that is checked it gives out no spare, so nothing new can start in it.
+ * - A pool is deleted only when nothing lies in it: no resource calls it home, and it has no layer but spares, also none that
+ *   resources of other pools read from. From the moment that is checked it gives out no spare, so nothing new can start in it.
  */
-import { AtollError, isAtollError, toAtollError, type PoolRow } from '@atoll/core'
+import { AtollError, isAtollError, toAtollError, type PoolRow, type ResourceRow } from '@atoll/core'
 import type { Finding, PoolHandle, PoolHealth } from '@atoll/southbound'
 import type { MapperContext } from './context.ts'
 import type { DeviceTotals } from './device-totals.ts'
+import { nameResources } from './check-finding.ts'
 import type { ExportStatus } from './exporter.ts'
 import { provisionedBytes } from './overcommit.ts'
+import { dropFromLinks, namePools, readersOf, readLinks, sourcesOf, type LinkedPool } from './pool-links.ts'
 import { changeSettings, lowSpaceBytes, lowSpaceFindings, parsePoolSettings } from './pool-settings.ts'
+import type { PoolReads } from './pool-reads.ts'
 import { recoverPool, removeCondemned } from './recover.ts'
+import { takeOverRefused } from './take-over.ts'
 import type { Usage } from './usage.ts'
 
 export interface NewPool {
@@ -59,22 +63,28 @@ export interface PoolSpace {
   readonly provisionedMaxBytes: number | null
 }
 
+/** Resources that are looked at, and found, to say who reads from a pool that cannot be deleted. */
+const lookedAtMax = 1000
+const readingMax = 20
+
 export class PoolService {
   readonly #context: MapperContext
   readonly #usage: Usage
+  readonly #reads: PoolReads
 
-  constructor(context: MapperContext, usage: Usage) {
+  constructor(context: MapperContext, usage: Usage, reads: PoolReads) {
     this.#context = context
     this.#usage = usage
+    this.#reads = reads
   }
 
   /**
    * Opens the pool of a row, puts right what an earlier process left in it, and makes spares. Also tries again what failed.
    * `requireReserve`: a reserve that was set and cannot be kept is an error (NO_SPACE, POOL_UNSUPPORTED); a pool that is in use is
-   * opened without one.
+   * opened without one. `takeOver`: whoever has it is shut out for good, if the driver can do that.
    * @throws AtollError DRIVER_UNKNOWN, POOL_LOCKED, POOL_OWNED_BY_OTHER, POOL_UNAVAILABLE, POOL_OPTION_INVALID
    */
-  async open(row: PoolRow, { requireReserve = false } = {}): Promise<PoolHandle> {
+  async open(row: PoolRow, { requireReserve = false, takeOver = false } = {}): Promise<PoolHandle> {
     const { catalog, pools, layers } = this.#context
     return await this.#context.locks.run([row.id], async () => {
       const present = pools.find(row.id)
@@ -90,7 +100,11 @@ export class PoolService {
         .select('taken_from')
         .where('pool_id', '=', row.id)
         .executeTakeFirst()
-      const handle = await pools.open(row, { create: replica === undefined, takeOverFrom: known?.taken_from ?? undefined })
+      const handle = await pools.open(row, {
+        create: replica === undefined,
+        takeOverFrom: known?.taken_from ?? undefined,
+        takeOver,
+      })
       try {
         const { reserveBytes } = parsePoolSettings(row.settings)
         if (requireReserve && reserveBytes !== null) await handle.setReserve(reserveBytes)
@@ -166,6 +180,28 @@ export class PoolService {
     return this.#context.pools.handle(id)
   }
 
+  /**
+   * Opens the pool that a resource lies in if it is not open: one that somebody else had may be free by now. `takeOver`: if it is
+   * not, its holder is shut out. `what` is the resource, for people.
+   * @throws AtollError TAKE_OVER_REFUSED if the driver cannot do that; POOL_LOCKED naming the holder, and what `open` throws
+   */
+  async openFor(poolId: string, what: string, { takeOver }: { takeOver: boolean }): Promise<void> {
+    const { pools } = this.#context
+    if (pools.find(poolId) !== undefined || pools.failure(poolId)?.code !== 'POOL_LOCKED') return
+    const row = await this.get(poolId)
+    try {
+      await this.open(row, { takeOver: takeOver && pools.driver(row.driver).canShutOut })
+    } catch (error) {
+      if (!isAtollError(error, 'POOL_LOCKED')) throw error
+      if (takeOver) throw takeOverRefused(what, row, error)
+      const hint = pools.driver(row.driver).canShutOut ? '; if that one hangs or lost its machine, attach with --take-over' : ''
+      throw new AtollError('POOL_LOCKED', `${what} cannot be opened: ${error.message}${hint}`, {
+        values: { ...error.values, poolId },
+        cause: error,
+      })
+    }
+  }
+
   /** Why a pool is not open; undefined if it is. */
   failure(id: string): AtollError | undefined {
     return this.#context.pools.failure(id)
@@ -173,7 +209,7 @@ export class PoolService {
 
   /**
    * Deletes an empty pool for good.
-   * @throws AtollError POOL_NOT_FOUND, POOL_NOT_EMPTY naming how much lies in it, POOL_UNAVAILABLE
+   * @throws AtollError POOL_NOT_FOUND, POOL_NOT_EMPTY naming how much lies in it and who reads from it, POOL_UNAVAILABLE
    */
   async delete(id: string): Promise<void> {
     const { catalog, exporter, layers, locks, pools } = this.#context
@@ -212,7 +248,13 @@ export class PoolService {
         pools.leave(id)
         await exporter.detach(id, { remove: true })
         await handle.destroy()
-        await catalog.write(async (tx) => await tx.deleteFrom('pools').where('id', '=', id).execute(), { emergency: true })
+        await catalog.write(
+          async (tx) => {
+            await dropFromLinks(tx, id)
+            await tx.deleteFrom('pools').where('id', '=', id).execute()
+          },
+          { emergency: true },
+        )
         pools.forget(id)
         this.#context.open.forgetPool(id)
       } catch (error) {
@@ -222,6 +264,12 @@ export class PoolService {
         throw error
       }
     })
+  }
+
+  /** The pools that may read from this one, and those that it may read from, by name (pool-links.ts). */
+  async links(id: string): Promise<{ readers: LinkedPool[]; sources: LinkedPool[] }> {
+    const links = await readLinks(this.#context.catalog.db)
+    return { readers: readersOf(links, id), sources: sourcesOf(links, id) }
   }
 
   /** Totals of an open pool. @throws AtollError POOL_NOT_FOUND, POOL_UNAVAILABLE, IO_ERROR */
@@ -359,11 +407,48 @@ export class PoolService {
       )
       .where('layers.state', '!=', 'condemned')
       .execute()
-    if (resources.length === 0 && layers.length === 0) return
-    throw new AtollError(
-      'POOL_NOT_EMPTY',
-      `pool "${row.name}" holds ${resources.length} resources and ${layers.length} layers: delete them, then reclaim the pool`,
-      { values: { poolId: row.id, resourceCount: resources.length, layerCount: layers.length } },
-    )
+    const { readers } = await this.links(row.id)
+    const absent = readers.filter((pool) => pool.isAbsent)
+    if (resources.length === 0 && layers.length === 0 && absent.length === 0) return
+    const reading = layers.length === 0 ? [] : await this.#readingFrom(row.id, readers)
+    const values = { poolId: row.id, resourceCount: resources.length, layerCount: layers.length }
+    const what = `pool "${row.name}" holds ${resources.length} resources and ${layers.length} layers`
+    if (absent.length > 0) {
+      throw new AtollError(
+        'POOL_NOT_EMPTY',
+        `${what}, and pools of the lost catalog that are not here read from it (${namePools(absent)}): import them, or give them up (atoll pool accept)`,
+        { values: { ...values, readerIds: absent.map((pool) => pool.id) } },
+      )
+    }
+    if (reading.length > 0) {
+      throw new AtollError(
+        'POOL_NOT_EMPTY',
+        `${what}, and resources of other pools read from it: ${nameResources(reading)}; delete them, then reclaim the pool`,
+        { values: { ...values, readerIds: reading.map((resource) => resource.id) } },
+      )
+    }
+    throw new AtollError('POOL_NOT_EMPTY', `${what}: delete them, then reclaim the pool`, { values })
+  }
+
+  /** Resources of other pools whose maps name layers of this one: as many as a message has room for, and some more. */
+  async #readingFrom(poolId: string, readers: readonly LinkedPool[]): Promise<ResourceRow[]> {
+    if (readers.length === 0) return []
+    return await this.#context.pins.run(async () => {
+      const { db } = this.#context.catalog
+      const readerIds = readers.map((pool) => pool.id)
+      const rows = await db
+        .selectFrom('resources')
+        .selectAll()
+        .where('home_pool_id', 'in', readerIds)
+        .orderBy('created_at')
+        .limit(lookedAtMax)
+        .execute()
+      const reading: ResourceRow[] = []
+      for (const row of rows) {
+        if (reading.length >= readingMax) break
+        if ((await this.#reads.of(row)).some((pool) => pool.id === poolId)) reading.push(row)
+      }
+      return reading
+    })
   }
 }

@@ -25,6 +25,8 @@ export class Pools {
   readonly #handles = new Map<string, PoolHandle>()
   readonly #failures = new Map<string, AtollError>()
   readonly #leaving = new Set<string>()
+  /** Of pools that were opened, or tried. */
+  readonly #names = new Map<string, string>()
   readonly #ownerText: string
 
   constructor(options: PoolsOptions) {
@@ -45,19 +47,22 @@ export class Pools {
 
   /**
    * Opens the pool of a row; one that is open already is returned as it is. `create`: what is missing on the backend is made.
+   * `takeOver`: whoever has it is shut out, if the driver can do that.
    * @throws AtollError DRIVER_UNKNOWN, POOL_LOCKED, POOL_OWNED_BY_OTHER, POOL_UNAVAILABLE, POOL_OPTION_INVALID
    */
   async open(
     row: PoolRow,
-    { create, takeOverFrom }: { create: boolean; takeOverFrom?: string | undefined },
+    { create, takeOverFrom, takeOver = false }: { create: boolean; takeOverFrom?: string | undefined; takeOver?: boolean },
   ): Promise<PoolHandle> {
     const present = this.#handles.get(row.id)
     if (present !== undefined) return present
+    this.#names.set(row.id, row.name)
     try {
       const { reserveBytes } = parsePoolSettings(row.settings)
       const handle = await this.driver(row.driver).open({
         ...this.#contextOf(row),
         create,
+        shutOutHolder: takeOver,
         ...(reserveBytes === null ? {} : { reserveBytes }),
         ...(takeOverFrom === undefined ? {} : { takeOverFrom }),
       })
@@ -76,7 +81,7 @@ export class Pools {
     return await this.driver(row.driver).inspect({ ...this.#contextOf(row), create: false })
   }
 
-  #contextOf(row: Pick<PoolRow, 'id' | 'options'>): Omit<PoolContext, 'create' | 'takeOverFrom'> {
+  #contextOf(row: Pick<PoolRow, 'id' | 'options'>): Omit<PoolContext, 'create' | 'shutOutHolder' | 'takeOverFrom'> {
     return {
       engine: this.#options.engine,
       poolId: row.id,
@@ -97,9 +102,10 @@ export class Pools {
     if (handle !== undefined)
       throw new AtollError('POOL_CLOSED', `pool ${poolId} is being deleted`, { values: { poolId }, retryable: false })
     const reason = this.#failures.get(poolId)
+    const name = this.#names.get(poolId)
     throw new AtollError(
       'POOL_UNAVAILABLE',
-      `pool ${poolId} is not open${reason === undefined ? '' : `: ${reason.code}: ${reason.message}`}`,
+      `pool ${name === undefined ? poolId : `"${name}" (${poolId})`} is not open${reason === undefined ? '' : `: ${reason.code}: ${reason.message}`}`,
       {
         values: { poolId, ...(reason === undefined ? {} : { reason: reason.code }) },
         cause: reason,
@@ -145,6 +151,7 @@ export class Pools {
   forget(poolId: string): void {
     this.#handles.delete(poolId)
     this.#failures.delete(poolId)
+    this.#names.delete(poolId)
     this.#leaving.delete(poolId)
   }
 

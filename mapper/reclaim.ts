@@ -45,6 +45,7 @@ import { dirtyVolumes } from './lease.ts'
 import { feedReach, pageBatch } from './maps.ts'
 import { settleLocked } from './open.ts'
 import type { PagePin } from './page-pins.ts'
+import { readersOf, readLinks } from './pool-links.ts'
 import { removeCondemned, sealClosing } from './recover.ts'
 import { readRoots, type RootRow, writtenLayers } from './references.ts'
 import { rootOf } from './root.ts'
@@ -220,7 +221,10 @@ export class Reclaimer {
 
   async #sealedLayers(poolIds: readonly string[]): Promise<SealedLayer[]> {
     const layers: SealedLayer[] = []
+    const links = await readLinks(this.#context.catalog.db)
     for (const poolId of poolIds) {
+      // What volumes of a pool that was not imported yet read is reached by no root that is here.
+      if (readersOf(links, poolId).some((pool) => pool.isAbsent)) continue
       const sealed = this.#context.catalog.db
         .selectFrom('replicas')
         .innerJoin('layers', 'layers.alias', 'replicas.layer_alias')

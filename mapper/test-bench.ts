@@ -2,6 +2,7 @@
  * What the tests of this folder stand on: a mapper over an engine, a catalog in memory and a pool whose store the test holds,
  * so that it can fail on purpose, be killed, and be opened again over what is left.
  */
+import { randomUUID } from 'node:crypto'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -89,21 +90,48 @@ export class ManualTimers {
   }
 }
 
+/**
+ * Where the conf of a Ceph cluster is: the first pool of every bench that asks for nothing special lies there then, in a namespace of
+ * its own, instead of in memory (tests/ceph/suites-over-ceph.test.ts).
+ */
+const cephConf = process.env['ATOLL_TEST_CEPH_CONF']
+const cephWaitMs = 600_000
+
+async function openFirstStore(base: Engine, { capacityBytes }: BenchOptions, folder: string | null): Promise<Store> {
+  if (folder !== null) return await base.openFileStore({ path: folder, create: true, reserveBytes: 0 })
+  if (cephConf === undefined || capacityBytes !== undefined) return openMemoryStore(base, capacityBytes)
+  const place = { conf: cephConf, pool: 'atoll', user: 'admin', keyring: null, namespace: `bench-${randomUUID()}` }
+  const timeouts = { requestTimeoutMs: cephWaitMs, connectTimeoutMs: cephWaitMs }
+  return await base.openRadosStore({ ...place, ...timeouts, create: true })
+}
+
+function openMemoryStore(base: Engine, capacityBytes = 1 << 30): Store {
+  return base.memoryStore({ capacityBytes })
+}
+
 export interface BenchOptions {
   /** Of a store in memory. */
   readonly capacityBytes?: number
   /** A store of files in a folder of its own, removed at the end. */
   readonly files?: boolean
+  /** Default 1. More than one: `poolIds` has the others, each with a store of its own. */
+  readonly pools?: number
 }
 
 type LifeOptions = Pick<MapperOptions, 'usageTableBytesMax'>
 
-/** The store of the pool, and the engine that it belongs to: it outlives the mappers over it. */
-interface Backend {
+/** A store, and the same one failing as told. */
+interface Place {
   readonly store: Store
-  /** The same store, failing as told. */
   readonly faulty: Store
+}
+
+/** The stores of the pools; they belong to an engine that outlives the mappers over them. */
+interface Backend extends Place {
   readonly folder: string | null
+  /** By pool; the first one has `store`. */
+  readonly places: Map<string, Place>
+  readonly makePlace: () => Place
 }
 
 /**
@@ -113,7 +141,9 @@ interface Backend {
 export class Bench {
   inner: Catalog
   readonly backend: Backend
+  /** The first of `poolIds`. */
   readonly poolId: string
+  readonly poolIds: readonly string[]
   readonly engines: Engine[]
   failing: FailingCatalog
   engine: Engine
@@ -122,10 +152,11 @@ export class Bench {
   timers: ManualTimers
   readonly #ended: Mapper[] = []
 
-  private constructor(inner: Catalog, backend: Backend, poolId: string, life: Life, engines: Engine[]) {
+  private constructor(inner: Catalog, backend: Backend, poolIds: readonly string[], life: Life, engines: Engine[]) {
     this.inner = inner
     this.backend = backend
-    this.poolId = poolId
+    this.poolId = poolIds[0] ?? ''
+    this.poolIds = poolIds
     this.engines = engines
     this.failing = life.failing
     this.engine = life.engine
@@ -137,16 +168,35 @@ export class Bench {
   static async open(options: BenchOptions = {}): Promise<Bench> {
     const base = new Engine()
     const folder = options.files === true ? await mkdtemp(join(tmpdir(), 'atoll-mapper-')) : null
-    const store =
-      folder === null
-        ? base.memoryStore({ capacityBytes: options.capacityBytes ?? 1 << 30 })
-        : await base.openFileStore({ path: folder, create: true, reserveBytes: 0 })
-    const backend = { store, faulty: base.faultStore(store), folder }
+    const place = (store: Store): Place => ({ store, faulty: base.faultStore(store) })
+    const first = place(await openFirstStore(base, options, folder))
+    const makePlace = () => place(openMemoryStore(base, options.capacityBytes))
+    const backend = { ...first, folder, places: new Map<string, Place>(), makePlace }
     const inner = await openCatalog(':memory:')
     const life = await live(inner, backend)
-    const pool = await life.mapper.pools.create({ projectId: adminProject.id, name: 'pool', driver: 'memory', options: {} })
+    const poolIds: string[] = []
+    for (let number = 1; number <= (options.pools ?? 1); number += 1) {
+      const name = number === 1 ? 'pool' : `pool-${number}`
+      const pool = await life.mapper.pools.create({ projectId: adminProject.id, name, driver: 'memory', options: {} })
+      poolIds.push(pool.id)
+    }
     await life.mapper.idle()
-    return new Bench(inner, backend, pool.id, life, [base, life.engine])
+    return new Bench(inner, backend, poolIds, life, [base, life.engine])
+  }
+
+  /** Of a pool: what lies in it, and the same failing as told. */
+  place(poolId: string): Place {
+    const place = this.backend.places.get(poolId)
+    if (place === undefined) throw new Error(`pool ${poolId} was never opened`)
+    return place
+  }
+
+  /** Every layer in any pool, with the store that it lies in. */
+  async #listAll(): Promise<{ store: Store; entry: Awaited<ReturnType<Store['listLayers']>>[number] }[]> {
+    const found = []
+    for (const { store } of this.backend.places.values())
+      for (const entry of await store.listLayers()) found.push({ store, entry })
+    return found
   }
 
   get catalog(): Catalog {
@@ -192,7 +242,7 @@ export class Bench {
   }
 
   async close(): Promise<void> {
-    this.backend.faulty.setFaults({ seed: 1, rules: [] })
+    for (const { faulty } of this.backend.places.values()) faulty.setFaults({ seed: 1, rules: [] })
     await this.mapper.close()
     // A dead process does not flush: what its engine would write now is not looked at any more.
     await Promise.allSettled(this.engines.map(async (engine) => await engine.close()))
@@ -205,8 +255,8 @@ export class Bench {
     this.backend.faulty.setFaults({ seed: 1, rules })
   }
 
-  async volume(name: string, sizeBytes: number, fromId?: string): Promise<ResourceRow> {
-    const wanted = { projectId: adminProject.id, name, sizeBytes, poolId: this.poolId }
+  async volume(name: string, sizeBytes: number, fromId?: string, poolId = this.poolId): Promise<ResourceRow> {
+    const wanted = { projectId: adminProject.id, name, sizeBytes, poolId }
     return await this.mapper.createVolume(fromId === undefined ? wanted : { ...wanted, fromId })
   }
 
@@ -254,16 +304,16 @@ export class Bench {
     const reach = await this.#reach(({ size_bytes: sizeBytes }) => Math.ceil(sizeBytes / slot) * slot)
     const named = await this.#reach(() => mapBytesMax)
     // The rows after the files: spares may be made in the background, and have their rows first.
-    const listing = await this.store.listLayers()
+    const listing = await this.#listAll()
     const rows = new Map((await this.inner.db.selectFrom('layers').selectAll().execute()).map((row) => [row.id, row]))
-    for (const entry of listing) {
+    for (const { store, entry } of listing) {
       const row = rows.get(entry.id)
       if (row === undefined) return `layer file ${entry.id} has no row`
       if (row.state === 'condemned' || row.state === 'closing') return `layer ${row.alias} is left in ${row.state}`
       const [namedSlots] = await named.slotCounts(Uint32Array.of(row.alias))
       if (row.state === 'sealed' && namedSlots === 0) return `layer ${row.alias} is sealed and referred to by nothing`
       const runs = await reach.runs(row.alias)
-      const extents = await this.store.extents(entry.id, 0, Math.max(slot, entry.lengthBytes))
+      const extents = await store.extents(entry.id, 0, Math.max(slot, entry.lengthBytes))
       for (const extent of extents) {
         if (extent.data && !covered(runs, extent.offsetBytes, extent.lengthBytes)) {
           return `layer ${row.alias} (${row.state}) holds ${extent.lengthBytes} bytes at ${extent.offsetBytes} that are not referred to`
@@ -289,17 +339,18 @@ export class Bench {
     const reaches = new Map<string, Reach>()
     for (const row of rows) reaches.set(row.id, await this.#reachOf([row], () => mapBytesMax))
     const found = new Map(rows.map((row) => [row.id, { usedBytes: 0, sharedBytes: 0 }]))
-    const listing = new Map((await this.store.listLayers()).map((entry) => [entry.id, entry]))
+    const listing = new Map((await this.#listAll()).map((found) => [found.entry.id, found]))
     for (const layer of layers) {
-      const entry = listing.get(layer.id)
-      if (entry === undefined) continue
+      const listed = listing.get(layer.id)
+      if (listed === undefined) continue
+      const { store, entry } = listed
       const volume = volumes.find((other) => other.active_alias === layer.alias)
       const ofVolume = found.get(volume?.id ?? '')
       if (ofVolume !== undefined) ofVolume.usedBytes += entry.allocatedBytes
       if (layer.state === 'active') continue
       const slots = new Map<string, (slot: number) => boolean>()
       for (const [id, reach] of reaches) slots.set(id, slotsOf(await reach.runs(layer.alias)))
-      for (const extent of await this.store.extents(layer.id, 0, Math.max(slot, entry.lengthBytes))) {
+      for (const extent of await store.extents(layer.id, 0, Math.max(slot, entry.lengthBytes))) {
         if (!extent.data) continue
         for (let at = extent.offsetBytes / slot; at * slot < extent.offsetBytes + extent.lengthBytes; at += 1) {
           const referring = rows.filter((row) => slots.get(row.id)?.(at) === true)
@@ -311,6 +362,15 @@ export class Bench {
       }
     }
     return found
+  }
+
+  /** The pools, but `home`, of the layers that the map of a resource names. */
+  async poolsNamedBy(id: string, home: string): Promise<string[]> {
+    const reach = await this.#reachOf([await this.row(id)], () => mapBytesMax)
+    const named = new Set(reach.layers())
+    const replicas = await this.inner.db.selectFrom('replicas').selectAll().execute()
+    const found = new Set(replicas.filter((row) => named.has(row.layer_alias)).map((row) => row.pool_id))
+    return this.poolIds.filter((poolId) => poolId !== home && found.has(poolId))
   }
 
   async #reach(sizeOf: (row: ResourceRow) => number): Promise<Reach> {
@@ -356,7 +416,7 @@ async function live(inner: Catalog, backend: Backend, options: LifeOptions = {})
   const mapper = await openMapper({
     catalog: failing.catalog,
     engine,
-    drivers: [unlocked(backend.faulty)],
+    drivers: [unlocked(backend)],
     log,
     setTimer: timers.set,
     ...options,
@@ -364,16 +424,25 @@ async function live(inner: Catalog, backend: Backend, options: LifeOptions = {})
   return { engine, mapper, failing, log, timers }
 }
 
-/** The memory driver over this store, opened again although a "dead" process never let go of its lock. */
-function unlocked(store: Store): Driver {
-  const lockless = new Proxy(store, {
+/** The memory driver over these stores, opened again although a "dead" process never let go of their locks. */
+function unlocked(backend: Backend): Driver {
+  return makeMemoryDriver(({ poolId }) => {
+    const { places } = backend
+    const place = places.get(poolId) ?? (places.size === 0 ? backend : backend.makePlace())
+    places.set(poolId, place)
+    return lockless(place.faulty)
+  })
+}
+
+/** The store as a process finds it whose predecessor died without letting go of its lock. */
+export function lockless(store: Store): Store {
+  return new Proxy(store, {
     get(target, key) {
       if (key === 'lock') return async () => ({ release: () => undefined })
       const value: unknown = Reflect.get(target, key, target)
       return typeof value === 'function' ? (value.bind(target) as unknown) : value
     },
   })
-  return makeMemoryDriver(() => lockless)
 }
 
 /** Whether the bytes lie in slots of the runs (triples, ascending). */

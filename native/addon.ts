@@ -245,7 +245,7 @@ export interface RawStore {
   writeRecord(name: string, bytes: Uint8Array): Promise<void>
   listRecords(prefix: string): Promise<string[]>
   removeRecord(name: string): Promise<void>
-  lock(owner: string): Promise<RawStoreLock>
+  lock(owner: string, shutOutHolder: boolean): Promise<RawStoreLock>
   releaseReserve(): Promise<void>
   restoreReserve(): Promise<number>
   setReserve(bytes: number): Promise<number>
@@ -488,6 +488,7 @@ export interface RawEngine {
       volumeId: string
       sizeBytes: number
       epoch: number
+      batchLogSinceEpoch: number
       mapLsn: number
       // Absent, never null: a field of an object that is null is not taken for one that is not there.
       active: number | undefined

@@ -40,6 +40,8 @@ export interface DeviceSpec {
   sizeBytes: number
   /** Epoch of the lease. */
   epoch: number
+  /** What the batch log of this volume has of an older epoch means nothing: others wrote the volume since. Default 0. */
+  batchLogSinceEpoch?: number
   /** The durable map, and the lsn it includes. */
   map: FrozenMap
   mapLsn: number
@@ -155,10 +157,10 @@ export class Engine {
    */
   openDevice(spec: DeviceSpec): Promise<{ device: Device; report: OpenReport }> {
     const { aliases, ids, stores } = flatten(spec.layers)
-    const { volumeId, sizeBytes, epoch, mapLsn, throttle, limits, onEvent } = spec
+    const { volumeId, sizeBytes, epoch, batchLogSinceEpoch = 0, mapLsn, throttle, limits, onEvent } = spec
     const active = spec.active ?? undefined
     const next = spec.next ?? undefined
-    const fields = { volumeId, sizeBytes, epoch, mapLsn, active, next, throttle, limits, aliases, ids }
+    const fields = { volumeId, sizeBytes, epoch, batchLogSinceEpoch, mapLsn, active, next, throttle, limits, aliases, ids }
     const listener = onEvent === undefined ? null : (kind: DeviceEventKind, message: string): void => onEvent({ kind, message })
     return settle(async () => {
       const opened = await this.#raw.openDevice(fields, spec.map.raw, stores, listener)

@@ -132,12 +132,13 @@ export class Store {
   }
 
   /**
-   * Takes the store's exclusive lock for this process; `owner` is what the other side reads.
+   * Takes the store's exclusive lock for this process; `owner` is what the other side reads. `shutOutHolder` (default false): whoever
+   * has it is shut out of the backend first, if that can be done there. That takes some seconds, in which its last answers go out.
    *
    * @throws STORE_LOCKED with the owner's text
    */
-  async lock(owner: string): Promise<StoreLock> {
-    return settle(async () => new StoreLock(await this.raw.lock(owner)))
+  async lock(owner: string, { shutOutHolder = false } = {}): Promise<StoreLock> {
+    return settle(async () => new StoreLock(await this.raw.lock(owner, shutOutHolder)))
   }
 
   /** Frees the space that is kept back for deletes on a full disk. Idempotent. */

@@ -135,6 +135,11 @@ export interface PoolContext {
   readonly create?: boolean
   /** The reserve that the operator set for this pool (at most `reserveBytesMax`), instead of what the options say. */
   readonly reserveBytes?: number
+  /**
+   * True: whoever has the pool is shut out of the backend for good, so that nothing of it lands any more, and then the pool is
+   * opened. Only a driver that `canShutOut` does that; for others it is as false (the default): POOL_LOCKED.
+   */
+  readonly shutOutHolder?: boolean
   /** A pool of this other catalog is taken over instead of refused: its content was brought into the catalog that opens it. */
   readonly takeOverFrom?: string
 }
@@ -217,6 +222,8 @@ export interface Driver {
   readonly name: string
   /** One line for `pool create --help`. */
   readonly summary: string
+  /** Whether `open` knows `shutOutHolder`. */
+  readonly canShutOut: boolean
   /**
    * Checks options without touching the backend and returns them as they are to be recorded (defaults are not filled in).
    * @throws AtollError POOL_OPTION_INVALID naming the option, the value and what is allowed

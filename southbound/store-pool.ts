@@ -92,7 +92,7 @@ async function takeLock({
   context,
 }: Pick<StorePoolOptions, 'context' | 'poolName' | 'store'>): Promise<StoreLock> {
   try {
-    return await store.lock(context.ownerText)
+    return await store.lock(context.ownerText, { shutOutHolder: context.shutOutHolder ?? false })
   } catch (error) {
     if (!isAtollError(error, 'STORE_LOCKED')) throw error
     const owner = /locked by (.+)$/s.exec(error.message)?.[1]?.trim() || 'owner unknown'

@@ -10,8 +10,9 @@ export async function steady(bench: Bench): Promise<void> {
   bench.makeContent(raw, diskBytes)
   const atoll = await bench.atoll()
   atoll.cli('volume', 'create', 'disk', '--size', String(diskBytes))
-  const ours = standing('atoll', atoll.attach('disk'))
-  execFileSync('nbdcopy', [raw, await ours.prepare(0)])
+  const uri = atoll.attach('disk')
+  const ours = standing('atoll', uri)
+  execFileSync('nbdcopy', [raw, uri])
 
   const nbdkit: Peer['contender'][] = []
   const qcow2: Peer['contender'][] = []

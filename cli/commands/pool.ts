@@ -21,7 +21,7 @@ export function register(pool: Command): void {
       .command('create')
       .description('make a pool on a backend')
       .argument('<name>')
-      .requiredOption('--driver <driver>', 'file, memory or ceph')
+      .requiredOption('--driver <driver>', 'what keeps its bytes, such as file or ceph')
       .option('--option <key=value>', 'option of the driver; KEY=@FILE reads the value from a file', collect, [])
       .option('--set <key=value>', 'setting of the pool as `pool set` takes it: overcommit, low-space, reserve', collect, [])
       .action(async (name: string, options: { driver: string; option: string[]; set: string[] }, command: Command) => {
@@ -29,7 +29,7 @@ export function register(pool: Command): void {
         const body = {
           name,
           driver: options.driver,
-          options: await readOptions(options.driver, options.option),
+          options: await readOptions(options.option),
           settings: readSettings(options.set),
           project: context.project,
         }
@@ -50,10 +50,7 @@ export function register(pool: Command): void {
       .option('--dry-run', 'say what would be brought back, and change nothing', false)
       .action(async (name: string, options: ImportOptions, command: Command) => {
         const context = contextOf(command)
-        const place =
-          options.driver === undefined
-            ? {}
-            : { driver: options.driver, options: await readOptions(options.driver, options.option) }
+        const place = options.driver === undefined ? {} : { driver: options.driver, options: await readOptions(options.option) }
         if (options.driver === undefined && options.option.length > 0) throw usageError('--option needs --driver')
         const { takeOver, dryRun } = options
         const report = await context.client.post<PoolImportDocument>('/v1/pool-imports', { name, ...place, takeOver, dryRun })
@@ -65,8 +62,10 @@ export function register(pool: Command): void {
   withExample(
     pool
       .command('accept')
-      .description('let an older catalog count for a pool, and give up what the pool has newer')
-      .argument('<pool>', 'name or id of a pool whose export is ahead of the catalog')
+      .description(
+        'let an older catalog count for a pool, and give up what the pool has newer, and pools that are lost with theirs',
+      )
+      .argument('<pool>', 'name or id of a pool whose export is ahead of the catalog, or that pools read from which are not here')
       .option('--yes', 'do it; without this it only says what would be given up', false)
       .action(async (name: string, { yes }: { yes: boolean }, command: Command) => {
         const context = contextOf(command)
@@ -197,6 +196,10 @@ function importText(report: PoolImportDocument): string {
   const { length } = report.unknownLayers
   if (length > 0)
     lines.push(`${length} layers in the pool that nothing refers to are left alone: ${report.unknownLayers.join(', ')}`)
+  if (report.missingReaders.length > 0) {
+    const names = report.missingReaders.map((pool) => `${pool.name} (${pool.driver}, ${pool.id})`).join(', ')
+    lines.push(`nothing of it is freed until the pools that read from it are imported, too, or given up: ${names}`)
+  }
   return [...lines, ...report.notes].join('\n')
 }
 
@@ -218,6 +221,10 @@ function acceptText(report: PoolAcceptDocument): string {
     const rows = report[list as keyof typeof listsOfAcceptance]
     if (rows.length > 0) lines.push(`${meaning}:`, ...rows.map(({ kind, id, name }) => `  ${kind} ${name} (${id})`))
   }
+  for (const pool of report.missingReaders)
+    lines.push(`pool ${pool.name} (${pool.id}), which read from it, is not here: given up`)
+  for (const pool of report.missingSources)
+    lines.push(`pool ${pool.name} (${pool.id}), which it read from, is not here: given up`)
   if (report.damages.length > 0) {
     const damages = report.damages.map(({ record, message }) => `  ${record}: ${message}`)
     lines.push('damaged or missing in the export, so there may be more:', ...damages)
@@ -284,6 +291,7 @@ function poolText(pool: PoolDocument): string {
     ['logical', formatBytes(pool.logicalBytes)],
     ['dedup ratio', pool.dedupRatio.toFixed(2)],
     ['layers', String(pool.layers)],
+    ['read by', pool.readBy.map((name) => (pool.missingReaders.includes(name) ? `${name} (not here)` : name)).join(', ')],
     ...Object.entries(pool.capabilities ?? {}).map(([name, value]) => [name, value === null ? null : String(value)] as const),
     ['export', pool.export === null ? null : exportText(pool.export)],
     ...(pool.error === null ? [] : [['error', `${pool.error.code}: ${pool.error.message}`] as const]),

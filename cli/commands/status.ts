@@ -1,5 +1,5 @@
 import type { Command } from 'commander'
-import type { StatusDocument } from '../admin-types.ts'
+import type { StandbyDocument, StatusDocument } from '../admin-types.ts'
 import { formatBytes, formatSeconds } from '../terminal/format-bytes.ts'
 import { formatFields } from '../terminal/table.ts'
 import { contextOf, withExample } from './command-context.ts'
@@ -7,10 +7,23 @@ import { contextOf, withExample } from './command-context.ts'
 export function register(status: Command): void {
   status.action(async () => {
     const context = contextOf(status)
-    const document = await context.client.get<StatusDocument>('/v1/status')
-    context.print(document, () => statusText(document))
+    const document = await context.client.get<StatusDocument | StandbyDocument>('/v1/status')
+    context.print(document, () => (document.standby === null ? statusText(document) : standbyText(document)))
   })
   withExample(status, 'atoll status')
+}
+
+function standbyText(status: StandbyDocument): string {
+  return formatFields([
+    ['status', 'standby'],
+    ['active', status.standby.active],
+    ['catalog', status.standby.catalog],
+    ['version', status.version],
+    ['pid', String(status.pid)],
+    ['home', status.home],
+    ['http', status.http],
+    ['uptime', formatSeconds(status.uptimeSeconds)],
+  ])
 }
 
 function statusText(status: StatusDocument): string {

@@ -1,6 +1,6 @@
 import { Option } from 'commander'
 import type { Command } from 'commander'
-import type { AttachmentDocument, VolumeDocument, VolumeSummary } from '../admin-types.ts'
+import type { AttachmentDocument, CreatedVolumeDocument, VolumeDocument, VolumeSummary } from '../admin-types.ts'
 import { allPages } from '../client/all-pages.ts'
 import { segment } from '../client/admin-client.ts'
 import { bytesIfKnown, formatBytes } from '../terminal/format-bytes.ts'
@@ -19,7 +19,9 @@ function registerLife(volume: Command): void {
   withExample(
     volume
       .command('create')
-      .description('make a volume, empty or from an image, a snapshot or another volume (in milliseconds, whatever its size)')
+      .description(
+        'make a volume, empty or from an image, a snapshot or another volume of any pool (in milliseconds, whatever its size)',
+      )
       .argument('<name>')
       .option('--size <size>', 'bytes, or with K, M, G, T; may be left out with --from, and may be larger than the source')
       .option('--pool <pool>', 'name or id of the pool (default: the source’s, else "default")')
@@ -27,8 +29,11 @@ function registerLife(volume: Command): void {
       .action(async (name: string, options: { size?: string; pool?: string; from?: string }, command: Command) => {
         const context = contextOf(command)
         const body = { name, size: options.size, pool: options.pool, from: options.from, project: context.project }
-        const document = await context.client.post<VolumeSummary>('/v1/volumes', body)
+        const document = await context.client.post<CreatedVolumeDocument>('/v1/volumes', body)
         context.print(document, () => document.id)
+        const { pool, readsFrom } = document
+        if (readsFrom.length > 0 && !context.json)
+          process.stderr.write(`what it does not write itself in ${pool} it reads from ${readsFrom.join(', ')}\n`)
       }),
     'atoll volume create root --from image:debian --size 20G',
     'atoll volume create data --size 1T',
@@ -124,6 +129,7 @@ function registerAttachment(volume: Command): void {
       .addOption(new Option('--protocol <protocol>', 'how clients speak to it').choices(['nbd']).default('nbd'))
       .option('--read-only', 'refuse writes')
       .option('--shared', 'allow further attachments with other options')
+      .option('--take-over', 'shut out another daemon that has the volume and does not let go of it (only where the pool can)')
       .addOption(new Option('--format <format>', 'what to print').choices(['text', 'uri', 'qemu', 'libvirt']).default('text'))
       .action(async (name: string, options: AttachOptions, command: Command) => {
         const context = contextOf(command)
@@ -131,6 +137,7 @@ function registerAttachment(volume: Command): void {
           protocol: options.protocol,
           readOnly: options.readOnly === true,
           shared: options.shared === true,
+          takeOver: options.takeOver === true,
           project: context.project,
         }
         const document = await context.client.post<AttachmentDocument>(`/v1/volumes/${segment(name)}/attach`, body)
@@ -158,6 +165,7 @@ interface AttachOptions {
   readonly protocol: string
   readonly readOnly?: boolean
   readonly shared?: boolean
+  readonly takeOver?: boolean
   readonly format: AttachmentFormat
 }
 
@@ -168,6 +176,7 @@ function volumeText(volume: VolumeDocument): string {
     ['status', volume.status],
     ['size', `${formatBytes(volume.sizeBytes)} (${volume.sizeBytes} bytes)`],
     ['pool', volume.pool],
+    ['reads from', volume.readsFrom.join(', ')],
     ['parent', volume.parent],
     ['snapshots', volume.snapshots.join(', ')],
     ['error', volume.error === null ? null : `${volume.error.code}: ${volume.error.message}`],

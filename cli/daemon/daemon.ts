@@ -2,24 +2,27 @@
 //
 // Rules:
 // - The home's lock is the first thing taken and the last thing let go.
-// - Sockets are opened when everything behind them is ready, and closed first: what answers can be used.
+// - Sockets are opened when everything behind them is ready, and closed first: what answers can be used. While the daemon stands by
+//   (ownership.ts) there is nothing behind the sockets of NBD, so they are not there.
 // - A start that fails undoes what it had done.
-import { AtollError, newId, openCatalog, systemClock } from '@atoll/core'
+import { AtollError, isAtollError, systemClock } from '@atoll/core'
 import { mkdir } from 'node:fs/promises'
 import type { Config, Logger } from '@atoll/core'
+import { checkTakeOver } from '@atoll/composer'
 import { Engine } from '@atoll/native'
 import { drivers } from '@atoll/southbound'
-import { openMapper } from '@atoll/mapper'
-import { defaultPoolName, openComposer } from '@atoll/composer'
-import { serveTemporaryNbd, startNbdServer, type NbdServer } from '@atoll/northbound'
+import { openActiveParts } from './active-parts.ts'
+import type { AdminContext } from './admin/admin-context.ts'
 import { createAdminServer, listenAdmin } from './admin/admin-server.ts'
+import { batchLogId } from './batch-log-id.ts'
+import { Cleanup } from './cleanup.ts'
 import type { Endpoints } from './endpoints.ts'
 import { letGroupPass, lockHome } from './home-directory.ts'
 import { startHttpListener } from './http-listener.ts'
 import { collectMetrics } from './metrics/collect-metrics.ts'
 import { EventLoopMonitor } from './metrics/event-loop.ts'
 import { shared } from './metrics/shared.ts'
-import { nbdTcpUrl, reachableServer, type NbdTcpServer } from './nbd-tcp-address.ts'
+import { composerWhenActive, Ownership } from './ownership.ts'
 import { checkSocketPath, findGroupId, removeStaleSocket } from './socket-files.ts'
 import { loadTlsCredentials } from './tls-credentials.ts'
 
@@ -34,49 +37,30 @@ export interface Daemon {
 /** Whoever reaches the HTTP listener may ask for metrics as often as he likes; they are collected this often at most. */
 const metricsKeepMs = 1000
 
-/** Things to undo, the last first. A failure to undo one thing does not keep the others. */
-class Cleanup {
-  private readonly steps: { readonly name: string; readonly undo: () => Promise<void> | void }[] = []
-  private readonly log: Logger
-
-  constructor(log: Logger) {
-    this.log = log
-  }
-
-  add(name: string, undo: () => Promise<void> | void): void {
-    this.steps.push({ name, undo })
-  }
-
-  /** Returns whether every step succeeded. */
-  async run(): Promise<boolean> {
-    let succeeded = true
-    for (let step = this.steps.pop(); step !== undefined; step = this.steps.pop()) {
-      try {
-        await step.undo()
-      } catch (error) {
-        succeeded = false
-        this.log.error({ err: error }, `closing the ${step.name} failed`)
-      }
-    }
-    return succeeded
-  }
-}
-
 /**
- * Starts everything; clients can come when this returns.
+ * Starts everything; clients can come when this returns. A daemon that shares its catalog stands by if another one is active.
+ * `onTakenOver`: another daemon has taken the catalog over, so this process must end at once.
  * @throws AtollError HOME_LOCKED, CONFIG_INVALID, TLS_CREDENTIALS_INVALID, LISTEN_FAILED, FORMAT_VERSION, what opening the catalog and the pools throws
  */
-export async function startDaemon(config: Config, log: Logger): Promise<Daemon> {
+export async function startDaemon(
+  config: Config,
+  log: Logger,
+  { onTakenOver }: { onTakenOver: (error: AtollError) => void },
+): Promise<Daemon> {
   const cleanup = new Cleanup(log)
   try {
-    return await start(config, log, cleanup)
+    return await start(config, log, { cleanup, onTakenOver })
   } catch (error) {
     await cleanup.run()
     throw error
   }
 }
 
-async function start(config: Config, log: Logger, cleanup: Cleanup): Promise<Daemon> {
+async function start(
+  config: Config,
+  log: Logger,
+  { cleanup, onTakenOver }: { cleanup: Cleanup; onTakenOver: (error: AtollError) => void },
+): Promise<Daemon> {
   const { home, paths } = config
   const clock = systemClock
   const startedAtMs = clock.monotonicMs()
@@ -90,34 +74,20 @@ async function start(config: Config, log: Logger, cleanup: Cleanup): Promise<Dae
   await removeStaleSocket(paths.adminSocket)
   await removeStaleSocket(paths.nbdSocket)
 
-  const catalog = await openCatalog(paths.catalog, { ownerText: `pid ${process.pid}` })
-  cleanup.add('catalog', () => catalog.close())
   await mkdir(paths.batchLogs, { recursive: true })
   const engine = new Engine({ pageFile: paths.pageFile, batchLogDirectory: paths.batchLogs, ioUring: config.ioUring })
   cleanup.add('engine', () => engine.close())
-  const nbdLog = log.child({ part: 'nbd' })
   // Before the pools are opened: a certificate that cannot be used should not take long to hear of.
   const credentials =
     config.nbd === null || config.nbdTls === null
       ? null
-      : await loadTlsCredentials({ engine, directory: config.nbdTls, verifyClients: config.nbdTlsVerify, log: nbdLog, clock })
-  const mapper = await openMapper({ catalog, engine, drivers, log: log.child({ part: 'mapper' }), clock, newId })
-  cleanup.add('mapper', () => mapper.close())
-  const composer = await openComposer({
-    mapper,
-    catalog,
-    engine,
-    log: log.child({ part: 'composer' }),
-    home,
-    serveTemporaryNbd: (exports, options) => serveTemporaryNbd(engine, exports, { ...options, log: nbdLog }),
-    nbdSocketPath: paths.nbdSocket,
-    imageFetch: { allowPrivate: config.allowPrivateImageSources },
-    clock,
-    newId,
-  })
-  cleanup.add('composer', () => composer.close())
-  await composer.pools.createFirst({ name: defaultPoolName, driver: 'file', options: { path: paths.defaultPool } })
-
+      : await loadTlsCredentials({
+          engine,
+          directory: config.nbdTls,
+          verifyClients: config.nbdTlsVerify,
+          log: log.child({ part: 'nbd' }),
+          clock,
+        })
   const stopping = new AbortController()
   const endpoints: { -readonly [Name in keyof Endpoints]: Endpoints[Name] } = {
     home,
@@ -126,47 +96,48 @@ async function start(config: Config, log: Logger, cleanup: Cleanup): Promise<Dae
     nbdSocket: null,
     iscsi: null,
   }
-  const nbdServers: NbdServer[] = []
-  if (config.nbdSocket) {
-    const nbd = await startNbdServer({
-      engine,
-      exports: composer.exports,
-      log: nbdLog,
-      listen: { path: paths.nbdSocket, mode: 0o660, ...(groupId === undefined ? {} : { groupId }) },
-    })
-    cleanup.add('NBD server', () => nbd.close())
-    nbdServers.push(nbd)
-    endpoints.nbdSocket = paths.nbdSocket
+  const active = { config, log, clock, engine, groupId, credentials, onTakenOver, batchLogId: await batchLogId(paths.batchLogs) }
+  const ownership = new Ownership({
+    catalogPath: paths.catalog,
+    log,
+    open: async (how) => await openActiveParts(active, how),
+    onActive: ({ nbd, nbdSocket }) => {
+      Object.assign(endpoints, { nbd, nbdSocket })
+      log.info({ nbd, nbdSocket, catalog: paths.catalog }, 'active')
+    },
+    checkTakeOver: async (volume, scope) =>
+      await checkTakeOver({ catalogPath: paths.catalog, engine, drivers, clock }, volume, scope),
+  })
+  cleanup.add('volumes', () => ownership.close())
+  try {
+    await ownership.start()
+  } catch (error) {
+    if (!config.sharesCatalog || !isAtollError(error, 'CATALOG_LOCKED')) throw error
+    ownership.standBy(error)
   }
-  let nbdTcp: NbdTcpServer | null = null
-  if (config.nbd !== null) {
-    const nbd = await startNbdServer({
-      engine,
-      exports: composer.exports,
-      log: nbdLog,
-      listen: config.nbd,
-      listing: config.nbdList,
-      ...(credentials === null ? {} : { tls: { mode: 'required', config: credentials.current } }),
-    })
-    cleanup.add('NBD server on TCP', () => nbd.close())
-    nbdServers.push(nbd)
-    const port = nbd.address.port ?? config.nbd.port
-    nbdTcp = reachableServer(config.nbd, port, credentials !== null)
-    endpoints.nbd = nbdTcpUrl({ ...nbdTcp, host: config.nbd.host })
-    if (credentials === null)
-      nbdLog.warn({ nbd: endpoints.nbd }, 'NBD over TCP goes in the clear: everybody who reaches it is let in')
-  }
-  cleanup.add('NBD clients', async () => void (await Promise.all(nbdServers.map((nbd) => nbd.drain()))))
   const eventLoop = new EventLoopMonitor()
   cleanup.add('event loop monitor', () => eventLoop.close())
-  const sources = { composer, engine, clock, startedAtMs, catalogPath: paths.catalog, eventLoop }
+  const sources = { ownership, engine, clock, startedAtMs, catalogPath: paths.catalog, eventLoop }
   const metrics = (): Promise<string> => collectMetrics(sources, { withVolumes: true })
-  const context = { composer, engine, clock, endpoints, metrics, nbdTcp, startedAtMs, stopping: stopping.signal }
+  const context: AdminContext = {
+    composer: composerWhenActive(ownership),
+    ownership,
+    engine,
+    clock,
+    catalogPath: paths.catalog,
+    endpoints,
+    metrics,
+    get nbdTcp() {
+      return ownership.parts?.nbdTcp ?? null
+    },
+    startedAtMs,
+    stopping: stopping.signal,
+  }
   const admin = await listenAdmin(createAdminServer(context, log.child({ part: 'admin' })), paths.adminSocket)
   cleanup.add('admin socket', () => admin.close())
   if (config.http !== null) {
     const http = await startHttpListener(config.http, {
-      isHealthy: () => !stopping.signal.aborted,
+      status: () => (stopping.signal.aborted ? 'stopping' : ownership.parts === null ? 'standby' : 'ok'),
       metrics: shared({ clock, keepMs: metricsKeepMs }, () => collectMetrics(sources, { withVolumes: false })),
     })
     cleanup.add('HTTP listener', () => http.close())

@@ -12,21 +12,21 @@ export interface HttpListener {
 }
 
 export interface HttpSources {
-  /** What `/healthz` answers by. */
-  readonly isHealthy: () => boolean
+  /** What `/healthz` answers. */
+  readonly status: () => 'ok' | 'standby' | 'stopping'
   /** The text of `/metrics`: for everybody who reaches the port. */
   readonly metrics: () => Promise<string>
 }
 
 /**
- * Listens. `/healthz` answers 200 while `isHealthy` says so, else 503.
+ * Listens. `/healthz` answers 200, and 503 when the daemon is stopping.
  * @throws AtollError LISTEN_FAILED naming the address
  */
-export async function startHttpListener(address: ListenAddress, { isHealthy, metrics }: HttpSources): Promise<HttpListener> {
+export async function startHttpListener(address: ListenAddress, { status, metrics }: HttpSources): Promise<HttpListener> {
   const server = fastify({ forceCloseConnections: true, routerOptions: { ignoreTrailingSlash: true } })
   server.get('/healthz', async (_request, reply) => {
-    const healthy = isHealthy()
-    return reply.code(healthy ? 200 : 503).send({ status: healthy ? 'ok' : 'stopping' })
+    const present = status()
+    return reply.code(present === 'stopping' ? 503 : 200).send({ status: present })
   })
   server.get('/metrics', async (_request, reply) => reply.type(metricsContentType).send(await metrics()))
   server.setNotFoundHandler((_request, reply) => reply.code(404).send({ code: 'NOT_FOUND', message: 'there is nothing here' }))

@@ -46,7 +46,10 @@ export async function serveUntilSignal(options: ServeOptions): Promise<void> {
   process.on('SIGTERM', onSignal)
   process.on('SIGINT', onSignal)
 
-  const daemon: Daemon = await startDaemon(config, log)
+  const daemon: Daemon = await startDaemon(config, log, {
+    // Its clients get no answer any more: the other daemon has what they read and write.
+    onTakenOver: (error) => die(error, 'another daemon has taken over: this one ends at once'),
+  })
   const { reloadTls } = daemon
   if (reloadTls !== null) {
     process.on('SIGHUP', () => {

@@ -87,6 +87,7 @@ describe('a backup', () => {
     await expect(catalog.backup('relative')).rejects.toMatchObject({ code: 'DESTINATION_INVALID' })
     expect((await readdir(folder)).toSorted()).toEqual([
       'backup',
+      'catalog.1.lock',
       'catalog.db',
       'catalog.db-shm',
       'catalog.db-wal',

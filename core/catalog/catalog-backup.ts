@@ -15,7 +15,7 @@ import Database from 'better-sqlite3'
 import { z } from 'zod'
 import { AtollError } from '../errors.ts'
 import { isId } from '../ids.ts'
-import { takeProcessLock } from '../process-lock.ts'
+import { ownerFormatVersion, presentEpoch, requireNoOwner } from './catalog-owner.ts'
 import { checkFormatVersion } from './migrate.ts'
 import { translateSqliteError } from './sqlite-errors.ts'
 import { verifyDatabase } from './verify-database.ts'
@@ -147,18 +147,13 @@ export async function restoreCatalog(options: {
 }): Promise<RestoredCatalog> {
   const { source, path, ownerText, nowMs } = options
   const info = await verifyBackup(source)
-  const taken = takeProcessLock(`${path.replace(/\.db$/, '')}.lock`, ownerText)
-  if (!('lock' in taken)) {
-    throw new AtollError('CATALOG_LOCKED', `the catalog ${path} is open in another process (${taken.owner}): stop it first`, {
-      values: { path, owner: taken.owner },
-    })
-  }
+  const held = await requireNoOwner(path, ownerText)
   const fresh = `${path}.restoring`
   try {
     await rm(fresh, { force: true })
     await copyImage(source, fresh, info.imageBytes)
     const generation = Math.max(info.generation, presentGeneration(path)) + 1
-    checkImage(fresh, source, generation, nowMs)
+    checkImage(fresh, source, { generation, ownerEpoch: presentEpoch(path), nowMs })
     await syncFile(fresh)
     const replacedPath = await setAside(path, nowMs)
     await rename(fresh, path)
@@ -168,15 +163,19 @@ export async function restoreCatalog(options: {
     await rm(fresh, { force: true })
     throw translateSqliteError(error, path)
   } finally {
-    taken.lock.release()
+    held.release()
   }
 }
 
 /** The restored image is sound, of a version that this build knows, and says from now on where it came from. */
-function checkImage(path: string, source: string, generation: number, nowMs: number): void {
+function checkImage(
+  path: string,
+  source: string,
+  { generation, ownerEpoch, nowMs }: { generation: number; ownerEpoch: number; nowMs: number },
+): void {
   const database = new Database(path, { fileMustExist: true })
   try {
-    checkFormatVersion(database, source, false)
+    const found = checkFormatVersion(database, source, false)
     const { damages } = verifyDatabase(database)
     if (damages.length > 0)
       throw new AtollError('CATALOG_CORRUPT', `the catalog in ${source} is damaged (${damages[0]})`, { values: { path: source } })
@@ -185,6 +184,8 @@ function checkImage(path: string, source: string, generation: number, nowMs: num
     const set = database.prepare('insert or replace into meta (key, value) values (?, ?)')
     set.run('generation', String(generation))
     set.run('restored_at', String(nowMs))
+    // Whoever stood by knows larger epochs than the backup does.
+    if (found >= ownerFormatVersion) database.prepare('update catalog_owner set epoch = max(epoch, ?)').run(ownerEpoch)
   } finally {
     database.close()
   }

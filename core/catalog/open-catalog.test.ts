@@ -442,7 +442,7 @@ describe('a full disk', () => {
     const catalog = await open()
     const other = new Database(path)
     other.pragma('foreign_keys = off')
-    other.prepare("insert into attachments values ('a', ?, 'gone', 'nbd', 0, 0, '{}', 0)").run(adminProject.id)
+    other.prepare("insert into attachments values ('a', ?, 'gone', 'nbd', 0, 0, '{}', 0, null)").run(adminProject.id)
     other.close()
     const [faults] = await Promise.all([catalog.verify(), setMeta(catalog, 'k', 'v')])
     expect(faults).toEqual({ damages: [], dangling: [{ table: 'attachments', rowId: 1, parent: 'resources' }] })

@@ -2,8 +2,8 @@
  * Opens a catalog in SQLite: a file, `:memory:`, or the bytes of another one.
  *
  * One connection does everything, under one mutex that writes and reads take in the order they come: better-sqlite3 answers
- * at once, so a second connection would not be faster, and a read never sees half of a write. A file is held by a process
- * lock (`catalog.lock`), because page ids are given out from a counter in this process.
+ * at once, so a second connection would not be faster, and a read never sees half of a write. A file has one owner
+ * (catalog-owner.ts), because page ids are given out from a counter in this process; one that was taken over changes nothing any more.
  *
  * Durability: WAL with synchronous=FULL, so a commit is on the disk before `write` returns. A write with `durable: false`
  * commits under synchronous=NORMAL, without a sync, and is ordered before every later commit all the same. The bulk that such
@@ -21,9 +21,18 @@ import { type Clock, systemClock } from '../clock.ts'
 import { AtollError, isAtollError } from '../errors.ts'
 import { newId, type NewId } from '../ids.ts'
 import { Mutex } from '../mutex.ts'
-import { type ProcessLock, takeProcessLock } from '../process-lock.ts'
 import type { Catalog, CatalogFaults, CatalogPages, CatalogTransaction, CommitEvent, WriteOptions } from './catalog.ts'
 import { type BackupInfo, writeBackup } from './catalog-backup.ts'
+import {
+  beginImmediate,
+  type CatalogOwner,
+  claimOwnership,
+  type OwnerClaim,
+  patienceMsDefault,
+  readOwner,
+  takeDoor,
+  takenOverError,
+} from './catalog-owner.ts'
 import { CatalogReserve } from './catalog-reserve.ts'
 import { runCatalogTask } from './catalog-task.ts'
 import { catalogFormatVersion, checkFormatVersion, migrate } from './migrate.ts'
@@ -37,8 +46,17 @@ import { logFileBytesMax, WalCheckpointer } from './wal-checkpointer.ts'
 export interface OpenCatalogOptions {
   /** Default false. True: nothing is migrated or written, and the file may be open elsewhere. */
   readonly?: boolean
-  /** Stands in the lock, for whoever is refused. Default: `pid N`. */
+  /** Stands in the catalog and in the lock, for whoever is refused. Default: `pid N`. */
   ownerText?: string
+  /**
+   * Default false. True: becomes the owner although another process is: that one changes nothing from then on (CATALOG_TAKEN_OVER).
+   * What it has under way elsewhere is the caller's to stop.
+   */
+  takeOver?: boolean
+  /** How long what others hold for a moment is waited for; default 10 s. */
+  patienceMs?: number
+  /** Told once, by a write or by a look every second, when another process has taken over; this one must end. */
+  onTakenOver?: (error: AtollError) => void
   /** Size of the reserve file; 0: none. Default 16 MiB. */
   reserveBytes?: number
   clock?: Clock
@@ -59,6 +77,9 @@ interface Scope {
 /** So many rows take a durable commit no longer to sync than a sync takes anyway. */
 const syncedChangesMax = 32
 
+/** How often who is idle looks whether he was taken over. */
+const ownerLookMs = 1000
+
 const scopes = new AsyncLocalStorage<Scope>()
 
 /**
@@ -69,13 +90,21 @@ export async function openCatalog(source: string | Uint8Array, options: OpenCata
   const path = typeof source === 'string' ? source : ':memory:'
   const writable = path !== ':memory:' && options.readonly !== true
   const reserve = writable && options.reserveBytes !== 0 ? new CatalogReserve(path, options.reserveBytes) : undefined
-  const lock = writable ? takeLock(path, options.ownerText ?? `pid ${process.pid}`) : undefined
+  const ownerText = options.ownerText ?? `pid ${process.pid}`
+  const door = writable ? await openDoor(path, ownerText, options.patienceMs) : undefined
   try {
     // Even opening takes some space, for the log and its index.
-    return await withReserve(reserve, () => openLocked(source, path, { ...options, reserve, lock }))
+    return await withReserve(reserve, () => openLocked(source, path, { ...options, ownerText, writable, reserve }))
+  } finally {
+    door?.release()
+  }
+}
+
+async function openDoor(path: string, ownerText: string, patienceMs?: number): ReturnType<typeof takeDoor> {
+  try {
+    return await takeDoor(path, ownerText, patienceMs)
   } catch (error) {
-    lock?.release()
-    throw error
+    throw translateOpenError(error, path)
   }
 }
 
@@ -91,50 +120,45 @@ async function withReserve<T>(reserve: CatalogReserve | undefined, fn: () => Pro
 }
 
 interface LockedOptions extends OpenCatalogOptions {
+  ownerText: string
+  /** A file that this process becomes the owner of. */
+  writable: boolean
   reserve: CatalogReserve | undefined
-  lock: ProcessLock | undefined
 }
 
 async function openLocked(source: string | Uint8Array, path: string, options: LockedOptions): Promise<Catalog> {
-  const { clock = systemClock, readonly = false } = options
+  const { clock = systemClock, readonly = false, takeOver = false, patienceMs = patienceMsDefault, writable } = options
   let database: Database.Database | undefined
+  let claim: OwnerClaim | undefined
   try {
     database = openDatabase(source, readonly && path !== ':memory:')
     // Before the first change: a catalog of a newer version, or a database of something else, is left as it is.
     const found = checkFormatVersion(database, path, readonly)
-    const writable = options.lock !== undefined
-    if (writable) database.pragma('journal_mode = wal')
+    if (writable) {
+      claim = claimOwnership(database, path, { ownerText: options.ownerText, takeOver, patienceMs })
+      database.pragma('journal_mode = wal')
+    }
     // Every step of a migration is durable before the next begins.
     database.pragma('synchronous = full')
+    // Before anything is changed. A format without owners has none who lives: it would have kept the door shut.
+    const hasOwners = readOwner(database) !== null
+    if (hasOwners) await claim?.commit()
     await migrate(database, path, found, { id: (options.newId ?? newId)(), createdAtMs: clock.nowMs() })
+    if (!hasOwners) await claim?.commit()
     database.pragma('foreign_keys = on')
     if (writable) {
       database.pragma(`journal_size_limit = ${logFileBytesMax}`)
       // Passes run in a thread of their own, see wal-checkpointer.ts.
       database.pragma('wal_autocheckpoint = 0')
     }
-    const catalog = new SqliteCatalog(database, path, options)
+    const catalog = new SqliteCatalog(database, path, options, claim)
     await catalog.restoreReserve()
     return catalog
   } catch (error) {
     database?.close()
+    claim?.release()
     throw translateOpenError(error, path)
   }
-}
-
-function takeLock(path: string, ownerText: string): ProcessLock {
-  const lockPath = `${path.replace(/\.db$/, '')}.lock`
-  let taken: ReturnType<typeof takeProcessLock>
-  try {
-    taken = takeProcessLock(lockPath, ownerText)
-  } catch (error) {
-    throw translateOpenError(error, lockPath)
-  }
-  if ('lock' in taken) return taken.lock
-  const { owner } = taken
-  throw new AtollError('CATALOG_LOCKED', `the catalog ${path} is open in another process (${owner || 'owner unknown'})`, {
-    values: { path, owner },
-  })
 }
 
 /** Also what does not come from SQLite: a folder that is missing, a file that may not be read. */
@@ -165,7 +189,13 @@ class SqliteCatalog implements Catalog {
   readonly db: Kysely<Schema>
   readonly pages: CatalogPages
   readonly #database: Database.Database
-  readonly #lock: ProcessLock | undefined
+  /** undefined: there are no owners of it, as of one in memory. */
+  readonly #claim: OwnerClaim | undefined
+  readonly #patienceMs: number
+  readonly #onTakenOver: (error: AtollError) => void
+  #ownerQuery: Database.Statement<[], CatalogOwner> | undefined
+  #ownerLook: NodeJS.Timeout | undefined
+  #takenOver: AtollError | undefined
   readonly #clock: Clock
   readonly #mutex = new Mutex()
   readonly #inside: Kysely<Schema>
@@ -182,9 +212,11 @@ class SqliteCatalog implements Catalog {
   #broken: unknown
   #closing: Promise<void> | undefined
 
-  constructor(database: Database.Database, path: string, options: LockedOptions) {
+  constructor(database: Database.Database, path: string, options: LockedOptions, claim: OwnerClaim | undefined) {
     this.#database = database
-    this.#lock = options.lock
+    this.#claim = claim
+    this.#patienceMs = options.patienceMs ?? patienceMsDefault
+    this.#onTakenOver = options.onTakenOver ?? (() => {})
     this.#reserve = options.reserve
     this.#clock = options.clock ?? systemClock
     this.path = path
@@ -201,7 +233,8 @@ class SqliteCatalog implements Catalog {
       },
     })
     this.#commitWith = options.commitWith ?? ((commit) => commit())
-    if (options.lock !== undefined) {
+    if (claim !== undefined) {
+      this.#ownerLook = setInterval(() => this.#lookForOwner(), ownerLookMs).unref()
       this.#logPath = `${path}-wal`
       this.#checkpointer = new WalCheckpointer(path, database, this.#mutex, options.onWarning ?? (() => {}))
     }
@@ -309,13 +342,14 @@ class SqliteCatalog implements Catalog {
   }
 
   async #close(): Promise<void> {
+    clearInterval(this.#ownerLook)
     // Its passes take the mutex, so it ends first.
     await this.#checkpointer?.close()
     await this.#mutex.run(async () => {
       await this.#log?.close()
       // The last connection folds the log into the file and removes it.
       this.#database.close()
-      this.#lock?.release()
+      this.#claim?.release()
     })
   }
 
@@ -327,7 +361,8 @@ class SqliteCatalog implements Catalog {
     try {
       // Cannot be changed inside a transaction. FULL is how the connection stays in between.
       if (!durable) database.pragma('synchronous = normal')
-      database.exec('begin immediate')
+      await beginImmediate(database, this.#patienceMs, (error) => error)
+      this.#requireOwner()
       const result = await this.#scoped('write', () => fn(this.#inside))
       await this.#commit()
       this.#unsyncedCommits = !durable
@@ -364,7 +399,8 @@ class SqliteCatalog implements Catalog {
     if (database.inTransaction) database.exec('rollback')
     await this.#reserve?.release()
     try {
-      database.exec('begin immediate')
+      await beginImmediate(database, this.#patienceMs, (error) => error)
+      this.#requireOwner()
       database.prepare("insert or replace into meta (key, value) values ('lost_commit_at', ?)").run(String(this.#clock.nowMs()))
       this.#commitWith(() => database.exec('commit'))
       this.#broken = undefined
@@ -434,6 +470,29 @@ class SqliteCatalog implements Catalog {
   #requireOpen(): void {
     if (!this.#database.open) {
       throw new AtollError('CATALOG_CLOSED', `the catalog ${this.path} is closed`, { values: { path: this.path } })
+    }
+  }
+
+  /** Nobody else becomes the owner while a transaction that writes is open. */
+  #requireOwner(): void {
+    if (this.#claim === undefined) return
+    this.#ownerQuery ??= this.#database.prepare<[], CatalogOwner>('select epoch, holder from catalog_owner')
+    const owner = this.#ownerQuery.get()
+    if (this.#takenOver === undefined && owner?.epoch === this.#claim.epoch) return
+    const isNews = this.#takenOver === undefined
+    this.#takenOver ??= takenOverError(this.path, owner ?? { epoch: 0, holder: '' }, this.#claim.epoch)
+    if (isNews) this.#onTakenOver(this.#takenOver)
+    throw this.#takenOver
+  }
+
+  /** Who changes nothing hears of it here. */
+  #lookForOwner(): void {
+    // In a transaction the past is seen; one that writes looks itself.
+    if (!this.#database.open || this.#database.inTransaction) return
+    try {
+      this.#requireOwner()
+    } catch {
+      // It was told; or the next one can be read.
     }
   }
 

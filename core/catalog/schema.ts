@@ -44,6 +44,15 @@ export interface MetaTable {
   value: string
 }
 
+/** One row; see catalog-owner.ts. */
+export interface CatalogOwnerTable {
+  id: number
+  /** Raised whenever a process becomes the owner; 0: there was none. */
+  epoch: number
+  /** The owner's name, for people. */
+  holder: string
+}
+
 export interface ProjectsTable {
   id: string
   name: string
@@ -126,6 +135,10 @@ export interface LeasesTable {
   acquired_at: number
   /** null: held, or its holder died. */
   released_at: number | null
+  /** The batch logs under which it was opened last; null: not known. */
+  log_id: Generated<string | null>
+  /** The first epoch since which no other batch logs were used: what they hold of an older one means nothing. */
+  log_since_epoch: Generated<number>
 }
 
 export interface AttachmentsTable {
@@ -137,6 +150,8 @@ export interface AttachmentsTable {
   shared: boolean
   options: JsonObject
   created_at: number
+  /** The home whose sockets it names; empty: the one in which the catalog lies; null: not known, so whoever is active. */
+  home: Generated<string | null>
 }
 
 export interface JobsTable {
@@ -217,7 +232,10 @@ export interface FilesTable {
 export interface ExportChangesTable {
   /** AUTOINCREMENT, without gaps. */
   seq: Generated<number>
-  /** A table; or `pages`, whose key is FIRST:END, and `tree`, whose key is the resource whose pages lie in other pools' exports. */
+  /**
+   * A table; or `pages`, whose key is FIRST:END; `tree`, whose key is the resource whose pages lie in other pools' exports; `link`,
+   * for what the pool's export says of other pools.
+   */
   table_name: string
   row_key: string
   /** The pool whose export has the row; null: every one. */
@@ -238,6 +256,7 @@ export interface ExportPoolsTable {
 
 export interface Schema {
   meta: MetaTable
+  catalog_owner: CatalogOwnerTable
   projects: ProjectsTable
   pools: PoolsTable
   layers: LayersTable

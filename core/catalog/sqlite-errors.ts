@@ -7,6 +7,11 @@ function sqliteCode(error: unknown): string | undefined {
   return typeof code === 'string' ? code : undefined
 }
 
+/** Whether another process has the lock that was wanted. */
+export function isBusyError(error: unknown): boolean {
+  return sqliteCode(error)?.startsWith('SQLITE_BUSY') ?? false
+}
+
 /** Whether the error came from the disk, so that nobody knows what reached it. */
 export function isDiskError(error: unknown): boolean {
   return sqliteCode(error)?.startsWith('SQLITE_IOERR') ?? false

@@ -11,6 +11,7 @@ const nameOf = ({ pool, namespace }: CephConfig): string => `the pool in namespa
 export const cephDriver: Driver = {
   name: 'ceph',
   summary: 'objects in a RADOS pool (options pool=NAME conf=/path user=NAME namespace=NAME)',
+  canShutOut: true,
 
   parseOptions(options) {
     const { conf, keyring } = parseCephConfig(options)

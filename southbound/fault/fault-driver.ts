@@ -25,6 +25,7 @@ export function withFaults(inner: Driver, plan?: FaultPlanInput): Driver {
   return {
     name,
     summary: `${inner.summary}; fails on purpose (option faults={"seed":1,"rules":[…]})`,
+    canShutOut: inner.canShutOut,
 
     parseOptions({ faults, ...rest }) {
       parseFaultOption(faults)

@@ -9,6 +9,7 @@ import { type FileConfig, parseFileConfig } from './file-config.ts'
 export const fileDriver: Driver = {
   name: 'file',
   summary: 'sparse files in a local folder (option path=/absolute/folder)',
+  canShutOut: false,
 
   parseOptions(options) {
     const { path } = parseFileConfig(options)

@@ -39,6 +39,7 @@ export function makeMemoryDriver(
   return {
     name: 'memory',
     summary: 'pages in memory, gone with the process; for tests (option capacity=SIZE)',
+    canShutOut: false,
 
     parseOptions(options) {
       parseMemoryConfig(options)

@@ -23,6 +23,7 @@ export function givenStoreDriver(given: Store, records: RecordSwitch = { areFail
   return {
     name: 'memory',
     summary: 'a store made by a test',
+    canShutOut: false,
     parseOptions: (options) => ({ ...options }),
     async open(context): Promise<PoolHandle> {
       const capabilities = store.capabilities()

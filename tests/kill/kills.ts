@@ -16,8 +16,10 @@ export interface KillOptions {
   readonly home: string
   readonly seed: number
   readonly killCount: number
-  /** A pool that is made and used instead of `default`: its driver and options. */
+  /** A pool `other` that is made and used instead of `default`: its driver and options. */
   readonly pool?: { readonly driver: string; readonly options: Readonly<Record<string, string>> }
+  /** With `pool`: in which of the two the image lies, and in which the volume that is made of it. */
+  readonly across?: { readonly image: 'default' | 'other'; readonly volume: 'default' | 'other' }
   readonly onProgress?: (text: string) => void
 }
 
@@ -53,14 +55,17 @@ export async function runKills(options: KillOptions): Promise<KillReport> {
     const source = join(home.path, 'base.raw')
     const file = await open(source, 'wx')
     await file.truncate(volumeBytes)
+    // What is read from the other pool is something.
+    if (options.across !== undefined) await file.writeFile(oracle.fill())
     await file.close()
     const pool = options.pool === undefined ? 'default' : 'other'
     if (options.pool !== undefined) {
       const given = Object.entries(options.pool.options).flatMap(([key, value]) => ['--option', `${key}=${value}`])
       await home.jsonMeanwhile('pool', 'create', pool, '--driver', options.pool.driver, ...given)
     }
-    await home.jsonMeanwhile('image', 'import', 'base', source, '--format', 'raw', '--pool', pool)
-    await home.jsonMeanwhile('volume', 'create', 'victim', '--from', 'image:base')
+    const { across = { image: pool, volume: pool } } = options
+    await home.jsonMeanwhile('image', 'import', 'base', source, '--format', 'raw', '--pool', across.image)
+    await home.jsonMeanwhile('volume', 'create', 'victim', '--from', 'image:base', '--pool', across.volume)
     await home.jsonMeanwhile('volume', 'attach', 'victim')
     const { id } = await home.jsonMeanwhile<{ id: string }>('volume', 'show', 'victim')
     const target = { path: join(home.path, 'nbd.sock') }
@@ -100,7 +105,7 @@ export async function runKills(options: KillOptions): Promise<KillReport> {
     }
 
     for (const snapshot of snapshots) await checkSnapshot(home, snapshot, connectOne)
-    await checkNothingLeaks(home, pool)
+    await checkNothingLeaks(home, options.pool === undefined ? ['default'] : ['default', 'other'])
     return report
   } finally {
     await home.end('SIGKILL')
@@ -159,14 +164,16 @@ export function sha256(content: Uint8Array): string {
   return createHash('sha256').update(content).digest('hex')
 }
 
-async function checkNothingLeaks(home: TestHome, poolName: string): Promise<void> {
+async function checkNothingLeaks(home: TestHome, poolNames: readonly string[]): Promise<void> {
   await home.jsonMeanwhile('volume', 'detach', 'victim')
   await home.jsonMeanwhile('volume', 'delete', 'victim', '--with-snapshots')
   await home.jsonMeanwhile('image', 'delete', 'base')
-  await home.jsonMeanwhile('pool', 'reclaim', poolName)
-  const pool = await home.jsonMeanwhile<{ storedBytes: number }>('pool', 'show', poolName)
-  if (pool.storedBytes !== 0)
-    throw new Error(`after everything was deleted and reclaimed the pool still holds ${pool.storedBytes} bytes`)
+  for (const poolName of poolNames) await home.jsonMeanwhile('pool', 'reclaim', poolName)
+  for (const poolName of poolNames) {
+    const { storedBytes } = await home.jsonMeanwhile<{ storedBytes: number }>('pool', 'show', poolName)
+    if (storedBytes !== 0)
+      throw new Error(`after everything was deleted and reclaimed the pool ${poolName} still holds ${storedBytes} bytes`)
+  }
 }
 
 /** Four connections at depth 16, each worker on slots of its own. Ends when the connections are lost. */

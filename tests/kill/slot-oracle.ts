@@ -1,6 +1,6 @@
 /**
  * What each slot of a volume may hold: the oracle lives outside of the daemon and survives its kills. A slot holds its
- * number and a version, repeated; version 0 is what the image had (zeros).
+ * number and a version, repeated; version 0 is zeros, what an empty image has.
  */
 export const slotBytes = 4096
 
@@ -14,6 +14,14 @@ export class SlotOracle {
     this.slotCount = slotCount
     this.#issued = new Uint32Array(slotCount)
     this.#acknowledged = new Uint32Array(slotCount)
+  }
+
+  /** The content of an image in which every slot has a version, which is what it has from now on. */
+  fill(): Buffer {
+    const version = ++this.#version
+    this.#issued.fill(version)
+    this.#acknowledged.fill(version)
+    return Buffer.concat(Array.from({ length: this.slotCount }, (_, slot) => encodeSlot(slot, version)))
   }
 
   /** The next content of a slot; from now on it may be found. One write of a slot at a time. */
@@ -38,9 +46,14 @@ export class SlotOracle {
    * that there was a crash. @throws Error naming the slot
    */
   settle(content: Uint8Array, context: string): void {
+    this.settleFrom(this.#acknowledged, content, context)
+  }
+
+  /** As `settle` where less must be there: at least the versions in `lower`, which were flushed, say. */
+  settleFrom(lower: Uint32Array, content: Uint8Array, context: string): void {
     for (let slot = 0; slot < this.slotCount; slot++) {
       const found = decodeSlot(content, slot, context)
-      const acknowledged = this.#acknowledged[slot] ?? 0
+      const acknowledged = lower[slot] ?? 0
       const issued = this.#issued[slot] ?? 0
       if (found < acknowledged)
         throw new Error(`${context}: slot ${slot} has version ${found}, but ${acknowledged} was answered: a write is lost`)
@@ -62,7 +75,8 @@ export function checkWithin(content: Uint8Array, lower: Uint32Array, upper: Uint
   }
 }
 
-function encodeSlot(slot: number, version: number): Buffer {
+/** What a slot holds at a version. */
+export function encodeSlot(slot: number, version: number): Buffer {
   const pair = Buffer.alloc(8)
   pair.writeUInt32LE(slot, 0)
   pair.writeUInt32LE(version, 4)

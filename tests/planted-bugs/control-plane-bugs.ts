@@ -10,6 +10,17 @@ const olderCatalog = ['mapper/older-catalog.test.ts']
 
 export const controlPlaneBugs: PlantedBug[] = [
   {
+    name: 'a daemon whose catalog was taken over goes on writing it',
+    edits: [
+      {
+        file: 'core/catalog/open-catalog.ts',
+        find: '      this.#requireOwner()\n      const result = await this.#scoped',
+        replace: '      const result = await this.#scoped',
+      },
+    ],
+    tests: ['core/catalog/catalog-owner.test.ts'],
+  },
+  {
     name: 'journal segments and frames go before the export has the checkpoint',
     edits: [
       {
@@ -35,6 +46,33 @@ export const controlPlaneBugs: PlantedBug[] = [
       },
     ],
     tests: history,
+  },
+  {
+    name: 'a punch waits for no other pool whose volumes read from the layer',
+    edits: [
+      {
+        file: 'mapper/exporter.ts',
+        find: 'return await this.flushed([poolId, ...readers.map((pool) => pool.id)])',
+        replace: 'return await this.flushed([poolId])',
+      },
+    ],
+    tests: ['mapper/pool-links.test.ts'],
+  },
+  {
+    name: 'a reclaim frees what a pool reads that was not imported yet',
+    edits: [
+      {
+        file: 'mapper/reclaim.ts',
+        find: 'if (readersOf(links, poolId).some((pool) => pool.isAbsent)) continue',
+        replace: '',
+      },
+      {
+        file: 'mapper/exporter.ts',
+        find: 'if (readers.some((pool) => pool.isAbsent)) return false',
+        replace: '',
+      },
+    ],
+    tests: ['mapper/pool-links.test.ts'],
   },
   {
     name: 'a start removes what its row calls condemned, whatever maps name',

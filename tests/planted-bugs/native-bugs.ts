@@ -17,6 +17,17 @@ export const nativeBugs: PlantedBug[] = [
     tests: deviceTests,
   },
   {
+    name: 'the batch log is believed although another home had the volume since',
+    edits: [
+      {
+        file: 'native/engine/src/device/batch_log.rs',
+        find: '(since_epoch..self.epoch).contains',
+        replace: '(since_epoch.min(0)..self.epoch).contains',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
     name: 'a change is answered before it is in the batch log',
     edits: [
       {

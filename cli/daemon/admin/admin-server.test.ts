@@ -7,6 +7,7 @@ import { createAdminServer } from './admin-server.ts'
 function serverOver(volumes: Record<string, (...args: unknown[]) => Promise<unknown>>): ReturnType<typeof createAdminServer> {
   const context = {
     composer: { volumes, snapshots: {}, images: {}, pools: {}, jobs: {} },
+    ownership: { parts: {}, holder: null },
     engine: {},
     clock: systemClock,
     endpoints: { home: '/home', http: null, nbd: null, nbdSocket: null, iscsi: null },

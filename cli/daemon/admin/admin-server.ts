@@ -54,6 +54,10 @@ export function createAdminServer(context: AdminContext, log: Logger): FastifyIn
     )
     return reply.code(failure.httpStatus).send(failure.toData())
   })
+  // The active daemon may be gone by now: then this one is it from here on.
+  server.addHook('onRequest', async () => {
+    if (context.ownership.parts === null) await context.ownership.becomeActive()
+  })
   addStatusRoute(server, context)
   addActivityRoute(server, context)
   addPoolRoutes(server, context)

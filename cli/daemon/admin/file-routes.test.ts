@@ -8,6 +8,7 @@ import { createAdminServer } from './admin-server.ts'
 function serverOver(files: Record<string, (...args: never[]) => unknown>): ReturnType<typeof createAdminServer> {
   const context = {
     composer: { volumes: {}, snapshots: {}, images: {}, pools: {}, jobs: {}, files },
+    ownership: { parts: {}, holder: null },
     engine: {},
     clock: systemClock,
     endpoints: { home: '/home', http: null, nbd: null, nbdSocket: null, iscsi: null },

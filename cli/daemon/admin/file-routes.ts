@@ -63,10 +63,13 @@ const sharing = z.strictObject({
   onlyIfNew: z.boolean().optional(),
 })
 
-export function addFileRoutes(server: FastifyInstance, { composer, stopping }: AdminContext): void {
+export function addFileRoutes(server: FastifyInstance, { composer, ownership, stopping }: AdminContext): void {
   const { files } = composer
-  // The server waits for its requests: puts and reads may last for ever.
-  stopping.addEventListener('abort', () => void files.close(), { once: true })
+  // The server waits for its requests: puts and reads may last for ever. One that stands by has none.
+  const endRequests = (): void => {
+    if (ownership.parts !== null) void files.close()
+  }
+  stopping.addEventListener('abort', endRequests, { once: true })
 
   server.get('/v1/containers', async (request) => {
     const found = await files.listContainers(checkRequest(scope, request.query))

@@ -23,6 +23,7 @@ async function listen(take: (taken: Taken) => Promise<unknown>) {
       jobs: {},
       files: { put: take, close: async () => {} },
     },
+    ownership: { parts: {}, holder: null },
     engine: {},
     clock: systemClock,
     endpoints: { home: '/home', http: null, nbd: null, nbdSocket: null, iscsi: null },

@@ -1,18 +1,24 @@
 import type { FastifyInstance } from 'fastify'
-import type { StatusDocument } from '../../admin-types.ts'
+import type { StandbyDocument, StatusDocument } from '../../admin-types.ts'
 import { version } from '../../version.ts'
 import type { AdminContext } from './admin-context.ts'
 
 export function addStatusRoute(server: FastifyInstance, context: AdminContext): void {
-  server.get('/v1/status', async (): Promise<StatusDocument> => {
-    const { composer, engine, clock, endpoints, startedAtMs } = context
+  server.get('/v1/status', async (): Promise<StatusDocument | StandbyDocument> => {
+    const { composer, engine, clock, endpoints, ownership, catalogPath, startedAtMs } = context
     const { mapBytes, ringRefused } = engine.stats()
-    return {
+    const daemon = {
       ready: true,
       version,
       pid: process.pid,
       ...endpoints,
       uptimeSeconds: Math.floor((clock.monotonicMs() - startedAtMs) / 1000),
+    } as const
+    const { holder } = ownership
+    if (holder !== null) return { ...daemon, standby: { catalog: catalogPath, active: holder } }
+    return {
+      ...daemon,
+      standby: null,
       ...(await composer.status()),
       mapBytes,
       residentBytes: process.memoryUsage.rss(),

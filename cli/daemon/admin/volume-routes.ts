@@ -22,11 +22,12 @@ const attaching = z.strictObject({
   protocol: z.enum(['nbd', 'iscsi']).optional(),
   readOnly: z.boolean().optional(),
   shared: z.boolean().optional(),
+  takeOver: z.boolean().optional(),
   ...projectField,
 })
 
 export function addVolumeRoutes(server: FastifyInstance, context: AdminContext): void {
-  const { composer } = context
+  const { composer, ownership } = context
   const { volumes } = composer
 
   server.post('/v1/volumes', async (request, reply) => {
@@ -58,7 +59,9 @@ export function addVolumeRoutes(server: FastifyInstance, context: AdminContext):
   })
   server.post('/v1/volumes/:volume/attach', async (request) => {
     const { volume } = checkRequest(named, request.params)
-    return attachmentDocument(await volumes.attach(volume, checkRequest(attaching, request.body)), context)
+    const options = checkRequest(attaching, request.body)
+    if (options.takeOver === true) await ownership.takeOver(volume, options)
+    return attachmentDocument(await volumes.attach(volume, options), context)
   })
   server.post('/v1/volumes/:volume/detach', async (request) => {
     const { volume } = checkRequest(named, request.params)

@@ -6,11 +6,12 @@ import type { Clock } from '@atoll/core'
 import type { Composer, PoolState, VolumeTotals } from '@atoll/composer'
 import { latencyBucketEndsSeconds, type Engine } from '@atoll/native'
 import { version } from '../../version.ts'
+import type { Ownership } from '../ownership.ts'
 import type { EventLoopMonitor } from './event-loop.ts'
 import { MetricsText, type Labels, type Sample } from './metrics-text.ts'
 
 export interface MetricsSources {
-  readonly composer: Composer
+  readonly ownership: Pick<Ownership, 'parts'>
   readonly engine: Engine
   readonly clock: Clock
   /** By `clock.monotonicMs`. */
@@ -26,20 +27,23 @@ const kinds = ['read', 'write', 'discard', 'flush'] as const
 export async function collectMetrics(sources: MetricsSources, { withVolumes }: { withVolumes: boolean }): Promise<string> {
   const text = new MetricsText(latencyBucketEndsSeconds())
   await addDaemon(text, sources)
-  addPools(text, await sources.composer.pools.states())
-  if (withVolumes) addVolumes(text, await sources.composer.activity.volumeTotals())
+  const composer = sources.ownership.parts?.composer
+  if (composer === undefined) return text.toString()
+  await addCounts(text, sources.engine, composer)
+  addPools(text, await composer.pools.states())
+  if (withVolumes) addVolumes(text, await composer.activity.volumeTotals())
   return text.toString()
 }
 
 async function addDaemon(text: MetricsText, sources: MetricsSources): Promise<void> {
-  const { composer, engine, clock, startedAtMs, catalogPath, eventLoop } = sources
-  const status = await composer.status()
+  const { ownership, engine, clock, startedAtMs, catalogPath, eventLoop } = sources
   const native = engine.stats()
   const cpu = process.cpuUsage()
   const memory = process.memoryUsage()
   const delay = eventLoop.delay()
   const one = (value: number): Sample[] => [[none, value]]
   text.gauge('atoll_build_info', 'Always 1; the label is the version.', [[{ version }, 1]])
+  text.gauge('atoll_active', '1; 0 while another daemon is active on the catalog.', one(ownership.parts === null ? 0 : 1))
   text.gauge('atoll_uptime_seconds', 'Since the daemon was started.', one((clock.monotonicMs() - startedAtMs) / 1000))
   text.counter('process_cpu_seconds_total', 'Processor time of the daemon.', one((cpu.user + cpu.system) / 1e6))
   text.gauge('process_resident_memory_bytes', 'Memory of the daemon.', one(memory.rss))
@@ -61,6 +65,12 @@ async function addDaemon(text: MetricsText, sources: MetricsSources): Promise<vo
     [{ file: 'catalog' }, await sizeOf(catalogPath)],
     [{ file: 'wal' }, await sizeOf(`${catalogPath}-wal`)],
   ])
+}
+
+async function addCounts(text: MetricsText, engine: Engine, composer: Composer): Promise<void> {
+  const status = await composer.status()
+  const native = engine.stats()
+  const one = (value: number): Sample[] => [[none, value]]
   const jobs = Object.entries(composer.jobs.unfinished())
   text.gauge(
     'atoll_jobs',

@@ -12,6 +12,7 @@ import { addPoolSettings } from './0004-pool-settings.ts'
 import { exportOutbox } from './0003-export-outbox.ts'
 import { orderResources } from './0005-resource-order.ts'
 import { countContainers } from './0006-container-counts.ts'
+import { addCatalogOwner } from './0007-catalog-owner.ts'
 
 export interface Migration {
   readonly name: string
@@ -26,4 +27,5 @@ export const migrations: readonly Migration[] = [
   addPoolSettings,
   orderResources,
   countContainers,
+  addCatalogOwner,
 ]

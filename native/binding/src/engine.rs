@@ -25,6 +25,7 @@ pub struct JsDeviceSpec {
     pub volume_id: String,
     pub size_bytes: f64,
     pub epoch: f64,
+    pub batch_log_since_epoch: f64,
     pub map_lsn: f64,
     pub active: Option<f64>,
     pub next: Option<f64>,
@@ -381,6 +382,7 @@ fn to_spec(
         throttle: to_throttle_limits(spec.throttle)?,
         limits: to_device_limits(spec.limits)?,
         batch_log: None,
+        batch_log_since_epoch: to_u64("batchLogSinceEpoch", spec.batch_log_since_epoch)?,
         on_event,
     })
 }

@@ -298,9 +298,12 @@ impl JsStore {
     }
 
     #[napi]
-    pub fn lock<'env>(&self, env: &'env Env, owner: String) -> napi::Result<Object<'env>> {
+    pub fn lock<'env>(&self, env: &'env Env, owner: String, shut_out_holder: bool) -> napi::Result<Object<'env>> {
         let (engine, lanes) = (self.engine.clone(), self.lanes.clone());
-        self.run(env, move |store| Ok(JsStoreLock { engine, lanes, lock: Arc::new(Mutex::new(Some(store.lock(&owner)?))) }))
+        self.run(env, move |store| {
+            let lock = if shut_out_holder { store.lock_shutting_out(&owner)? } else { store.lock(&owner)? };
+            Ok(JsStoreLock { engine, lanes, lock: Arc::new(Mutex::new(Some(lock))) })
+        })
     }
 
     #[napi]

@@ -333,6 +333,7 @@ mod tests {
             throttle: ThrottleLimits::default(),
             limits: DeviceLimits::default(),
             batch_log: None,
+            batch_log_since_epoch: 0,
             on_event: None,
         };
         Device::open(spec).unwrap().0

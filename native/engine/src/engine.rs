@@ -205,6 +205,7 @@ impl Engine {
             throttle: ThrottleLimits::default(),
             limits: DeviceLimits::default(),
             batch_log: None,
+            batch_log_since_epoch: 0,
             on_event: None,
         };
         Ok(self.open_device(spec)?.0)

@@ -264,6 +264,15 @@ impl Store for FaultStore {
         self.inner.lock(owner)
     }
 
+    fn lock_shutting_out(&self, owner: &str) -> Result<StoreLock> {
+        self.inner.lock_shutting_out(owner)
+    }
+
+    fn prove_held(&self) -> Result<()> {
+        self.faults.check("prove-held", None, || "the pool".to_owned())?;
+        self.inner.prove_held()
+    }
+
     fn release_reserve(&self) -> Result<()> {
         self.inner.release_reserve()
     }

@@ -11,6 +11,7 @@ mod memory;
 mod rados;
 mod random;
 mod ring;
+mod split;
 mod store;
 
 pub use error::{IoError, IoErrorCode, Result};
@@ -20,4 +21,8 @@ pub use journal::{Delta, Frame, Journal, JournalIdentity, JournalReplay, Journal
 pub use memory::{CrashOptions, MemoryStore};
 pub use rados::{RadosOptions, RadosStore};
 pub use ring::{ReadRing, RingRead, RingWaker, probe_ring};
-pub use store::{Extent, LayerEntry, LayerId, LayerIo, OpenMode, SegmentIo, Store, StoreCapabilities, StoreHealth, StoreLock, StoreUsage};
+pub use split::split;
+pub use store::{
+    Begun, Ending, Extent, LayerEntry, LayerId, LayerIo, OpenMode, PROOF_TIME_MAX, SegmentIo, Store, StoreCapabilities, StoreHealth, StoreLock,
+    StoreUsage,
+};

@@ -81,6 +81,9 @@ pub struct StoreCapabilities {
     pub segment_growth_bytes: u32,
     /// Reads and writes wait for other machines: no thread that has something else to do carries them out.
     pub waits_for_network: bool,
+    /// Another process may shut this one out while it works: before a flush is answered, something was asked of the backend
+    /// (`prove_held`).
+    pub is_fenceable: bool,
 }
 
 /// Bytes of a store.
@@ -184,6 +187,17 @@ pub trait Store: Send + Sync + 'static {
     /// Takes the store's exclusive lock for this process; `Locked` with the owner's text if somebody has it.
     /// `owner` is what the other side will read (pid, catalog id). Dropping the lock releases it.
     fn lock(&self, owner: &str) -> Result<StoreLock>;
+    /// As `lock`, and whoever has it is shut out of the backend first, so that nothing of it lands any more. If that one may live, this
+    /// returns when its last proof (`PROOF_TIME_MAX`) has run out. Where the backend cannot do that, as `lock`.
+    fn lock_shutting_out(&self, owner: &str) -> Result<StoreLock> {
+        self.lock(owner)
+    }
+
+    /// Asks the backend whether this process still has what `lock` took: `Ok` only if nobody had taken it over when the call
+    /// began. Costs little. Stores that nobody can take away from a living process answer at once.
+    fn prove_held(&self) -> Result<()> {
+        Ok(())
+    }
     /// Frees the space kept back for emergencies (deletes on a full disk). Idempotent.
     fn release_reserve(&self) -> Result<()>;
     /// Makes the reserve whole again if there is space; returns its bytes.
@@ -193,11 +207,28 @@ pub trait Store: Send + Sync + 'static {
     fn set_reserve(&self, bytes: u64) -> Result<u64>;
 }
 
+/// A process that was shut out answers nobody any more when it was that long ago that the backend said the opposite (`prove_held`):
+/// `lock_shutting_out` waits longer before it returns.
+pub const PROOF_TIME_MAX: Duration = Duration::from_secs(2);
+
 /// A held lock; released on drop.
 pub struct StoreLock {
     /// Whatever must live for the lock to be held.
     pub guard: Box<dyn std::any::Any + Send + Sync>,
 }
+
+/// A request that a backend carries out while nobody waits, and who is told when it is over.
+pub trait Ending: Send {
+    /// Where a read puts its bytes; as long as the read. Its place in memory is the same whenever it is asked for, and nobody else
+    /// touches it until the end is told.
+    fn room(&mut self) -> &mut [u8];
+    /// It is over. Called once, on any thread, maybe before `begin_read` or `begin_write` has returned. Neither waits for anything
+    /// that another request has to bring about, nor panics.
+    fn ended(self: Box<Self>, result: Result<()>);
+}
+
+/// A request that was not begun comes back: it has to be waited for.
+pub type Begun = std::result::Result<(), Box<dyn Ending>>;
 
 /// The bytes of one layer. Offsets and lengths are in bytes, any alignment. Calls may overlap in time; two calls that
 /// touch the same bytes at once leave any mixture of the two.
@@ -211,6 +242,15 @@ pub trait LayerIo: Send + Sync + 'static {
     }
     /// Writes all buffers from `offset_bytes` on, all or an error (what landed before the error is unknown). Not durable before `sync`.
     fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()>;
+    /// Begins a read of as many bytes as the ending has room for, and returns at once. It comes back untouched if it cannot be begun
+    /// without a wait, or not at all: `read` is the way then, and says what is wrong.
+    fn begin_read(&self, _offset_bytes: u64, ending: Box<dyn Ending>) -> Begun {
+        Err(ending)
+    }
+    /// As `begin_read`, of a write: the data may be used otherwise when the call has returned. Not durable before `sync`.
+    fn begin_write(&self, _offset_bytes: u64, _data: &[u8], ending: Box<dyn Ending>) -> Begun {
+        Err(ending)
+    }
     /// Frees the range; it reads as zeros. Not durable before `sync`. Whole punch units are freed, the rest is zeroed.
     fn punch(&self, offset_bytes: u64, length_bytes: u64) -> Result<()>;
     /// Makes the range read as zeros and keeps (or makes) it allocated, so that a later write cannot run out of space.

@@ -2,7 +2,7 @@
 mod common;
 
 use atoll_io::{Extent, IoErrorCode, OpenMode, RadosOptions, RadosStore, Store};
-use common::{LAYER, read, write};
+use common::{LAYER, begin_read, begin_write, read, write};
 
 const MIB: u64 = 1 << 20;
 
@@ -97,4 +97,47 @@ fn who_takes_the_lock_sees_what_the_one_before_has_done() {
     let _lock = second.lock("the second").unwrap();
     assert_eq!(second.list_segments(LAYER).unwrap(), [2]);
     assert!(second.list_layers().unwrap().is_empty());
+}
+
+#[test]
+fn what_was_written_without_a_wait_another_connection_knows_slot_by_slot() {
+    let Some((first, second)) = two_stores() else { return };
+    first.create_layer(LAYER).unwrap();
+    let layer = first.open_layer(LAYER, OpenMode::ReadWrite).unwrap();
+    assert!(begin_write(&*layer, 0, &[1; 4096]).is_none(), "its object has to go into the index first");
+    write(&*layer, 0, &[1; 4096]).unwrap();
+    let begun: Vec<_> = (1..200).map(|slot| begin_write(&*layer, slot * 8192, &[slot as u8; 4096]).unwrap()).collect();
+    for told in begun {
+        told.recv().unwrap().unwrap();
+    }
+    let other = second.open_layer(LAYER, OpenMode::ReadOnly).unwrap();
+    assert_eq!((other.allocated_bytes().unwrap(), other.length_bytes().unwrap()), (200 * 4096, 199 * 8192 + 4096));
+    assert!(read(&*other, 150 * 8192, 4096) == [150; 4096]);
+}
+
+#[test]
+fn an_object_that_is_not_there_is_a_hole_for_reads_that_nobody_waits_for_unless_the_layer_is_gone() {
+    let Some((first, second)) = two_stores() else { return };
+    first.create_layer(LAYER).unwrap();
+    let layer = first.open_layer(LAYER, OpenMode::ReadWrite).unwrap();
+    write(&*layer, 0, &[1; 4096]).unwrap();
+    write(&*layer, 4 * MIB, &[2; 4096]).unwrap();
+    layer.punch(0, 4 * MIB).unwrap();
+    assert!(begin_read(&*layer, 0, 4096).unwrap().recv().unwrap().unwrap() == [0; 4096]);
+    assert!(begin_read(&*layer, 4 * MIB + 2048, 4096).unwrap().recv().unwrap().unwrap() == [[2; 2048], [0; 2048]].concat());
+    second.remove_layer(LAYER).unwrap();
+    let error = begin_read(&*layer, 0, 4096).unwrap().recv().unwrap().unwrap_err();
+    assert_eq!(error.code, IoErrorCode::NotFound);
+}
+
+#[test]
+fn who_lost_the_lock_of_a_pool_cannot_prove_that_it_is_his() {
+    let Some((first, second)) = two_stores() else { return };
+    let lock = first.lock("the first").unwrap();
+    first.prove_held().unwrap();
+    drop(lock);
+    assert_eq!(first.prove_held().unwrap_err().code, IoErrorCode::Unavailable);
+    let _lock = second.lock("the second").unwrap();
+    assert_eq!(first.prove_held().unwrap_err().code, IoErrorCode::Unavailable);
+    second.prove_held().unwrap();
 }

@@ -2,7 +2,7 @@
 mod common;
 
 use atoll_io::{Extent, FaultStore, FileStore, IoErrorCode, LayerId, LayerIo, MemoryStore, OpenMode, RadosStore, Store, StoreUsage};
-use common::{LAYER, OTHER_LAYER, TemporaryFolder, read, write};
+use common::{LAYER, OTHER_LAYER, TemporaryFolder, begin_read, begin_write, read, write};
 use std::any::Any;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::unix::fs::PermissionsExt;
@@ -58,6 +58,8 @@ store_contract!(
     what_was_written_reads_back_and_the_rest_is_zeros,
     reads_past_the_end_are_zeros,
     what_is_read_at_once_is_what_a_read_gives_or_nothing,
+    what_is_begun_ends_once_and_does_what_the_waiting_form_does,
+    who_took_the_lock_and_has_it_can_prove_it,
     many_buffers_are_filled_and_written_in_order,
     a_read_only_layer_refuses_every_change,
     a_punched_range_reads_as_zeros_and_frees_whole_units,
@@ -133,6 +135,59 @@ fn reads_past_the_end_are_zeros((store, _guard): Opened) {
     assert!(read(&*layer, 100, 5000).iter().all(|byte| *byte == 0));
     assert!(read(&*layer, (1 << 49) - 4096, 4096).iter().all(|byte| *byte == 0));
     assert_eq!(layer.length_bytes().unwrap(), 100);
+}
+
+fn what_is_begun_ends_once_and_does_what_the_waiting_form_does((store, _guard): Opened) {
+    let layer = layer(&*store);
+    write(&*layer, 0, &[0; 4096]).unwrap();
+    write(&*layer, 64 << 20, &[1; 4096]).unwrap();
+    let pieces: Vec<(u64, Vec<u8>)> = (0..60u64)
+        .map(|index| (index * 5000, vec![index as u8 + 1; 5000]))
+        // Another object of a cluster, the border between two, the same bytes twice.
+        .chain([((64 << 20) + 100, vec![0xa1; 100_000]), ((4 << 20) - 10, vec![0xa2; 20]), (0, vec![1; 5000])])
+        .collect();
+    let begun: Vec<_> = pieces.iter().map(|(offset_bytes, data)| begin_write(&*layer, *offset_bytes, data)).collect();
+    for (told, (offset_bytes, data)) in begun.into_iter().zip(&pieces) {
+        match told {
+            Some(told) => {
+                assert_eq!(told.recv().unwrap().unwrap(), [], "at {offset_bytes}");
+                assert!(told.recv().is_err(), "it ends once");
+            }
+            None => write(&*layer, *offset_bytes, data).unwrap(),
+        }
+    }
+    for (offset_bytes, data) in &pieces {
+        assert!(read(&*layer, *offset_bytes, data.len()) == *data, "at {offset_bytes}");
+    }
+    let ranges = [(0, 4096), (0, 300_000), (299_000, 5000), (64 << 20, 200_000), ((4 << 20) - 100, 300), (1 << 35, 4096), (100, 0)];
+    let begun: Vec<_> = ranges.iter().map(|(offset_bytes, length)| begin_read(&*layer, *offset_bytes, *length)).collect();
+    for (told, (offset_bytes, length)) in begun.into_iter().zip(ranges) {
+        let Some(told) = told else { continue };
+        assert!(told.recv().unwrap().unwrap() == read(&*layer, offset_bytes, length), "{length} at {offset_bytes}");
+        assert!(told.recv().is_err(), "it ends once");
+    }
+    let sealed = store.open_layer(LAYER, OpenMode::ReadOnly).unwrap();
+    if let Some(told) = begin_write(&*sealed, 0, &[9; 4096]) {
+        assert_eq!(told.recv().unwrap().unwrap_err().code, IoErrorCode::ReadOnly);
+    }
+    store.remove_layer(LAYER).unwrap();
+    if let Some(told) = begin_read(&*layer, 0, 5000) {
+        match told.recv().unwrap() {
+            Ok(bytes) => assert!(bytes == [1; 5000], "what was there, never zeros"),
+            Err(error) => assert_eq!(error.code, IoErrorCode::NotFound),
+        }
+    }
+}
+
+fn who_took_the_lock_and_has_it_can_prove_it((store, _guard): Opened) {
+    store.prove_held().unwrap();
+    let lock = store.lock("the first").unwrap();
+    for _ in 0..3 {
+        store.prove_held().unwrap();
+    }
+    drop(lock);
+    let _lock = store.lock("the second").unwrap();
+    store.prove_held().unwrap();
 }
 
 fn what_is_read_at_once_is_what_a_read_gives_or_nothing((store, _guard): Opened) {

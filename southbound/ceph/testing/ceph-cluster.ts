@@ -41,6 +41,8 @@ export interface CephClusterOptions {
   readonly copies?: number
   /** It has a network that can be cut. */
   readonly network?: boolean
+  /** The folder that it lies in. */
+  readonly parent?: string
 }
 
 export class CephCluster {
@@ -55,7 +57,7 @@ export class CephCluster {
 
   static async start(options: CephClusterOptions = {}): Promise<CephCluster> {
     // Short, because of the sockets in it.
-    const folder = await mkdtemp(join(tmpdir(), 'ceph-'))
+    const folder = await mkdtemp(join(options.parent ?? tmpdir(), 'ceph-'))
     const cluster = new CephCluster(folder, {
       ...process.env,
       PATH: searchPath(),

@@ -81,6 +81,13 @@ impl Device {
         self.wait_for_checkpoint()
     }
 
+    /// Whether `wait_for_room` would not wait.
+    #[inline]
+    pub(super) fn has_room(&self) -> bool {
+        self.open_delta_count.load(Ordering::Relaxed) < self.limits.batch_deltas_max as u64 * BATCH_HARD_FACTOR
+            && self.map.dirty_leaf_count() < self.limits.dirty_leaves_hard
+    }
+
     #[cold]
     fn wait_for_checkpoint(&self) -> Result<()> {
         let deadline = Instant::now() + ROOM_WAIT_MAX;

@@ -10,6 +10,8 @@
 //!   to a slot that another request has just made ours depends on that request's entry.
 //! - The log is believed only under the boot of the kernel that it was written under: after a power cut the page cache is gone,
 //!   and a delta without its data must not be found (I3). Then only what was flushed counts.
+//! - Where several homes share a catalog, each has logs of its own: they are believed only from the epoch on since which no other home
+//!   had the volume. What was answered there and not flushed is lost to the others, and must not come back later.
 //! - Batches with even and odd lsn go to two files; a file is written from its beginning again when no batch in it waits to be
 //!   durable. Entries carry their lsn and a crc: what is left of older batches is passed over.
 //! - An open takes the batches that follow the last frame without a gap into the journal, durably, before it serves.
@@ -125,6 +127,16 @@ struct LogWriter {
 #[derive(Debug, Default)]
 pub struct SettleMark(Option<u64>);
 
+impl SettleMark {
+    /// Another mutation is answered together with these.
+    pub(crate) fn join(&mut self, other: SettleMark) {
+        self.0 = match (self.0, other.0) {
+            (Some(mine), Some(its)) => Some(mine.min(its)),
+            (mine, its) => mine.or(its),
+        };
+    }
+}
+
 /// The log of one open volume. The files are made at the first entry.
 pub(super) struct BatchLog {
     place: BatchLogPlace,
@@ -208,8 +220,9 @@ impl BatchLog {
         Ok(())
     }
 
-    /// The batches of an earlier process of this boot, ascending by lsn; what is damaged or of another boot is not believed.
-    pub(super) fn recall(&self) -> Result<Vec<RecalledBatch>> {
+    /// The batches of an earlier process of this boot, ascending by lsn; what is damaged, of another boot or of an epoch before
+    /// `since_epoch` is not believed.
+    pub(super) fn recall(&self, since_epoch: u64) -> Result<Vec<RecalledBatch>> {
         let mut batches = BTreeMap::<u64, RecalledBatch>::new();
         for parity in 0..2 {
             let path = self.place.path(self.volume, parity);
@@ -220,7 +233,7 @@ impl BatchLog {
             };
             let mut bytes = Vec::new();
             file.take(LOG_BYTES_MAX).read_to_end(&mut bytes).map_err(|error| io_error("read", &path, &error))?;
-            if !self.is_ours(&bytes) {
+            if !self.is_ours(&bytes, since_epoch) {
                 continue;
             }
             for entry in bytes[HEADER_BYTES..].chunks_exact(ENTRY_BYTES) {
@@ -261,12 +274,12 @@ impl BatchLog {
         header
     }
 
-    fn is_ours(&self, bytes: &[u8]) -> bool {
+    fn is_ours(&self, bytes: &[u8], since_epoch: u64) -> bool {
         bytes.len() >= HEADER_BYTES
             && bytes[..8] == MAGIC
             && bytes[8..24] == self.place.boot_id
             && bytes[24..40] == self.volume
-            && u64_at(bytes, 40) < self.epoch
+            && (since_epoch..self.epoch).contains(&u64_at(bytes, 40))
             && bytes[48..HEADER_BYTES] == crc32c::crc32c(&bytes[..48]).to_le_bytes()
     }
 }
@@ -276,13 +289,21 @@ impl Device {
     /// log or, where they cannot be, in the journal. Costs three loads where nothing waits.
     #[inline]
     pub fn settle(&self, mark: SettleMark) -> Result<()> {
-        let (Some(log), SettleMark(Some(since))) = (&self.batch_log, mark) else { return Ok(()) };
-        let mine = log.made_count.load(Ordering::SeqCst);
-        // In this order: whoever gives entries up says so before they count as settled.
-        if log.settled_count.load(Ordering::SeqCst) >= mine && (since >= mine || !log.is_behind.load(Ordering::SeqCst)) {
+        if self.is_settled(&mark) {
             return Ok(());
         }
+        let (Some(log), SettleMark(Some(since))) = (&self.batch_log, mark) else { return Ok(()) };
+        let mine = log.made_count.load(Ordering::SeqCst);
         self.unwind_guard("settle", || self.settle_waiting(log, since, mine))
+    }
+
+    /// Whether `settle` of the mark would find that nothing waits.
+    #[inline]
+    pub(crate) fn is_settled(&self, mark: &SettleMark) -> bool {
+        let (Some(log), SettleMark(Some(since))) = (&self.batch_log, mark) else { return true };
+        let mine = log.made_count.load(Ordering::SeqCst);
+        // In this order: whoever gives entries up says so before they count as settled.
+        log.settled_count.load(Ordering::SeqCst) >= mine && (*since >= mine || !log.is_behind.load(Ordering::SeqCst))
     }
 
     /// The caller wants settled what was made after `since` and up to `mine`.

@@ -10,6 +10,8 @@
 //! - Two syncs, one after the other. Synced together, with a checksum of the data in the frame, they would take the time of one; but
 //!   a write in place into slots of the last frame would then make its checksum wrong in a power cut, so every such write would
 //!   first have to make that frame known to be durable.
+//! - Where another process may shut this one out, a flush is a question to the backend even if there is nothing to write: an appended
+//!   frame is its answer, and without one it is asked whether the pool is still ours. Whoever was shut out answers no flush.
 //! - After a failed sync the device is poisoned (I6). A frame that found no space was taken back and stays in the queue.
 use super::batch_log::{BatchLog, LogTail};
 use super::layers::ActiveLayer;
@@ -126,7 +128,10 @@ impl Device {
     /// Everything that completed before the call, on any thread and connection, is durable on return.
     pub(super) fn flush_completed(&self) -> Result<()> {
         self.poison_check()?;
-        if self.changes.load(Ordering::SeqCst) == self.changes_durable.load(Ordering::SeqCst) && self.batch.lock().is_idle() {
+        if self.changes.load(Ordering::SeqCst) == self.changes_durable.load(Ordering::SeqCst)
+            && self.batch.lock().is_idle()
+            && !self.is_fenceable()
+        {
             return Ok(());
         }
         let mut turns = self.flush_turns.turns.lock();
@@ -195,6 +200,7 @@ impl Device {
             let frozen = freeze.then(|| FrozenAt { map: self.map.freeze(), lsn: batch.last_lsn });
             (layers, closing_count, frozen)
         };
+        let mut is_proved = false;
         for (index, layer) in layers.iter().enumerate() {
             // (2) Data.
             let synced = timed(&self.counters.backend_syncs_running, &self.latencies.backend_sync, || layer.io.sync());
@@ -202,7 +208,7 @@ impl Device {
                 return Err(self.poison(&format!("sync of layer {} failed: {error}", layer.spec.id)));
             }
             // (3) Frames.
-            self.append_frames(layer)?;
+            is_proved |= self.append_frames(layer)?;
             if freeze && index >= closing_count {
                 // What comes after the checkpoint goes to a segment of its own, so that whole segments can be removed behind it.
                 layer.journal.lock().rotate();
@@ -211,21 +217,35 @@ impl Device {
         if closing_count > 0 {
             self.batch.lock().closing.drain(..closing_count);
         }
+        if !is_proved
+            && let Some(active) = layers.last()
+            && active.spec.store.capabilities().is_fenceable
+        {
+            // Nothing is lost if it fails, and nothing is in doubt: whoever asks again may hear better.
+            active.spec.store.prove_held()?;
+        }
         self.changes_durable.fetch_max(changes_before, Ordering::SeqCst);
         self.want_checkpoint_if_due();
         Ok(frozen)
     }
 
-    /// Appends the closed batches that belong to `layer`, which stand at the head of the queue.
-    fn append_frames(&self, layer: &Arc<ActiveLayer>) -> Result<()> {
+    /// Another process may take what this device writes away from it.
+    pub(super) fn is_fenceable(&self) -> bool {
+        self.layers.load().active.as_ref().is_some_and(|active| active.spec.store.capabilities().is_fenceable)
+    }
+
+    /// Appends the closed batches that belong to `layer`, which stand at the head of the queue. True: there were some.
+    fn append_frames(&self, layer: &Arc<ActiveLayer>) -> Result<bool> {
+        let mut has_appended = false;
         loop {
             let (lsn, deltas) = {
                 let mut batch = self.batch.lock();
                 match batch.queue.front_mut() {
                     Some(front) if Arc::ptr_eq(&front.layer, layer) => (front.lsn, std::mem::take(&mut front.deltas)),
-                    _ => return Ok(()),
+                    _ => return Ok(has_appended),
                 }
             };
+            has_appended = true;
             let (result, journal_bytes) = {
                 let mut journal = layer.journal.lock();
                 (journal.append(lsn, &deltas), journal.length_bytes())

@@ -40,6 +40,20 @@ pub(super) struct Pass<'a> {
     parity: usize,
 }
 
+impl Pass<'_> {
+    /// Stays inside without the pass: who has the token says when it leaves.
+    pub(super) fn keep(self) -> Inside {
+        let parity = self.parity;
+        std::mem::forget(self);
+        Inside { parity }
+    }
+}
+
+/// Somebody is inside until this is given back to the gate, from whatever thread.
+pub(super) struct Inside {
+    parity: usize,
+}
+
 /// The gate is dead.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Dead;
@@ -91,6 +105,12 @@ impl Gate {
             }
             self.wake.wait(&mut guard);
         }
+    }
+
+    /// Ends what `Pass::keep` began. Once for each, by the contract of `Inside`, which cannot be copied.
+    #[inline]
+    pub(super) fn leave(&self, inside: Inside) {
+        drop(Pass { gate: self, parity: inside.parity });
     }
 
     fn set(&self, bits: u64) {
@@ -240,6 +260,16 @@ mod tests {
         drop(closed);
         drop(pass);
         assert!(gate.enter().is_ok());
+    }
+
+    #[test]
+    fn who_stays_inside_without_a_pass_is_waited_for_until_it_leaves_from_any_thread() {
+        let gate = Arc::new(Gate::default());
+        let inside = gate.enter().unwrap().keep();
+        assert!(!gate.close().drain(Instant::now() + Duration::from_millis(5)));
+        let leaving = gate.clone();
+        thread::spawn(move || leaving.leave(inside)).join().unwrap();
+        assert!(gate.close().drain(Instant::now() + Duration::from_secs(60)));
     }
 
     #[test]

@@ -125,6 +125,22 @@ impl LayerTable {
         table
     }
 
+    /// The handle to read a layer with, if nobody has to be waited for to have one.
+    #[inline]
+    pub(super) fn reader_at_hand(&self, alias: u32) -> Option<&Arc<dyn LayerIo>> {
+        let index = self.entries.binary_search_by_key(&alias, |entry| entry.0).ok()?;
+        let layer = &self.entries[index].1;
+        layer.io.get().or_else(|| if layer.spec.store.capabilities().waits_for_network { None } else { layer.io().ok() })
+    }
+
+    /// The same, of a layer on other machines.
+    #[inline]
+    pub(super) fn distant_reader_at_hand(&self, alias: u32) -> Option<&Arc<dyn LayerIo>> {
+        let index = self.entries.binary_search_by_key(&alias, |entry| entry.0).ok()?;
+        let layer = &self.entries[index].1;
+        layer.io.get().filter(|_| layer.spec.store.capabilities().waits_for_network)
+    }
+
     /// The handle to read a layer with. `LAYER_UNKNOWN`: the map names an alias that the catalog did not give us.
     #[inline]
     pub(super) fn reader(&self, alias: u32) -> Result<&Arc<dyn LayerIo>> {

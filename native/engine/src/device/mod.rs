@@ -5,12 +5,14 @@
 //! read.
 mod background;
 mod batch_log;
+mod begun;
 mod checkpoint;
 mod discard;
 mod flush;
 mod gate;
 mod layers;
 mod open;
+mod proof;
 #[cfg(test)]
 mod race_tests;
 mod range_locks;
@@ -24,6 +26,7 @@ mod types;
 mod write;
 
 pub use batch_log::{BatchLogPlace, SettleMark};
+pub(crate) use begun::{BegunRead, BegunWrite};
 pub(crate) use read::{PREFETCH_BYTES_MAX, ReadPlan, StartedRead};
 pub use types::{
     BlockStatus, Checkpoint, DeviceEvent, DeviceLatencies, DeviceLimits, DeviceSpec, DeviceStats, LayerSpec, OpenReport, Served,
@@ -39,6 +42,7 @@ use flush::{Batch, FlushTurns};
 use gate::{Gate, Pass};
 use layers::{LayerTable, ReadLayer};
 use parking_lot::{Condvar, Mutex};
+use proof::Proof;
 use range_locks::RangeLocks;
 use resize::Shrink;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -80,6 +84,7 @@ pub struct Device {
     throttle: Throttle,
     on_event: Option<Box<dyn Fn(DeviceEvent) + Send + Sync>>,
     waits_for_network: AtomicBool,
+    proof: Proof,
     counters: Counters,
     latencies: DeviceLatencies,
 }

@@ -28,7 +28,7 @@ impl Device {
         let mut swap = None;
         let mut active = None;
         let batch_log = spec.batch_log.clone().filter(|_| spec.active.is_some()).map(|place| BatchLog::new(place, spec.volume, spec.epoch));
-        let mut recalled = batch_log.as_ref().map_or(Ok(Vec::new()), BatchLog::recall)?;
+        let mut recalled = batch_log.as_ref().map_or(Ok(Vec::new()), |log| log.recall(spec.batch_log_since_epoch))?;
         if let Some(alias) = spec.active {
             let current = find_layer(&spec, alias)?;
             let io = current.store.open_layer(current.id, OpenMode::ReadWrite)?;
@@ -89,6 +89,7 @@ impl Device {
             throttle: Throttle::new(spec.throttle),
             on_event: spec.on_event,
             waits_for_network: AtomicBool::new(waits_for_network),
+            proof: Default::default(),
             counters: Counters::default(),
             latencies: DeviceLatencies::default(),
         });

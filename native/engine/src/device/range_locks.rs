@@ -36,17 +36,47 @@ impl RangeLocks {
         held.runs.push((start_slot, end_slot));
         RangeLock { locks: self, start_slot, end_slot }
     }
+
+    /// As `lock`, but `None` instead of a wait.
+    pub(super) fn try_lock(&self, start_slot: u64, end_slot: u64) -> Option<RangeLock<'_>> {
+        let mut held = self.held.lock();
+        if held.runs.iter().any(|&(start, end)| start < end_slot && start_slot < end) {
+            return None;
+        }
+        held.runs.push((start_slot, end_slot));
+        Some(RangeLock { locks: self, start_slot, end_slot })
+    }
+
+    /// Ends what `RangeLock::keep` began.
+    pub(super) fn unlock(&self, LockedRange { start_slot, end_slot }: LockedRange) {
+        let mut held = self.held.lock();
+        if let Some(index) = held.runs.iter().position(|&run| run == (start_slot, end_slot)) {
+            held.runs.swap_remove(index);
+        }
+        if held.waiting_count > 0 {
+            self.released.notify_all();
+        }
+    }
+}
+
+impl RangeLock<'_> {
+    /// Goes on holding the run without the guard: who has the token says when it is released.
+    pub(super) fn keep(self) -> LockedRange {
+        let kept = LockedRange { start_slot: self.start_slot, end_slot: self.end_slot };
+        std::mem::forget(self);
+        kept
+    }
+}
+
+/// A run that is held until this is given back to `unlock`, from whatever thread.
+pub(super) struct LockedRange {
+    start_slot: u64,
+    end_slot: u64,
 }
 
 impl Drop for RangeLock<'_> {
     fn drop(&mut self) {
-        let mut held = self.locks.held.lock();
-        if let Some(index) = held.runs.iter().position(|&run| run == (self.start_slot, self.end_slot)) {
-            held.runs.swap_remove(index);
-        }
-        if held.waiting_count > 0 {
-            self.locks.released.notify_all();
-        }
+        self.locks.unlock(LockedRange { start_slot: self.start_slot, end_slot: self.end_slot });
     }
 }
 
@@ -62,7 +92,12 @@ mod tests {
         let locks = Arc::new(RangeLocks::default());
         let a = locks.lock(0, 10);
         let b = locks.lock(10, 20);
+        assert!(locks.try_lock(5, 11).is_none());
+        let c = locks.try_lock(20, 21).unwrap().keep();
         drop((a, b));
+        assert!(locks.try_lock(20, 21).is_none(), "it is held without its guard");
+        locks.unlock(c);
+        drop(locks.try_lock(0, 21).unwrap());
         let counters: Arc<Vec<AtomicU64>> = Arc::new((0..16).map(|_| AtomicU64::new(0)).collect());
         let workers: Vec<_> = (0..4u64)
             .map(|seed| {

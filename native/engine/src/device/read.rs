@@ -167,7 +167,11 @@ impl Device {
             return Ok(true);
         }
         let layers = self.layers.load();
-        Ok(layers.reader(owner)?.read_now(offset_bytes, buffer)?)
+        match layers.reader_at_hand(owner) {
+            Some(layer) => Ok(layer.read_now(offset_bytes, buffer)?),
+            // To be opened, or unknown: whoever may wait finds out.
+            None => Ok(false),
+        }
     }
 
     /// Asks the backend to have the range's data at hand soon, `PREFETCH_BYTES_MAX` of it at most. A hint: nothing depends on it.

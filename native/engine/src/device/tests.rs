@@ -64,6 +64,7 @@ pub(super) fn open(store: &Arc<dyn Store>, catalog: &Catalog) -> Result<(Arc<Dev
         throttle: ThrottleLimits::default(),
         limits: DeviceLimits { dirty_bytes_max: u64::MAX, ..DeviceLimits::default() },
         batch_log: None,
+        batch_log_since_epoch: 0,
         on_event: None,
     })
 }
@@ -404,6 +405,7 @@ fn open_snapshot(world: &World, map: &FrozenMap, size_bytes: u64) -> Arc<Device>
         throttle: ThrottleLimits::default(),
         limits: DeviceLimits::default(),
         batch_log: None,
+        batch_log_since_epoch: 0,
         on_event: None,
     })
     .unwrap();
@@ -628,6 +630,16 @@ fn what_is_not_called_changed_reads_as_it_did_at_the_snapshot() {
 }
 
 fn open_with_log(store: &Arc<dyn Store>, catalog: &Catalog, epoch: u64, place: &BatchLogPlace) -> (Arc<Device>, OpenReport) {
+    open_with_log_since(store, catalog, epoch, place, 0)
+}
+
+fn open_with_log_since(
+    store: &Arc<dyn Store>,
+    catalog: &Catalog,
+    epoch: u64,
+    place: &BatchLogPlace,
+    since_epoch: u64,
+) -> (Arc<Device>, OpenReport) {
     Device::open(DeviceSpec {
         volume: VOLUME,
         size_bytes: catalog.size_bytes,
@@ -640,6 +652,7 @@ fn open_with_log(store: &Arc<dyn Store>, catalog: &Catalog, epoch: u64, place: &
         throttle: ThrottleLimits::default(),
         limits: DeviceLimits { dirty_bytes_max: u64::MAX, ..DeviceLimits::default() },
         batch_log: Some(place.clone()),
+        batch_log_since_epoch: since_epoch,
         on_event: None,
     })
     .unwrap()
@@ -728,6 +741,18 @@ fn a_write_into_a_slot_that_another_request_has_just_made_ours_is_answered_when_
     // Killed before the first request was answered.
     let (again, _) = open_with_log(&world.store, &world.catalog, 3, &place);
     assert!(read_all(&again)[..SLOT] == [2; SLOT]);
+}
+
+#[test]
+fn a_log_from_before_another_home_had_the_volume_is_not_believed() {
+    for (since_epoch, expected) in [(2, 1), (3, 0)] {
+        let (_directory, place, world) = logged_world(&format!("since-{since_epoch}"));
+        world.device.write(0, &[1; SLOT]).unwrap();
+        // Killed.
+        let (again, report) = open_with_log_since(&world.store, &world.catalog, 3, &place, since_epoch);
+        assert_eq!(report.batches_recalled, expected, "since epoch {since_epoch}");
+        assert_eq!(read_all(&again)[..SLOT] == [1; SLOT], expected == 1, "since epoch {since_epoch}");
+    }
 }
 
 #[test]

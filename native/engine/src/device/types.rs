@@ -68,6 +68,8 @@ pub struct DeviceSpec {
     pub limits: DeviceLimits,
     /// Where the open batch is kept beyond the end of the process; `None`: it is not (a restart then shows what was flushed).
     pub batch_log: Option<BatchLogPlace>,
+    /// What it has of an older epoch means nothing: others, with logs elsewhere, had the volume since.
+    pub batch_log_since_epoch: u64,
     /// Called from engine threads when the layer above should do something; must not block.
     pub on_event: Option<Box<dyn Fn(DeviceEvent) + Send + Sync>>,
 }

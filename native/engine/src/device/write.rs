@@ -45,6 +45,14 @@ impl Device {
         }
     }
 
+    /// Slots that are ours already were written.
+    #[inline]
+    pub(super) fn note_in_place(&self, start_slot: u64, end_slot: u64) {
+        if let Some(log) = &self.batch_log {
+            log.note_in_place(&self.batch, start_slot, end_slot);
+        }
+    }
+
     /// `operations`: how many the counters get.
     fn write_part(&self, offset_bytes: u64, data: &[u8], operations: u64) -> Result<()> {
         self.unwind_guard("write", || {
@@ -66,9 +74,7 @@ impl Device {
         let (start_slot, end_slot) = slots_touched(offset_bytes, data.len() as u64);
         if self.map.is_owned(start_slot, end_slot - start_slot, active.alias())? {
             active.writer()?.write(offset_bytes, &[IoSlice::new(data)])?;
-            if let Some(log) = &self.batch_log {
-                log.note_in_place(&self.batch, start_slot, end_slot);
-            }
+            self.note_in_place(start_slot, end_slot);
         } else {
             self.write_and_own(active, offset_bytes, data)?;
         }

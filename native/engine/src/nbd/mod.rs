@@ -8,7 +8,8 @@
 //! - One thread reads: a large receive, then every complete request in the buffer, then one send with all replies.
 //!   Requests that may be slow (flush, FUA, long trims and zeroes, whatever the throttle holds back) go to workers of the
 //!   connection, so that nothing waits behind somebody's fsync or disk. Reads of what is not at hand go to the ring of the
-//!   connection where the kernel lets us have one, and to the workers where not. Replies go out in any order, each as one piece.
+//!   connection where the kernel lets us have one, and to the workers where not. Reads and writes of a cluster are begun and answered
+//!   when their end is told (`begun.rs`). Replies go out in any order, each as one piece.
 //! - A long write goes to the device in pieces while the rest of it still arrives; it is answered once, when all of it is done.
 //! - A reply is sent only when what it says is true: a write when the device has it and has settled it (once for all writes whose
 //!   replies go out together), a flush or FUA when it is durable.
@@ -16,6 +17,7 @@
 //! - Once a reply's first byte is sent the rest follows, or the connection ends; nothing is padded.
 //!
 //! Deliberately absent: negotiation (TypeScript) and policy.
+mod begun;
 #[cfg(test)]
 mod fuzz_tests;
 mod receive;

@@ -260,7 +260,7 @@ pub(super) fn read_header_bytes(form: ReplyForm) -> usize {
 }
 
 /// Makes a reply of room for a header and the data behind it; returns the bytes used.
-fn complete_read(room: &mut [u8], request: &Request, form: ReplyForm, may_have_holes: bool) -> usize {
+pub(super) fn complete_read(room: &mut [u8], request: &Request, form: ReplyForm, may_have_holes: bool) -> usize {
     if form == ReplyForm::Simple {
         room[..SIMPLE_HEADER_BYTES].copy_from_slice(&simple_header(0, request.cookie));
     } else if may_have_holes {

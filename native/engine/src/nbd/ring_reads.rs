@@ -96,10 +96,10 @@ struct Outbox<'a> {
     /// Bytes that each of the answered requests holds.
     held: Vec<usize>,
     /// From the first byte to the last.
-    sending: Option<MutexGuard<'a, ()>>,
+    sending: Option<MutexGuard<'a, Vec<u8>>>,
 }
 
-impl<'a> Session<'a> {
+impl Session {
     /// The life of the ring's thread. After an error some of the reads that room was taken for are never answered.
     pub(super) fn serve_reads<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) -> io::Result<()> {
         let made = RingWaker::new().and_then(|waker| Ok((ReadRing::new(RING_READS_MAX, waker.clone())?, waker)));
@@ -198,7 +198,7 @@ impl<'a> Session<'a> {
     /// Sends as much as goes, and all of it if that `may_wait`.
     fn send_outbox<'scope>(&'scope self, outbox: &mut Outbox<'scope>, may_wait: bool) {
         if outbox.sending.is_none() {
-            outbox.sending = if may_wait { Some(self.sending.lock()) } else { self.sending.try_lock() };
+            outbox.sending = self.lock_sending(may_wait);
         }
         if outbox.sending.is_some() {
             let rest = &outbox.replies.bytes()[outbox.sent_bytes..];

@@ -1,4 +1,5 @@
 //! The loop of a serving connection. See the rules in mod.rs.
+use super::begun::{BegunRequests, CloseBegunOnDrop};
 use super::receive::{INLINE_PAYLOAD_BYTES_MAX, ReceiveBuffer};
 use super::reply::{ReplyBuffer, refusal_of, shutting_down, success_bytes};
 use super::request::{
@@ -12,10 +13,11 @@ use crate::device::{PREFETCH_BYTES_MAX, SettleMark};
 use crate::net::Socket;
 use crate::{Admission, Device, EngineError, Result, Served, StatusExtent};
 use atoll_map::SLOT_BYTES;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
@@ -115,7 +117,7 @@ impl Drop for Serving<'_> {
 }
 
 /// Serves `device` on `socket` until the connection ends; every request is finished and every worker gone on return.
-pub(crate) fn serve(socket: &Socket, device: &Device, options: NbdOptions, control: &ServeControl) -> ServeEnd {
+pub(crate) fn serve(socket: &Arc<Socket>, device: &Arc<Device>, options: NbdOptions, control: &Arc<ServeControl>) -> ServeEnd {
     control.serving.store(true, Ordering::SeqCst);
     let _serving = Serving(control);
     if control.is_draining() {
@@ -123,39 +125,50 @@ pub(crate) fn serve(socket: &Socket, device: &Device, options: NbdOptions, contr
         socket.shutdown_receive();
     }
     let worker_count_max = if device.waits_for_network() { NETWORK_WORKER_COUNT_MAX } else { WORKER_COUNT_MAX };
-    let session = Session {
-        socket,
-        device,
+    let session = Arc::new_cyclic(|myself| Session {
+        myself: Weak::clone(myself),
+        socket: Arc::clone(socket),
+        device: Arc::clone(device),
         options,
-        control,
+        control: Arc::clone(control),
         queue: WorkQueue::new(worker_count_max),
         ring_reads: RingReads::default(),
-        sending: Mutex::new(()),
+        begun: BegunRequests::default(),
+        sending: Mutex::default(),
         send_failed: AtomicBool::new(false),
         device_is_gone: AtomicBool::new(false),
         client_is_gone: AtomicBool::new(false),
-    };
+    });
     // Workers inherit the blocked signals of this thread and are joined at the end of the scope.
-    std::thread::scope(|scope| {
+    let end = std::thread::scope(|scope| {
         let _close = CloseOnDrop(&session.queue);
         let _close_reads = CloseReadsOnDrop(&session.ring_reads);
+        let _close_begun = CloseBegunOnDrop(&session.begun);
         let end = session.run(scope);
         if end.reason != ServeEndReason::Disconnect {
             session.client_is_gone.store(true, Ordering::Release);
         }
         end
-    })
+    });
+    // Whoever told the last end is about to let go.
+    while Arc::strong_count(&session) > 1 {
+        std::thread::yield_now();
+    }
+    end
 }
 
-pub(super) struct Session<'a> {
-    socket: &'a Socket,
-    pub(super) device: &'a Device,
+pub(super) struct Session {
+    pub(super) myself: Weak<Session>,
+    socket: Arc<Socket>,
+    pub(super) device: Arc<Device>,
     pub(super) options: NbdOptions,
-    control: &'a ServeControl,
-    queue: WorkQueue,
+    control: Arc<ServeControl>,
+    pub(super) queue: WorkQueue,
     pub(super) ring_reads: RingReads,
-    /// Held while a batch or a single reply is sent: each goes out as one piece.
-    pub(super) sending: Mutex<()>,
+    pub(super) begun: BegunRequests,
+    /// Held while a batch or a single reply is sent: each goes out as one piece. In it: the rest of a piece that somebody who may not
+    /// wait has begun, which goes before everything else.
+    pub(super) sending: Mutex<Vec<u8>>,
     send_failed: AtomicBool,
     /// The device answered that it is closed: nothing more is read.
     device_is_gone: AtomicBool,
@@ -190,7 +203,7 @@ impl Payload<'_> {
     }
 }
 
-impl<'a> Session<'a> {
+impl Session {
     fn run<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) -> ServeEnd {
         let is_extended = self.options.replies == ReplyForm::Extended;
         let mut received = ReceiveBuffer::new(if is_extended { EXTENDED_HEADER_BYTES } else { COMPACT_HEADER_BYTES });
@@ -217,7 +230,7 @@ impl<'a> Session<'a> {
                 return ended(ServeEndReason::Closed, "the device was closed");
             }
             self.control.receiving.store(true, Ordering::Release);
-            let filled = received.fill(self.socket);
+            let filled = received.fill(&self.socket);
             self.control.receiving.store(false, Ordering::Release);
             batch.arrived_at = Instant::now();
             match filled {
@@ -253,7 +266,7 @@ impl<'a> Session<'a> {
             } else if payload_bytes > INLINE_PAYLOAD_BYTES_MAX {
                 // The rest of the payload may be long in coming: nobody waits for it.
                 self.send_batch(batch)?;
-                let payload = match received.receive_large(self.socket, payload_bytes) {
+                let payload = match received.receive_large(&self.socket, payload_bytes) {
                     Ok(Some(payload)) => payload,
                     Ok(None) => return Err(self.end_of_file(payload_bytes)),
                     Err(error) => return Err(self.broken(&error)),
@@ -340,6 +353,8 @@ impl<'a> Session<'a> {
         if !is_throttled && self.goes_to_ring(scope, request) {
             // Handed over with all others of the batch.
             batch.ring_reads.push((*request, batch.arrived_at));
+        } else if !is_throttled && self.may_begin(request) && self.begin(scope, request, payload.bytes(), batch.arrived_at) {
+            // Answered when its end is told.
         } else {
             let job = Job { request: *request, payload: payload.into_vec(), held_bytes, is_throttled, arrived_at: batch.arrived_at };
             self.submit(scope, job);
@@ -366,6 +381,13 @@ impl<'a> Session<'a> {
             };
             std::thread::Builder::new().name("atoll-nbd-ring".to_owned()).spawn_scoped(scope, body).is_ok()
         })
+    }
+
+    /// Whether this is a request that a backend may carry out while nobody waits.
+    fn may_begin(&self, request: &Request) -> bool {
+        self.device.waits_for_network()
+            && request.length_bytes > 0
+            && (request.command == Command::Read || (request.command == Command::Write && !request.has(FLAG_FUA)))
     }
 
     /// A read that the ring cannot do, and when it was received.
@@ -427,7 +449,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Whether a request may take long for reasons of its own (not because the disk is slow), or has to wait for other machines.
+    /// Whether a request may take long for reasons of its own (not because the disk is slow), or waits for other machines in any case.
     fn is_slow(&self, request: &Request) -> bool {
         match request.command {
             Command::Write | Command::Trim | Command::WriteZeroes if self.device.waits_for_network() => true,
@@ -543,7 +565,7 @@ impl<'a> Session<'a> {
         let mut result = Ok(());
         // The time in the device: how fast a client sends is not ours.
         let mut took = Duration::ZERO;
-        let whole = received.receive_in_pieces(self.socket, length_bytes, offset_bytes, SLOT_BYTES, |at, piece| {
+        let whole = received.receive_in_pieces(&self.socket, length_bytes, offset_bytes, SLOT_BYTES, |at, piece| {
             // After a failure the rest is only consumed.
             if result.is_ok() {
                 let started_at = Instant::now();
@@ -671,12 +693,35 @@ impl<'a> Session<'a> {
         sent.map_err(|error| self.broken(&error))
     }
 
-    fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        let _one_piece = self.sending.lock();
+    pub(super) fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        let _one_piece = self.lock_sending(true);
         if self.send_failed.load(Ordering::Acquire) {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
         self.socket.send_all(bytes).inspect_err(|_| self.fail())
+    }
+
+    /// The right to send. `None` only for who may not wait: somebody has it, or has left a piece that must be waited for, or the
+    /// backend has to be asked first whether the volume is still ours. If it is not, the connection is over.
+    pub(super) fn lock_sending(&self, may_wait: bool) -> Option<MutexGuard<'_, Vec<u8>>> {
+        let mut unsent = if may_wait { self.sending.lock() } else { self.sending.try_lock()? };
+        if !self.device.is_proven() {
+            if !may_wait {
+                return None;
+            }
+            if self.device.prove().is_err() {
+                self.fail();
+            }
+        }
+        if !unsent.is_empty() {
+            if !may_wait {
+                return None;
+            }
+            let rest = std::mem::take(&mut *unsent);
+            // Whoever sends next sees the failure.
+            let _ = self.send_part(&rest, true);
+        }
+        Some(unsent)
     }
 
     /// Sends a part of a piece, the caller holds `sending`: what goes without a wait, or all of it.

@@ -81,6 +81,16 @@ pub(super) fn worlds() -> Vec<World> {
 
 /// `files`: how reads wait on a store of files; `None`: in memory.
 pub(super) fn world_of(throttle: ThrottleLimits, batch_log: Option<BatchLogPlace>, files: Option<ReadPath>) -> World {
+    world_over(throttle, batch_log, files, |store| store)
+}
+
+/// `wrap`: makes the store that the device has of the one that fails when told to.
+pub(super) fn world_over(
+    throttle: ThrottleLimits,
+    batch_log: Option<BatchLogPlace>,
+    files: Option<ReadPath>,
+    wrap: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>,
+) -> World {
     let mut template = std::env::temp_dir().join("atoll-nbd-XXXXXX").into_os_string().into_encoded_bytes();
     template.push(0);
     // SAFETY: the template is writable, ends with a zero byte and outlives the call.
@@ -93,7 +103,7 @@ pub(super) fn world_of(throttle: ThrottleLimits, batch_log: Option<BatchLogPlace
     };
     let engine = Engine::new(EngineOptions::default()).unwrap();
     let faults = Arc::new(FaultStore::new(inner));
-    let store: Arc<dyn Store> = faults.clone();
+    let store = wrap(faults.clone());
     let layer = |alias: u8| LayerId([alias; 16]);
     store.create_layer(layer(1)).unwrap();
     let (device, _) = engine
@@ -109,6 +119,7 @@ pub(super) fn world_of(throttle: ThrottleLimits, batch_log: Option<BatchLogPlace
             throttle,
             limits: DeviceLimits::default(),
             batch_log,
+            batch_log_since_epoch: 0,
             on_event: None,
         })
         .unwrap();

@@ -14,7 +14,7 @@ pub(super) const QUEUED_PAYLOAD_BYTES_MAX: usize = 64 << 20;
 /// that wait for a disk are the ring's where there is one.)
 pub(super) const WORKER_COUNT_MAX: usize = 16;
 
-/// The same where every request waits for the network: so many are in flight in the cluster.
+/// The same where requests wait for the network: so many of those that cannot be begun without a wait are in flight in the cluster.
 pub(super) const NETWORK_WORKER_COUNT_MAX: usize = 64;
 
 /// A request on its way to a worker.

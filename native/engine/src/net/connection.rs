@@ -50,8 +50,8 @@ enum Command {
 
 /// What there is only while the connection lives. Its thread has one handle.
 struct Link {
-    socket: Socket,
-    control: ServeControl,
+    socket: Arc<Socket>,
+    control: Arc<ServeControl>,
 }
 
 struct Shared {
@@ -78,7 +78,7 @@ pub struct Connection {
 impl Connection {
     pub(super) fn start(socket: Socket, place: ConnectionPlace) -> Result<Arc<Connection>> {
         let peer = socket.peer().to_owned();
-        let link = Arc::new(Link { socket, control: ServeControl::default() });
+        let link = Arc::new(Link { socket: Arc::new(socket), control: Arc::default() });
         let shared = Arc::new(Shared {
             peer,
             link: Mutex::new(Some(link.clone())),

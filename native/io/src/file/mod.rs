@@ -120,6 +120,7 @@ impl Store for FileStore {
             persistent: true,
             segment_growth_bytes: SEGMENT_GROWTH_BYTES,
             waits_for_network: false,
+            is_fenceable: false,
         }
     }
 

@@ -54,6 +54,7 @@ impl Store for RawFileStore {
             persistent: true,
             segment_growth_bytes: 0,
             waits_for_network: false,
+            is_fenceable: false,
         }
     }
 

@@ -223,6 +223,7 @@ impl Store for MemoryStore {
             // What is recorded is there to be broken, so it grows ahead as files do.
             segment_growth_bytes: if self.shared.history.is_some() { PAGE_BYTES as u32 } else { 0 },
             waits_for_network: false,
+            is_fenceable: false,
         }
     }
 

@@ -6,7 +6,7 @@ use super::library::{
 use crate::{IoError, IoErrorCode, Result};
 use std::cell::Cell;
 use std::collections::VecDeque;
-use std::ffi::{CStr, CString, c_char, c_int};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fmt::{self, Write};
 use std::path::PathBuf;
 use std::ptr::{null, null_mut};
@@ -214,6 +214,8 @@ impl Cluster {
             ("log_to_stderr", "false".to_owned()),
             ("err_to_stderr", "false".to_owned()),
         ];
+        // Nor does the library gather what it would log if it crashed: that costs each request a tenth of its time.
+        settings.extend(["debug_objecter", "debug_rados", "debug_ms"].map(|name| (name, "0/0".to_owned())));
         if request_seconds <= 20 {
             // A client whose requests time out before it asks for a new map of the cluster would never get one.
             settings.push(("objecter_timeout", (request_seconds / 2).max(1).to_string()));
@@ -321,6 +323,73 @@ impl Cluster {
         }
         let refused = submit(self.io, raw);
         Completion { cluster: self, raw, refused: refused.min(0) }
+    }
+
+    /// As `start`, for who is told the end instead of waiting for it. An error is the errno of a request that was not begun: its end is
+    /// told to nobody, and it comes back.
+    fn begin<T: Ended>(&self, told: Box<T>, submit: impl FnOnce(Handle, Handle) -> c_int) -> std::result::Result<(), (i32, Box<T>)> {
+        let mut raw = null_mut();
+        let told = Box::into_raw(told);
+        // SAFETY: whoever is told belongs to the completion from here on, and comes back out of it once: in the callback, or below.
+        let code = unsafe { (self.library.aio_create_completion2)(told.cast(), call_back::<T> as *mut c_void, &raw mut raw) };
+        if code < 0 {
+            // SAFETY: there is no completion that could have it.
+            return Err((-code, unsafe { Box::from_raw(told) }));
+        }
+        // From here on the callback may have it.
+        let code = submit(self.io, raw);
+        if code < 0 {
+            // SAFETY: what was refused calls nobody back; the completion is ours.
+            return Err((-code, unsafe {
+                (self.library.aio_release)(raw);
+                Box::from_raw(told)
+            }));
+        }
+        Ok(())
+    }
+
+    /// Reads into the room of who is told, which stays where it is until then. The answer is the bytes read: fewer at the object's end.
+    pub(super) fn begin_read<T: Ended>(
+        &self,
+        name: &Name,
+        offset_bytes: u64,
+        mut told: Box<T>,
+        room: impl FnOnce(&mut T) -> &mut [u8],
+    ) -> std::result::Result<(), (i32, Box<T>)> {
+        let room = room(&mut told);
+        let (start, length) = (room.as_mut_ptr(), room.len());
+        // SAFETY: the name is copied; the room lives where it is until its owner is told, and nobody else touches it.
+        self.begin(told, |io, completion| unsafe {
+            (self.library.aio_read)(io, name.as_ptr(), completion, start.cast(), length, offset_bytes)
+        })
+    }
+
+    /// Writes; the data is copied before the return.
+    pub(super) fn begin_write<T: Ended>(
+        &self,
+        name: &Name,
+        offset_bytes: u64,
+        data: &[u8],
+        told: Box<T>,
+    ) -> std::result::Result<(), (i32, Box<T>)> {
+        // SAFETY: the library copies the name and the data.
+        self.begin(told, |io, completion| unsafe {
+            (self.library.aio_write)(io, name.as_ptr(), completion, data.as_ptr().cast(), data.len(), offset_bytes)
+        })
+    }
+
+    /// Carries out a change: all of it or nothing.
+    pub(super) fn begin_change<T: Ended>(&self, name: &Name, change: Change, told: Box<T>) -> std::result::Result<(), (i32, Box<T>)> {
+        // SAFETY: as for `start_change`.
+        self.begin(told, |io, completion| unsafe {
+            (self.library.aio_write_op_operate)(change.raw, io, completion, name.as_ptr(), null_mut(), 0)
+        })
+    }
+
+    /// Asks whether an object is there: 0 or `ENOENT`.
+    pub(super) fn begin_stat<T: Ended>(&self, name: &Name, told: Box<T>) -> std::result::Result<(), (i32, Box<T>)> {
+        // SAFETY: the name is copied; the library passes over places that are null.
+        self.begin(told, |io, completion| unsafe { (self.library.aio_stat)(io, name.as_ptr(), completion, null_mut(), null_mut()) })
     }
 
     /// Reads into `buffer`, which must live and stay untouched until the completion is done. The answer is the bytes read: fewer at
@@ -575,6 +644,41 @@ impl Cluster {
         if code < 0 { Err(-code) } else { Ok(()) }
     }
 
+    /// Whether this connection has the lock: an errno if not, `ESHUTDOWN` if it was shut out. Answered by the OSD that breaks and gives
+    /// this lock, so that whoever broke it did so before or after.
+    pub(super) fn assert_locked(&self, name: &Name, lock: &CStr, cookie: &CStr) -> std::result::Result<(), i32> {
+        // As Ceph's class of locks reads it: version 1, compatible with 1, length | name, kind (1: exclusive), cookie, tag.
+        let mut fields = Vec::new();
+        let add_text = |fields: &mut Vec<u8>, text: &[u8]| {
+            fields.extend((text.len() as u32).to_le_bytes());
+            fields.extend(text);
+        };
+        add_text(&mut fields, lock.to_bytes());
+        fields.push(1);
+        add_text(&mut fields, cookie.to_bytes());
+        add_text(&mut fields, b"");
+        let mut question = vec![1, 1];
+        question.extend((fields.len() as u32).to_le_bytes());
+        question.extend(fields);
+        let code = self
+            .start(|io, completion| unsafe {
+                // SAFETY: the names and the question are copied; nothing is answered but a code.
+                (self.library.aio_exec)(
+                    io,
+                    name.as_ptr(),
+                    completion,
+                    c"lock".as_ptr(),
+                    c"assert_locked".as_ptr(),
+                    question.as_ptr().cast(),
+                    question.len(),
+                    null_mut(),
+                    0,
+                )
+            })
+            .wait();
+        if code < 0 { Err(-code) } else { Ok(()) }
+    }
+
     pub(super) fn unlock(&self, name: &Name, lock: &CStr, cookie: &CStr) {
         // SAFETY: all strings live longer than the call. A failure leaves the lock to be broken by the next one who wants it.
         unsafe { (self.library.unlock)(self.full_io, name.as_ptr(), lock.as_ptr(), cookie.as_ptr()) };
@@ -719,6 +823,27 @@ fn first_text(bytes: &[u8]) -> String {
 
 pub(super) fn c_string(what: &'static str, text: &str) -> Result<CString> {
     CString::new(text).map_err(|_| IoError::from_errno("configure", format!("{what} {text:?}"), 0, libc::EINVAL))
+}
+
+/// Who is told the end of a request that was begun.
+pub(super) trait Ended: Send + 'static {
+    /// `code`: a negative errno, or what the request answers. On a thread of the library, which carries out nothing else meanwhile.
+    fn ended(self: Box<Self>, code: c_int);
+}
+
+extern "C" fn call_back<T: Ended>(completion: Handle, told: *mut c_void) {
+    // Set before the first request can be begun: the library is loaded.
+    let Ok(library) = library() else { return };
+    // SAFETY: the completion is alive while it calls back, and nobody else refers to it.
+    let code = unsafe {
+        let code = (library.aio_get_return_value)(completion);
+        (library.aio_release)(completion);
+        code
+    };
+    // SAFETY: `begin` gave it to this completion, which calls back once.
+    let told = unsafe { Box::from_raw(told.cast::<T>()) };
+    // What is above catches its panics; none may reach the library.
+    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| told.ended(code)));
 }
 
 /// A request under way. Dropping it waits for its end, so that nothing it fills goes before.

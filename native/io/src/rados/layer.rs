@@ -8,11 +8,12 @@
 //! - A layer that was removed is `NotFound`, never zeros (I2): the flag is set before the first object goes, and looked at after
 //!   every read that found nothing. An object of the index that is not there is a hole only if the layer's own object still is: with
 //!   the RADOS pool deleted, everything would be holes.
-use super::cluster::{Change, Cluster, Completion, Name};
+use super::cluster::{Change, Cluster, Completion, Ended, Name};
 use super::object::{ATTRIBUTE_BYTES_MAX, OBJECT_BYTES, Object};
 use crate::error::layer_object;
+use crate::split::split;
 use crate::store::push_extent;
-use crate::{Extent, IoError, IoErrorCode, LayerEntry, LayerId, LayerIo, Result};
+use crate::{Begun, Ending, Extent, IoError, IoErrorCode, LayerEntry, LayerId, LayerIo, Result};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int};
@@ -364,6 +365,93 @@ impl Layer {
         Ok(())
     }
 
+    fn begin_read(self: &Arc<Layer>, offset_bytes: u64, mut ending: Box<dyn Ending>) -> Begun {
+        let length_bytes = ending.room().len() as u64;
+        if length_bytes == 0 || self.check_range("read", offset_bytes, length_bytes).is_err() {
+            return Err(ending);
+        }
+        let mut objects = objects_of(offset_bytes, length_bytes);
+        let first = objects.next();
+        if let (Some((index, bytes)), None) = (first, objects.next()) {
+            // The common case, without a list of anything.
+            self.begin_object_read(index, bytes.start, ending);
+            return Ok(());
+        }
+        let lengths: Vec<usize> = objects_of(offset_bytes, length_bytes).map(|(_, bytes)| (bytes.end - bytes.start) as usize).collect();
+        let parts = split(ending, &lengths);
+        for (part, (index, bytes)) in parts.into_iter().zip(objects_of(offset_bytes, length_bytes)) {
+            self.begin_object_read(index, bytes.start, part);
+        }
+        Ok(())
+    }
+
+    fn begin_object_read(self: &Arc<Layer>, index: u32, offset_bytes: u64, mut ending: Box<dyn Ending>) {
+        if !self.shard(index).lock().contains_key(&index) {
+            ending.room().fill(0);
+            let result = if self.is_removed() { Err(self.removed_error("read", index)) } else { Ok(()) };
+            return ending.ended(result);
+        }
+        let read = Box::new(BegunRead { layer: Arc::clone(self), index, lacks_object: false, ending });
+        if let Err((errno, read)) = self.cluster.begin_read(&self.name(index), offset_bytes, read, |read| read.ending.room()) {
+            read.ended(-errno);
+        }
+    }
+
+    fn removed_error(&self, operation: &'static str, index: u32) -> IoError {
+        let offset_bytes = u64::from(index) * OBJECT_BYTES;
+        IoError::new(IoErrorCode::NotFound, operation, layer_object(self.id), offset_bytes, "the layer was removed")
+    }
+
+    fn begin_write(self: &Arc<Layer>, offset_bytes: u64, data: &[u8], ending: Box<dyn Ending>) -> Begun {
+        let length_bytes = data.len() as u64;
+        // What has to go into the index first, or to be asked, is waited for.
+        let is_known = |(index, _)| matches!(self.shard(index).lock().get(&index), Some(Some(_)));
+        if data.is_empty()
+            || self.check_range("write", offset_bytes, length_bytes).is_err()
+            || !objects_of(offset_bytes, length_bytes).all(is_known)
+        {
+            return Err(ending);
+        }
+        let count = objects_of(offset_bytes, length_bytes).count();
+        if count == 1 {
+            let (index, from) = ((offset_bytes / OBJECT_BYTES) as u32, offset_bytes % OBJECT_BYTES);
+            return self.begin_object_write(index, from..from + length_bytes, data, ending);
+        }
+        let mut rest = data;
+        for (part, (index, bytes)) in split(ending, &vec![0; count]).into_iter().zip(objects_of(offset_bytes, length_bytes)) {
+            let (piece, tail) = rest.split_at((bytes.end - bytes.start) as usize);
+            rest = tail;
+            let from = bytes.start;
+            if let Err(part) = self.begin_object_write(index, bytes, piece, part) {
+                // A punch that failed has just made it unknown; others of this write are under way.
+                part.ended(self.write("write", u64::from(index) * OBJECT_BYTES + from, &[IoSlice::new(piece)]));
+            }
+        }
+        Ok(())
+    }
+
+    fn begin_object_write(self: &Arc<Layer>, index: u32, bytes: Range<u64>, data: &[u8], ending: Box<dyn Ending>) -> Begun {
+        let name = self.name(index);
+        let mut shard = self.shard(index).lock();
+        let Some(Some(object)) = shard.get_mut(&index) else { return Err(ending) };
+        let tells = object.add(bytes.clone()) || object.is_untold;
+        let write = Box::new(BegunWrite { layer: Arc::clone(self), index, tells, ending });
+        let begun = if tells {
+            let mut change = self.cluster.change();
+            change.write(bytes.start, data);
+            Layer::tell(&mut change, object);
+            object.is_untold = false;
+            self.cluster.begin_change(&name, change, write)
+        } else {
+            self.cluster.begin_write(&name, bytes.start, data, write)
+        };
+        drop(shard);
+        if let Err((errno, write)) = begun {
+            write.ended(-errno);
+        }
+        Ok(())
+    }
+
     /// The last object of which anything was ever written.
     fn last_object(&self) -> Result<Option<(u32, u64)>> {
         let indexed = self.indexed(0..u64::from(u32::MAX) + 1);
@@ -516,6 +604,54 @@ impl Layer {
     }
 }
 
+/// A read that was begun.
+struct BegunRead {
+    layer: Arc<Layer>,
+    index: u32,
+    /// The object is not there, and the one that stands for the layer is asked for now.
+    lacks_object: bool,
+    ending: Box<dyn Ending>,
+}
+
+impl Ended for BegunRead {
+    fn ended(mut self: Box<Self>, code: c_int) {
+        let layer = Arc::clone(&self.layer);
+        let removed = || layer.removed_error("read", self.index);
+        if code == -libc::ENOENT && !self.lacks_object {
+            self.lacks_object = true;
+            if let Err((errno, read)) = layer.cluster.begin_stat(&head_name(layer.id), self) {
+                read.ending.ended(Err(layer.error("read", read.index, errno)));
+            }
+            return;
+        }
+        if code < 0 {
+            let error = if code == -libc::ENOENT { removed() } else { layer.error("read", self.index, -code) };
+            return self.ending.ended(Err(error));
+        }
+        let room = self.ending.room();
+        let count = if self.lacks_object { 0 } else { (code as usize).min(room.len()) };
+        room[count..].fill(0);
+        let result = if count == 0 && layer.is_removed() { Err(removed()) } else { Ok(()) };
+        self.ending.ended(result);
+    }
+}
+
+/// A write that was begun.
+struct BegunWrite {
+    layer: Arc<Layer>,
+    index: u32,
+    /// The request carries the attribute.
+    tells: bool,
+    ending: Box<dyn Ending>,
+}
+
+impl Ended for BegunWrite {
+    fn ended(self: Box<Self>, code: c_int) {
+        let result = self.layer.finish("write", self.index, self.tells, code);
+        self.ending.ended(result);
+    }
+}
+
 /// An open layer.
 pub(super) struct RadosLayer {
     pub(super) layer: Arc<Layer>,
@@ -555,6 +691,17 @@ impl LayerIo for RadosLayer {
     fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()> {
         self.check_writable("write", offset_bytes)?;
         self.layer.write("write", offset_bytes, buffers)
+    }
+
+    fn begin_read(&self, offset_bytes: u64, ending: Box<dyn Ending>) -> Begun {
+        if self.layer.is_removed() { Err(ending) } else { self.layer.begin_read(offset_bytes, ending) }
+    }
+
+    fn begin_write(&self, offset_bytes: u64, data: &[u8], ending: Box<dyn Ending>) -> Begun {
+        match self.check_writable("write", offset_bytes) {
+            Ok(()) => self.layer.begin_write(offset_bytes, data, ending),
+            Err(_) => Err(ending),
+        }
     }
 
     fn punch(&self, offset_bytes: u64, length_bytes: u64) -> Result<()> {

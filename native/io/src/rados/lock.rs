@@ -1,18 +1,23 @@
 //! The lock of a pool: an exclusive lock of RADOS on one object, without an end, whose cookie says who has it. A daemon that was
 //! killed leaves it behind. Whoever wants it then may break it, if the holder is known to be gone: a process of this machine that is
-//! no more. Whether that is right does not matter for the data: the client is shut out of the cluster first, and no OSD takes
-//! anything of it from then on.
+//! no more, or if it is told to shut out whoever has it. Whether the holder lives does not matter for the data: the client is shut out
+//! of the cluster first, and no OSD takes anything of it from then on.
 use super::cluster::{Cluster, Name, c_string};
+use crate::store::PROOF_TIME_MAX;
 use crate::{IoError, IoErrorCode, Result};
 use std::ffi::{CStr, CString};
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 const LOCK: &CStr = c"atoll";
 
 /// The holder may change while it is looked at; this often at most.
 const ATTEMPT_COUNT_MAX: usize = 5;
+
+/// For clocks that do not agree to the millisecond.
+const PROOF_TIME_SPARE: Duration = Duration::from_millis(250);
 
 /// The text of the owner in the cookie.
 const OWNER_BYTES_MAX: usize = 1024;
@@ -24,6 +29,25 @@ fn lock_object() -> Name {
 pub(super) struct HeldLock {
     cluster: Arc<Cluster>,
     cookie: CString,
+}
+
+impl HeldLock {
+    pub(super) fn cookie(&self) -> &CStr {
+        &self.cookie
+    }
+}
+
+/// Whether the lock is held with this cookie; the error says what became of it.
+pub(super) fn prove(cluster: &Cluster, cookie: &CStr) -> Result<()> {
+    let object = lock_object();
+    match cluster.assert_locked(&object, LOCK, cookie) {
+        Ok(()) => Ok(()),
+        Err(libc::EBUSY | libc::ENOENT) => {
+            let message = "the lock of the pool was broken: another daemon has taken the pool over";
+            Err(IoError::new(IoErrorCode::Unavailable, "lock", object.to_string(), 0, message))
+        }
+        Err(errno) => Err(cluster.error("lock", object, 0, errno)),
+    }
 }
 
 impl Drop for HeldLock {
@@ -84,23 +108,40 @@ fn is_gone(cookie: &str, here: Option<&Process>) -> bool {
     place == here.place && start_of(pid).as_deref() != Some(started_at)
 }
 
-/// Takes the lock; `Locked` with the owner's text if somebody has it.
-pub(super) fn take(cluster: &Arc<Cluster>, owner: &str) -> Result<HeldLock> {
+/// Whether the holder is this very process: another pool in the same place.
+fn is_self(cookie: &str, here: Option<&Process>) -> bool {
+    let mut fields = cookie.splitn(5, ' ');
+    let (Some(place), Some(pid), Some(started_at), Some(here)) = (fields.next(), fields.next(), fields.next(), here) else { return false };
+    place == here.place && pid.parse() == Ok(here.pid) && started_at == here.started_at
+}
+
+/// Takes the lock; `Locked` with the owner's text if somebody has it. `shut_out_holder`: whoever that is, unless it is this process.
+pub(super) fn take(cluster: &Arc<Cluster>, owner: &str, shut_out_holder: bool) -> Result<HeldLock> {
     let here = Process::here();
     let cookie = c_string("owner", &make_cookie(here.as_ref(), owner))?;
     let object = lock_object();
+    let mut has_shut_out = false;
     for _ in 0..ATTEMPT_COUNT_MAX {
         match cluster.lock(&object, LOCK, &cookie) {
-            Ok(()) => return Ok(HeldLock { cluster: Arc::clone(cluster), cookie }),
+            Ok(()) => {
+                let held = HeldLock { cluster: Arc::clone(cluster), cookie };
+                if has_shut_out {
+                    // From the break of its lock on the other one proves nothing any more; what it proved before runs out now.
+                    std::thread::sleep(PROOF_TIME_MAX + PROOF_TIME_SPARE);
+                }
+                return Ok(held);
+            }
             Err(libc::EBUSY | libc::EEXIST) => {}
             Err(errno) => return Err(cluster.error("lock", object, 0, errno)),
         }
         let Some(locker) = cluster.locker(&object, LOCK)? else { continue };
-        if !is_gone(&locker.cookie, here.as_ref()) {
+        let is_gone = is_gone(&locker.cookie, here.as_ref());
+        if !is_gone && (!shut_out_holder || is_self(&locker.cookie, here.as_ref())) {
             let message = format!("locked by {}", owner_of(&locker.cookie));
             return Err(IoError::new(IoErrorCode::Locked, "lock", object.to_string(), 0, message));
         }
         cluster.fence(&object, LOCK, &locker)?;
+        has_shut_out |= !is_gone;
     }
     Err(IoError::new(IoErrorCode::Locked, "lock", object.to_string(), 0, "locked by others, one after the other"))
 }
@@ -115,6 +156,7 @@ mod tests {
         let cookie = make_cookie(Some(&here), "pid 1 on a host\0, since then");
         assert_eq!(owner_of(&cookie), "pid 1 on a host, since then");
         assert!(!is_gone(&cookie, Some(&here)), "we are here");
+        assert!(is_self(&cookie, Some(&here)));
         assert!(!is_gone(&cookie, None));
         let other_start = Process { started_at: "1".to_owned(), ..Process::here().unwrap() };
         assert!(is_gone(&make_cookie(Some(&other_start), ""), Some(&here)), "the pid is another process now");
@@ -122,6 +164,7 @@ mod tests {
         assert!(is_gone(&make_cookie(Some(&nobody), ""), Some(&here)));
         let elsewhere = Process { place: "another/machine".to_owned(), ..nobody };
         assert!(!is_gone(&make_cookie(Some(&elsewhere), ""), Some(&here)));
+        assert!(!is_self(&make_cookie(Some(&elsewhere), ""), Some(&here)));
         for strange in ["", "x", "- 0 - 1 me", "auto 123"] {
             assert!(!is_gone(strange, Some(&here)), "{strange}");
         }

@@ -38,6 +38,7 @@ use layers::{Layers, layers_index};
 use parking_lot::Mutex;
 use segment::RadosSegment;
 use std::collections::{BTreeSet, HashMap};
+use std::ffi::CString;
 use std::sync::Arc;
 use std::time::Instant;
 use watch::{PoolFigures, Watch};
@@ -53,6 +54,8 @@ pub struct RadosStore {
     layers: Arc<Layers>,
     segments: Mutex<HashMap<LayerId, BTreeSet<u64>>>,
     watch: Watch,
+    /// Cookie of the lock that was taken last.
+    cookie: Mutex<Option<CString>>,
 }
 
 impl Drop for RadosStore {
@@ -138,7 +141,7 @@ impl RadosStore {
         find_head(&cluster, create)?;
         let watch = Watch::start(&cluster, head(), started_at.elapsed())?;
         let layers = Layers::new(&cluster);
-        let store = RadosStore { cluster, layers, segments: Mutex::default(), watch };
+        let store = RadosStore { cluster, layers, segments: Mutex::default(), watch, cookie: Mutex::default() };
         store.read_segments()?;
         Ok(store)
     }
@@ -164,6 +167,7 @@ impl Store for RadosStore {
             persistent: true,
             segment_growth_bytes: 0,
             waits_for_network: true,
+            is_fenceable: true,
         }
     }
 
@@ -335,12 +339,20 @@ impl Store for RadosStore {
     }
 
     fn lock(&self, owner: &str) -> Result<StoreLock> {
-        let lock = lock::take(&self.cluster, owner)?;
-        // Whoever held the lock before may have changed everything since.
-        self.read_segments()?;
-        self.drop_missing_segments()?;
-        self.layers.start_anew()?;
-        Ok(StoreLock { guard: Box::new(lock) })
+        self.locked(lock::take(&self.cluster, owner, false)?)
+    }
+
+    fn lock_shutting_out(&self, owner: &str) -> Result<StoreLock> {
+        self.locked(lock::take(&self.cluster, owner, true)?)
+    }
+
+    /// One request to the object that carries the lock. Of a store that never took it, only whether the cluster still answers us.
+    fn prove_held(&self) -> Result<()> {
+        let cookie = self.cookie.lock().clone();
+        match cookie {
+            Some(cookie) => lock::prove(&self.cluster, &cookie),
+            None => self.cluster.stat(&head()).map(|_| ()),
+        }
     }
 
     /// The cluster keeps something back itself (`full_ratio`).
@@ -358,6 +370,16 @@ impl Store for RadosStore {
 }
 
 impl RadosStore {
+    /// Whoever held the lock before may have changed everything since.
+    fn locked(&self, lock: lock::HeldLock) -> Result<StoreLock> {
+        *self.cookie.lock() = Some(lock.cookie().to_owned());
+        // Whoever held the lock before may have changed everything since.
+        self.read_segments()?;
+        self.drop_missing_segments()?;
+        self.layers.start_anew()?;
+        Ok(StoreLock { guard: Box::new(lock) })
+    }
+
     /// Forgets segments that stand in the index alone: their making or removal ended half-way.
     fn drop_missing_segments(&self) -> Result<()> {
         let known: Vec<(LayerId, u64)> =

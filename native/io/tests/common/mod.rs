@@ -2,10 +2,11 @@
 #![allow(dead_code)] // Each test is a program of its own and uses a part.
 pub mod ceph;
 
-use atoll_io::{Delta, LayerId, LayerIo, Result};
+use atoll_io::{Delta, Ending, LayerId, LayerIo, Result};
 use std::io::{IoSlice, IoSliceMut};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 pub const LAYER: LayerId = LayerId([0x11; 16]);
 pub const OTHER_LAYER: LayerId = LayerId([0x22; 16]);
@@ -41,6 +42,35 @@ pub fn read(layer: &dyn LayerIo, offset_bytes: u64, length_bytes: usize) -> Vec<
     let mut bytes = vec![0xee; length_bytes];
     layer.read(offset_bytes, &mut [IoSliceMut::new(&mut bytes)]).unwrap();
     bytes
+}
+
+/// Sends what came of a request, with what was read.
+struct Told {
+    room: Vec<u8>,
+    sender: Sender<Result<Vec<u8>>>,
+}
+
+impl Ending for Told {
+    fn room(&mut self) -> &mut [u8] {
+        &mut self.room
+    }
+    fn ended(self: Box<Self>, result: Result<()>) {
+        let Told { room, sender } = *self;
+        let _ = sender.send(result.map(|()| room));
+    }
+}
+
+/// A request that was begun: what it came to, once. `None`: it has to be waited for.
+pub type BegunTest = Option<Receiver<Result<Vec<u8>>>>;
+
+pub fn begin_write(layer: &dyn LayerIo, offset_bytes: u64, data: &[u8]) -> BegunTest {
+    let (sender, told) = channel();
+    layer.begin_write(offset_bytes, data, Box::new(Told { room: Vec::new(), sender })).is_ok().then_some(told)
+}
+
+pub fn begin_read(layer: &dyn LayerIo, offset_bytes: u64, length_bytes: usize) -> BegunTest {
+    let (sender, told) = channel();
+    layer.begin_read(offset_bytes, Box::new(Told { room: vec![0xee; length_bytes], sender })).is_ok().then_some(told)
 }
 
 pub fn delta(start_slot: u64) -> Delta {

@@ -1,0 +1,51 @@
+//! Proofs that nobody has taken the volume over: what is answered is still ours.
+//!
+//! A process may be stopped for any time between the moment at which a backend has carried out a request and the one at which the
+//! answer goes out. If somebody shuts it out of the backend meanwhile and goes on with the volume, that answer must not go out any
+//! more: its client would believe what the new owner never saw.
+//!
+//! Rules
+//! - An answer goes out only if the backend was asked less than `PROOF_TIME_MAX` ago whether this process still has the lock, and said
+//!   that it has. Who finds that it was longer ago asks first.
+//! - Whoever shuts a living process out waits longer than that before he goes on: until then every older proof has run out.
+//! - The time is one that goes on while the machine is suspended.
+use super::Device;
+use crate::Result;
+use atoll_io::PROOF_TIME_MAX;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// When a device that others may take over was last proven to be ours.
+#[derive(Default)]
+pub(super) struct Proof {
+    /// When the question was asked, of which the answer is known; 0: never.
+    asked_at_ms: AtomicU64,
+}
+
+/// Milliseconds since the machine was started.
+fn now_ms() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the struct lives as long as the call; this clock is there on every kernel we run on.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
+    time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
+}
+
+impl Device {
+    /// Whether answers may go out without `prove`. Costs a look at the clock where the backend may shut this process out.
+    #[inline]
+    pub(crate) fn is_proven(&self) -> bool {
+        !self.waits_for_network() || !self.is_fenceable() || {
+            let asked_at_ms = self.proof.asked_at_ms.load(Ordering::Acquire);
+            asked_at_ms != 0 && now_ms().saturating_sub(asked_at_ms) < PROOF_TIME_MAX.as_millis() as u64
+        }
+    }
+
+    /// Asks the backend. After an error nothing may be answered.
+    pub(crate) fn prove(&self) -> Result<()> {
+        let asked_at_ms = now_ms();
+        if let Some(active) = &self.layers.load_full().active {
+            active.spec.store.prove_held()?;
+        }
+        self.proof.asked_at_ms.fetch_max(asked_at_ms, Ordering::AcqRel);
+        Ok(())
+    }
+}
