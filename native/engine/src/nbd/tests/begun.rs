@@ -368,7 +368,7 @@ fn many_clients_whose_requests_end_in_any_order_read_what_they_wrote_through_swa
                     let mut content = [0u8; 32];
                     for round in 0..60u8 {
                         // Each slot of this client is asked for once in a round, all of them at a time.
-                        let wanted: Vec<(u64, bool)> = (0..32).map(|slot| (slot, random() % 2 == 0)).collect();
+                        let wanted: Vec<(u64, bool)> = (0..32).map(|slot| (slot, random().is_multiple_of(2))).collect();
                         let mut asked = std::collections::HashMap::new();
                         for (slot, is_write) in wanted {
                             let at = number * 32 + slot;
