@@ -58,7 +58,7 @@ import {
 } from './export-format.ts'
 import { loadExport } from './export-load.ts'
 import { addLink, type LinkedPool, type PoolLinks, readersOf, readLinks, sourcesOf } from './pool-links.ts'
-import { rootOf } from './root.ts'
+import { pageOfRoot, rootOf } from './root.ts'
 
 /** How long after a commit that nobody waits for a flush begins. */
 export const flushDelayMs = 100
@@ -83,6 +83,8 @@ const recordRowsMax = 4000
 const recordPageBytesMax = 2 * 2 ** 20
 /** Pages of a tree fetched at a time. */
 const treeBatch = 256
+/** Of trees of other pools, remembered for each. */
+const treePagesMax = 2 ** 20
 
 export interface ExportStatus {
   /** current: everything that is durable is in it, or is on its way; behind: it cannot be written; ahead: of a newer catalog. */
@@ -106,6 +108,11 @@ interface PoolExport {
   /** Number of the last delta record that is whole; 0: none. */
   lastDelta: number
   nextDelta: number
+  /**
+   * Pages of maps that came from other pools, which deltas since the last base have, each with all that it leads to: another clone
+   * of the same image needs none of them again.
+   */
+  readonly treePages: Set<number>
   baseNumber: number
   baseBytes: number
   deltaBytes: number
@@ -199,6 +206,7 @@ export class Exporter {
       recordedSeq: 0,
       lastDelta: 0,
       nextDelta: 1,
+      treePages: new Set(),
       baseNumber: 0,
       baseBytes: 0,
       deltaBytes: 0,
@@ -511,9 +519,17 @@ export class Exporter {
       }
       const pages = new PageBatches(async (batch) => await put({ upserts: {}, deletes: {}, pages: batch }, false))
       for (const { firstPageId, endPageId } of pageRanges) await this.#addRange(pages, firstPageId, endPageId)
-      for (const root of trees) await this.#addTree(pages, [root], state.poolId)
+      const added: number[] = []
+      for (const root of trees) {
+        const page = pageOfRoot(root)
+        if (page !== undefined && state.treePages.has(page)) continue
+        const ofTree: number[] = []
+        if (await this.#addTree(pages, [root], state.poolId, { known: state.treePages, added: ofTree })) added.push(...ofTree)
+      }
       await put({ upserts, deletes, pages: pages.rest() }, true)
       state.recordedSeq = changes.toSeq
+      if (state.treePages.size + added.length > treePagesMax) state.treePages.clear()
+      else for (const id of added) state.treePages.add(id)
     }
     state.exportedSeq = changes.toSeq
   }
@@ -527,10 +543,19 @@ export class Exporter {
     }
   }
 
-  /** Every page that the roots reach. A map that cannot be read is left out: it could not be opened here either. */
-  async #addTree(pages: PageBatches, roots: readonly RootRef[], poolId: string): Promise<void> {
+  /**
+   * Every page that the roots reach, but those in `known`. A map that cannot be read is left out, and false returned: it could not be
+   * opened here either.
+   */
+  async #addTree(
+    pages: PageBatches,
+    roots: readonly RootRef[],
+    poolId: string,
+    { known, added }: { known?: ReadonlySet<number>; added?: number[] } = {},
+  ): Promise<boolean> {
     const { catalog, engine, log } = this.#context
     const rest = roots.toReversed()
+    let isWhole = true
     while (rest.length > 0) {
       const reach = engine.reach()
       try {
@@ -544,7 +569,12 @@ export class Exporter {
               })
             })
             await reach.supply(ids, bodies)
-            for (const [index, body] of bodies.entries()) await pages.add({ id: ids[index] as number, body })
+            for (const [index, body] of bodies.entries()) {
+              const id = ids[index] as number
+              if (known?.has(id) === true) continue
+              await pages.add({ id, body })
+              added?.push(id)
+            }
             await nextTurn()
           }
           rest.pop()
@@ -552,9 +582,11 @@ export class Exporter {
       } catch (error) {
         if (!isAtollError(error, 'PAGE_MISSING') && !isAtollError(error, 'PAGE_CORRUPT')) throw error
         log.error({ err: error, poolId }, 'a map that cannot be read is left out of the export')
+        isWhole = false
         rest.pop()
       }
     }
+    return isWhole
   }
 
   #startBase(state: PoolExport, { renew = false }: { renew?: boolean } = {}): void {
@@ -588,6 +620,8 @@ export class Exporter {
         state.recordedSeq = state.exportedSeq
         state.isTaking = true
       }
+      // What only deltas before have is not in the base if nobody needs it now.
+      state.treePages.clear()
       return { fromSeq: state.exportedSeq, deltasFrom: state.nextDelta }
     })
     let part = 0

@@ -1,6 +1,7 @@
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { setImmediate as nextTurn } from 'node:timers/promises'
 import { adminProject, openCatalog, type Catalog } from '@atoll/core'
 import { Engine, type Store } from '@atoll/native'
 import { fileDriver, makeMemoryDriver } from '@atoll/southbound'
@@ -284,6 +285,49 @@ describe('importing a pool whose catalog is lost', () => {
     expect(await fresh.mapper.importPool(wanted)).toMatchObject({ broughtBack: { volume: 1, snapshot: 1 }, failed: [] })
     expect(await read(fresh.mapper, volume.id, 0, 5 * slot)).toEqual(Buffer.concat([bytes(2, 4 * slot), bytes(1)]))
     expect(await read(fresh.mapper, snap.id, 0, 2 * slot)).toEqual(bytes(1, 2 * slot))
+  })
+
+  test('beside a reclaim waits for its end: that would sweep the pages that come in', async () => {
+    const volume = await bench.volume('disk', 64 * slot)
+    const device = await bench.attach(volume.id)
+    await device.write(0, bytes(1, 8 * slot))
+    await bench.snapshot(volume.id)
+    await device.write(0, bytes(2))
+    await device.flush()
+    // The next read of several tables, which is that of the roots, begins and does not end.
+    const begun = Promise.withResolvers<void>()
+    const held = Promise.withResolvers<void>()
+    let isHeld = false
+    fresh = await freshHome(
+      bench.store,
+      (catalog) =>
+        new Proxy(catalog, {
+          get(target, key) {
+            const value: unknown = Reflect.get(target, key, target)
+            if (key === 'read') {
+              return async (fn: Parameters<Catalog['read']>[0]) => {
+                const found = await target.read(fn)
+                if (!isHeld) return found
+                isHeld = false
+                begun.resolve()
+                await held.promise
+                return found
+              }
+            }
+            return typeof value === 'function' ? (value.bind(target) as unknown) : value
+          },
+        }),
+    )
+    isHeld = true
+    const reclaim = fresh.mapper.reclaim(null)
+    await begun.promise
+    const imported = fresh.mapper.importPool(wanted)
+    for (let turn = 0; turn < 500; turn += 1) await nextTurn()
+    expect(await fresh.mapper.pools.list()).toEqual([])
+    held.resolve()
+    await reclaim
+    expect(await imported).toMatchObject({ broughtBack: { volume: 1, snapshot: 1 }, failed: [] })
+    expect(await read(fresh.mapper, volume.id, 0, 2 * slot)).toEqual(Buffer.concat([bytes(2), bytes(1)]))
   })
 
   test('that a crash interrupts at any write of the catalog is done again', async () => {

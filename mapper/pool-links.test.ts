@@ -5,9 +5,11 @@ import { adminProject, AtollError, type Catalog, openCatalog } from '@atoll/core
 import { Engine } from '@atoll/native'
 import { type Driver, fileDriver } from '@atoll/southbound'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
+import { decodeRecord } from './export-format.ts'
 import { loadExport } from './export-load.ts'
 import { type Mapper, openMapper } from './mapper.ts'
-import { addLinks, dropFromLinks, poolLinksKey, readersOf, readLinks, sourcesOf } from './pool-links.ts'
+import { pageOfRoot, rootOf } from './root.ts'
+import { addLinks, dropFromLinks, poolLinksKey, readersOf, readLinks, replaceLinks, sourcesOf } from './pool-links.ts'
 import { Bench, bytes, leaf, LogLines, slot } from './test-bench.ts'
 
 const projectId = adminProject.id
@@ -92,6 +94,78 @@ describe('a clone in another pool than its source', () => {
     await bench.mapper.pools.delete(first)
     expect(await bench.inner.db.selectFrom('pools').select('id').execute()).toEqual([{ id: second }])
     expect(await bench.mapper.pools.links(second)).toEqual({ readers: [], sources: [] })
+  })
+
+  test('has its map in the export of its pool once, however many are made, and again when a new base had no use for it', async () => {
+    const { volume, snapshot, clone } = await across()
+    // Pages of several leaves.
+    const device = bench.mapper.opened(volume.id)?.device
+    expect(device).not.toBe(undefined)
+    await device?.write(4 * slot, bytes(3))
+    const later = await bench.snapshot(volume.id, 'later')
+    const { store } = bench.place(second)
+    const pagesIn = async (): Promise<number[]> => {
+      const ids: number[] = []
+      for (const name of await store.listRecords('export.delta.'))
+        for (const page of decodeRecord(name, (await store.readRecord(name)) ?? new Uint8Array()).pages) ids.push(page.id)
+      return ids
+    }
+    const first = await pagesIn()
+    const others = [await bench.volume('a', leaf, later.id, second), await bench.volume('b', leaf, later.id, second)]
+    const all = await pagesIn()
+    expect(all.length).toBeGreaterThan(first.length)
+    expect(new Set(all).size).toBe(all.length)
+    const isExported = async (id: string): Promise<boolean> => {
+      const page = pageOfRoot(rootOf(await bench.row(id)))
+      return page === undefined || (await loadExport(store))?.pages.has(page) === true
+    }
+    for (const { id } of [clone, ...others]) expect(await isExported(id)).toBe(true)
+    for (const { id } of others) await bench.mapper.deleteResource(id)
+    // Damaged, it is written anew; then nothing in this pool needs the later map.
+    const [name = ''] = await store.listRecords('export.base.')
+    await store.writeRecord(name, bytes(0, 100))
+    const { repaired } = await bench.mapper.check({ subjects: ['exports'], repair: true })
+    expect(repaired).toBeGreaterThan(0)
+    const again = await bench.volume('c', leaf, later.id, second)
+    for (const { id } of [clone, again]) expect(await isExported(id)).toBe(true)
+    expect(await bench.read(again.id, 4 * slot, slot)).toEqual(bytes(3))
+    expect(await bench.read(snapshot.id, 4 * slot, slot)).toEqual(bytes(0))
+  })
+
+  test('is no reason to wait for its pool any more when it is deleted', async () => {
+    const { volume, clone } = await across()
+    await (await bench.attach(clone.id)).write(0, bytes(2))
+    await bench.mapper.close(clone.id)
+    await bench.mapper.reclaim(null)
+    expect((await bench.mapper.pools.links(first)).readers.map((pool) => pool.name)).toEqual(['pool-2'])
+    await bench.mapper.deleteResource(clone.id)
+    bench.place(second).faulty.setFaults({ seed: 1, rules: [{ operation: 'record-write', errno: 5 }] })
+    await bench.mapper.reclaim(null)
+    // What its pool says of itself still names it.
+    expect((await bench.mapper.pools.links(first)).readers.map((pool) => pool.name)).toEqual(['pool-2'])
+    bench.place(second).faulty.setFaults({ seed: 1, rules: [] })
+    bench.timers.fire()
+    await bench.mapper.idle()
+    await bench.mapper.reclaim(null)
+    expect(await bench.mapper.pools.links(first)).toEqual({ readers: [], sources: [] })
+    bench.place(second).faulty.setFaults({ seed: 1, rules: [{ operation: 'record-write', errno: 5 }] })
+    await bench.mapper.close(volume.id)
+    await bench.mapper.deleteResource(volume.id, { withSnapshots: true })
+    await bench.mapper.reclaim(first)
+    expect(await stored(first)).toBe(0)
+  })
+
+  test('is waited for when it is made of one that is deleted, through a pool between', async () => {
+    const { volume, clone } = await across()
+    const third = (await bench.mapper.pools.create({ projectId, name: 'pool-3', driver: 'memory', options: {} })).id
+    const far = await bench.volume('far', leaf, clone.id, third)
+    await bench.mapper.deleteResource(clone.id)
+    await bench.mapper.close(volume.id)
+    await bench.mapper.deleteResource(volume.id, { withSnapshots: true })
+    for (let round = 0; round < 2; round += 1) await bench.mapper.reclaim(null)
+    expect((await bench.mapper.pools.links(first)).readers.map((pool) => pool.name)).toEqual(['pool-3'])
+    expect(await bench.read(far.id, 0, 2 * slot)).toEqual(bytes(1, 2 * slot))
+    expect(await bench.findLeak()).toBe(null)
   })
 
   test('is whole or not there, whatever write of the catalog a kill comes before', async () => {
@@ -207,6 +281,17 @@ describe('links between pools', () => {
     await catalog.write(async (tx) => await dropFromLinks(tx, 'c'))
     await catalog.write(async (tx) => await tx.deleteFrom('pools').where('id', '=', 'c').execute())
     expect(await names('b')).toEqual([['a'], ['a']])
+  })
+
+  test('are left as they are where something was made across pools since they were read', async () => {
+    await catalog.write(async (tx) => await addLinks(tx, [{ reader: 'a', source: 'b' }], []))
+    const before = await readLinks(catalog.db)
+    await catalog.write(async (tx) => await addLinks(tx, [{ reader: 'a', source: 'b' }], []))
+    expect(await catalog.write(async (tx) => await replaceLinks(tx, before, []))).toBe(false)
+    expect(await names('b')).toEqual([['a'], []])
+    const now = await readLinks(catalog.db)
+    expect(await catalog.write(async (tx) => await replaceLinks(tx, now, []))).toBe(true)
+    expect(await names('b')).toEqual([[], []])
   })
 
   test('name pools that are not here, until they are', async () => {

@@ -7,7 +7,8 @@
  * Rules:
  * - A link (reader, source) is made in the transaction that makes the first such resource, and the exports of both pools have it
  *   when that operation returns. Links are followed: what reads from a reader reads from its sources, too.
- * - A link stays until one of its pools is deleted. So links say what may be; what is, the maps say (pool-reads.ts).
+ * - A link stays until one of its pools is deleted, or a reclaim has seen that no map needs it any more and the export of the reader
+ *   says so, too. So links say what may be; what is, the maps say (pool-reads.ts).
  * - A pool that is linked and has no row is one of a lost catalog that was not imported yet (*absent*). While a reader is absent,
  *   nothing of its sources is freed: its volumes would miss it.
  */
@@ -23,7 +24,7 @@ export interface LinkedPool {
   readonly isAbsent: boolean
 }
 
-interface Link {
+export interface Link {
   readonly reader: string
   readonly source: string
 }
@@ -31,17 +32,20 @@ interface Link {
 export interface PoolLinks {
   readonly links: readonly Link[]
   readonly pools: ReadonlyMap<string, LinkedPool>
+  /** Rises with every resource that is made in another pool than its source, also where the link is there already. */
+  readonly madeCount: number
 }
 
 /** In the table `meta`. Once it only said that there are links: '1'. */
 export const poolLinksKey = 'crosses_pools'
 
 const storedSchema = z.object({
+  madeCount: z.int().min(0),
   links: z.array(z.tuple([z.string(), z.string()])),
   absent: z.record(z.string(), z.object({ name: z.string(), driver: z.string() })),
 })
 
-const none: PoolLinks = { links: [], pools: new Map() }
+const none: PoolLinks = { links: [], pools: new Map(), madeCount: 0 }
 
 /** All links there are. */
 export async function readLinks(tx: CatalogTransaction): Promise<PoolLinks> {
@@ -54,11 +58,11 @@ export async function readLinks(tx: CatalogTransaction): Promise<PoolLinks> {
     const links = rows.flatMap(({ id: reader }) =>
       rows.filter(({ id }) => id !== reader).map(({ id: source }) => ({ reader, source })),
     )
-    return { links, pools }
+    return { links, pools, madeCount: 0 }
   }
   const stored = storedSchema.parse(JSON.parse(row.value))
   for (const [id, pool] of Object.entries(stored.absent)) if (!pools.has(id)) pools.set(id, { id, ...pool, isAbsent: true })
-  return { links: stored.links.map(([reader, source]) => ({ reader, source })), pools }
+  return { links: stored.links.map(([reader, source]) => ({ reader, source })), pools, madeCount: stored.madeCount }
 }
 
 /** The pools whose resources may read from this one, by name. */
@@ -98,12 +102,22 @@ export async function addLinks(
   const isThere = (wanted: Link): boolean =>
     before.links.some((link) => link.reader === wanted.reader && link.source === wanted.source)
   const fresh = added.filter((link) => link.reader !== link.source && !isThere(link))
-  if (fresh.length === 0) return
   const pools = new Map(before.pools)
   for (const row of await tx.selectFrom('pools').select(['id', 'name', 'driver']).execute())
     pools.set(row.id, { ...row, isAbsent: false })
   for (const { id, name, driver } of named) if (!pools.has(id)) pools.set(id, { id, name, driver, isAbsent: true })
-  await writeLinks(tx, before, { links: [...before.links, ...fresh], pools })
+  await writeLinks(tx, before, { links: [...before.links, ...fresh], pools, madeCount: before.madeCount + 1 })
+}
+
+/**
+ * Puts `links` in the place of those in `before`. False, and nothing is changed: other pools were linked, or something was made across
+ * pools, since that was read. Inside a write.
+ */
+export async function replaceLinks(tx: CatalogTransaction, before: PoolLinks, links: readonly Link[]): Promise<boolean> {
+  const now = await readLinks(tx)
+  if (now.madeCount !== before.madeCount || now.links.length !== before.links.length) return false
+  await writeLinks(tx, now, { ...now, links })
+  return true
 }
 
 /** The pool is deleted, or given up: who read from it may read on from what it read from. Inside a write. */
@@ -121,14 +135,15 @@ export async function dropFromLinks(tx: CatalogTransaction, poolId: string): Pro
   }
   const pools = new Map(before.pools)
   pools.delete(poolId)
-  await writeLinks(tx, before, { links: rest, pools })
+  await writeLinks(tx, before, { ...before, links: rest, pools })
 }
 
 async function writeLinks(tx: CatalogTransaction, before: PoolLinks, after: PoolLinks): Promise<void> {
   const absent = Object.fromEntries(
     [...after.pools.values()].filter((pool) => pool.isAbsent).map(({ id, name, driver }) => [id, { name, driver }]),
   )
-  const value = JSON.stringify({ links: after.links.map(({ reader, source }) => [reader, source]), absent })
+  const { links, madeCount } = after
+  const value = JSON.stringify({ links: links.map(({ reader, source }) => [reader, source]), absent, madeCount })
   await tx
     .insertInto('meta')
     .values({ key: poolLinksKey, value })

@@ -25,7 +25,8 @@ type Row = Pick<ResourceRow, 'home_pool_id' | 'root_word' | 'root_crc'>
 
 export class PoolReads {
   readonly #context: Pick<MapperContext, 'catalog' | 'engine' | 'layers'>
-  readonly #found = new Map<bigint, ReadonlySet<string>>()
+  /** By root; null: it has too many pages. */
+  readonly #found = new Map<bigint, ReadonlySet<string> | null>()
 
   constructor(context: Pick<MapperContext, 'catalog' | 'engine' | 'layers'>) {
     this.#context = context
@@ -45,17 +46,17 @@ export class PoolReads {
     const known = this.#found.get(row.root_word)
     if (known !== undefined) return known
     const aliases = await this.#aliases(row)
-    if (aliases === null) return null
-    const homes = await layers.homesIfKnown(aliases)
+    if (aliases === 'unreadable') return null
+    const homes = aliases === 'too many' ? [] : await layers.homesIfKnown(aliases)
     // One whose pool is not here may lie in any that is not.
-    if (homes.length < aliases.length) return null
-    const found = new Set(homes.map((home) => home.poolId))
+    if (aliases !== 'too many' && homes.length < aliases.length) return null
+    const found = aliases === 'too many' ? null : new Set(homes.map((home) => home.poolId))
     if (this.#found.size >= rememberedMax) this.#found.clear()
     this.#found.set(row.root_word, found)
     return found
   }
 
-  async #aliases(row: Row): Promise<number[] | null> {
+  async #aliases(row: Row): Promise<number[] | 'too many' | 'unreadable'> {
     const { catalog, engine } = this.#context
     const reach = engine.reach()
     try {
@@ -63,14 +64,15 @@ export class PoolReads {
       let pageCount = 0
       for (let ids = reach.pending(pageBatch); ids.length > 0; ids = reach.pending(pageBatch)) {
         pageCount += ids.length
+        if (pageCount > pagesMax) return 'too many'
         const bodies = await catalog.pages.get(ids)
-        if (pageCount > pagesMax || bodies.includes(undefined)) return null
+        if (bodies.includes(undefined)) return 'unreadable'
         await reach.supply(ids, bodies as Uint8Array[])
       }
       return [...reach.layers()]
     } catch (error) {
       if (!isMapUnreadable(error)) throw error
-      return null
+      return 'unreadable'
     } finally {
       reach.clear()
     }

@@ -42,6 +42,7 @@ import { punchOrphansLocked } from './close.ts'
 import type { MapperContext } from './context.ts'
 import { eachInTurns, inPieces } from './turns.ts'
 import { dirtyVolumes } from './lease.ts'
+import { pruneLinks } from './link-pruning.ts'
 import { feedReach, pageBatch } from './maps.ts'
 import { settleLocked } from './open.ts'
 import type { PagePin } from './page-pins.ts'
@@ -171,6 +172,8 @@ export class Reclaimer {
     }
     await this.#restoreReserves(poolIds)
     if (failure !== undefined) throw failure
+    // After the sweep, so that what waits for the pin is little; the next reclaim has the use of it.
+    await pruneLinks(context, checkCancelled)
     return { freedBytes, removedLayers, sweptPages }
   }
 

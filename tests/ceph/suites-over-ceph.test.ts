@@ -2,13 +2,15 @@
  * The tests of volumes, snapshots, clones, files, reclaim, check and what a kill leaves, again, with pools on a real Ceph cluster:
  * test-bench.ts of the mapper and testing.ts of the composer put the first pool of each test there.
  */
-import { spawn } from 'node:child_process'
+import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { join } from 'node:path'
 import { CephCluster, hasCeph } from '@atoll/southbound/ceph-cluster'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { repositoryRoot } from '../test-home.ts'
 
+/** Each of the tests in a suite has a limit of its own. */
+const hangLimitMs = 3_600_000
 const full = process.env['ATOLL_TEST_CRASH'] === 'full'
 
 const suites: Readonly<Record<string, readonly string[]>> = {
@@ -28,24 +30,26 @@ const suites: Readonly<Record<string, readonly string[]>> = {
   // What they are about is the catalog, and they are many.
   ...(full ? { 'checkpoints and recovery': ['checkpoint', 'recover'] } : {}),
 }
-const composerSuites = ['composer', 'earlier-states', 'jobs']
+const composerSuites = ['composer', 'earlier-states', 'jobs', ...(full ? ['files', 'images', 'exports', 'activity'] : [])]
 
 describe.skipIf(!hasCeph())('over a Ceph cluster pass the tests of', () => {
   let cluster: CephCluster
+  let running: ChildProcess | null = null
 
   beforeAll(async () => {
     cluster = await CephCluster.start()
   })
 
   afterAll(async () => {
+    running?.kill('SIGKILL')
     await cluster?.remove()
   })
 
   for (const [name, files] of Object.entries(suites)) {
-    test(`the mapper: ${name}`, async () => await runSuites(files.map((file) => `mapper/${file}.test.ts`)))
+    test(`the mapper: ${name}`, async () => await runSuites(files.map((file) => `mapper/${file}.test.ts`)), hangLimitMs)
   }
 
-  test('the composer', async () => await runSuites(composerSuites.map((file) => `composer/${file}.test.ts`)))
+  test('the composer', async () => await runSuites(composerSuites.map((file) => `composer/${file}.test.ts`)), hangLimitMs)
 
   /** Those in which tests have put something, and which stay as long as that does. */
   async function namespaces(): Promise<Set<string>> {
@@ -60,6 +64,7 @@ describe.skipIf(!hasCeph())('over a Ceph cluster pass the tests of', () => {
       env: { ...process.env, ATOLL_TEST_CEPH_CONF: cluster.conf, ATOLL_MODEL_CASES: full ? '200' : '6' },
       stdio: ['ignore', 'pipe', 'pipe'],
     })
+    running = child
     let output = ''
     for (const stream of [child.stdout, child.stderr]) {
       stream.on('data', (chunk: Buffer) => {
@@ -67,6 +72,7 @@ describe.skipIf(!hasCeph())('over a Ceph cluster pass the tests of', () => {
       })
     }
     await once(child, 'close')
+    running = null
     expect(child.exitCode, output).toBe(0)
     expect((await namespaces()).difference(before).size, 'pools that were made in the cluster').toBeGreaterThan(0)
     console.log(

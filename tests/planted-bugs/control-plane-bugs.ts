@@ -59,6 +59,28 @@ export const controlPlaneBugs: PlantedBug[] = [
     tests: ['mapper/pool-links.test.ts'],
   },
   {
+    name: 'a new base of an export is thought to have the pages that only deltas before it had',
+    edits: [
+      {
+        file: 'mapper/exporter.ts',
+        find: '      state.treePages.clear()\n      return',
+        replace: '      return',
+      },
+    ],
+    tests: ['mapper/pool-links.test.ts'],
+  },
+  {
+    name: 'a link between pools goes although something was made across them meanwhile',
+    edits: [
+      {
+        file: 'mapper/pool-links.ts',
+        find: 'if (now.madeCount !== before.madeCount || now.links.length !== before.links.length) return false',
+        replace: '',
+      },
+    ],
+    tests: ['mapper/pool-links.test.ts'],
+  },
+  {
     name: 'a reclaim frees what a pool reads that was not imported yet',
     edits: [
       {

@@ -84,6 +84,8 @@ pub struct StoreCapabilities {
     /// Another process may shut this one out while it works: before a flush is answered, something was asked of the backend
     /// (`prove_held`).
     pub is_fenceable: bool,
+    /// No answer goes out without a proof (`prove_held`) that is younger than `PROOF_TIME_MAX`.
+    pub answers_need_proof: bool,
 }
 
 /// Bytes of a store.

@@ -230,7 +230,7 @@ impl Device {
     }
 
     /// Another process may take what this device writes away from it.
-    pub(super) fn is_fenceable(&self) -> bool {
+    fn is_fenceable(&self) -> bool {
         self.layers.load().active.as_ref().is_some_and(|active| active.spec.store.capabilities().is_fenceable)
     }
 

@@ -33,10 +33,14 @@ impl Device {
     /// Whether answers may go out without `prove`. Costs a look at the clock where the backend may shut this process out.
     #[inline]
     pub(crate) fn is_proven(&self) -> bool {
-        !self.waits_for_network() || !self.is_fenceable() || {
+        !self.waits_for_network() || !self.needs_proof() || {
             let asked_at_ms = self.proof.asked_at_ms.load(Ordering::Acquire);
             asked_at_ms != 0 && now_ms().saturating_sub(asked_at_ms) < PROOF_TIME_MAX.as_millis() as u64
         }
+    }
+
+    fn needs_proof(&self) -> bool {
+        self.layers.load().active.as_ref().is_some_and(|active| active.spec.store.capabilities().answers_need_proof)
     }
 
     /// Asks the backend. After an error nothing may be answered.

@@ -121,6 +121,7 @@ impl Store for FileStore {
             segment_growth_bytes: SEGMENT_GROWTH_BYTES,
             waits_for_network: false,
             is_fenceable: false,
+            answers_need_proof: false,
         }
     }
 

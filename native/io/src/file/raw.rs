@@ -55,6 +55,7 @@ impl Store for RawFileStore {
             segment_growth_bytes: 0,
             waits_for_network: false,
             is_fenceable: false,
+            answers_need_proof: false,
         }
     }
 

@@ -224,6 +224,7 @@ impl Store for MemoryStore {
             segment_growth_bytes: if self.shared.history.is_some() { PAGE_BYTES as u32 } else { 0 },
             waits_for_network: false,
             is_fenceable: false,
+            answers_need_proof: false,
         }
     }
 

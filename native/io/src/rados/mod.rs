@@ -168,6 +168,7 @@ impl Store for RadosStore {
             segment_growth_bytes: 0,
             waits_for_network: true,
             is_fenceable: true,
+            answers_need_proof: true,
         }
     }
 

@@ -349,6 +349,27 @@ fn a_flush_asks_whether_the_pool_is_ours_unless_a_frame_was_taken_and_fails_when
 }
 
 #[test]
+fn an_answer_that_was_on_its_way_when_the_pool_was_taken_over_does_not_go_out() {
+    for is_taken_over in [false, true] {
+        let (world, store) = postponed_world(None);
+        let mut client = world.connect(|_| {});
+        store.want_proofs();
+        let cookie = send_write(&mut client, 0, 1);
+        store.wait_begun(1);
+        // Nothing was proven yet, as after a long stop.
+        store.set_fenced(is_taken_over);
+        store.end_at(0);
+        if is_taken_over {
+            client.expect_closed();
+        } else {
+            let answer = client.answer(None);
+            assert_eq!((answer.cookie, answer.error), (cookie, 0), "{}", answer.message);
+            assert_eq!(store.proof_count(), 1);
+        }
+    }
+}
+
+#[test]
 fn many_clients_whose_requests_end_in_any_order_read_what_they_wrote_through_swaps_and_flushes() {
     let seed: u64 = std::env::var("ATOLL_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(20_261_121);
     println!("seed {seed}");

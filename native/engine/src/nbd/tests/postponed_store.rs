@@ -22,6 +22,7 @@ struct Shared {
     changed: Condvar,
     is_abandoned: AtomicBool,
     is_fenced: AtomicBool,
+    answers_need_proof: AtomicBool,
     proof_count: AtomicUsize,
 }
 
@@ -91,6 +92,11 @@ impl PostponedStore {
     /// Somebody else has the pool from now on, or not any more.
     pub(super) fn set_fenced(&self, is_fenced: bool) {
         self.shared.is_fenced.store(is_fenced, Ordering::SeqCst);
+    }
+
+    /// No answer goes out without a proof from now on.
+    pub(super) fn want_proofs(&self) {
+        self.shared.answers_need_proof.store(true, Ordering::SeqCst);
     }
 
     pub(super) fn proof_count(&self) -> usize {
@@ -165,7 +171,8 @@ impl LayerIo for PostponedLayer {
 
 impl Store for PostponedStore {
     fn capabilities(&self) -> StoreCapabilities {
-        StoreCapabilities { waits_for_network: true, is_fenceable: true, ..self.inner.capabilities() }
+        let answers_need_proof = self.shared.answers_need_proof.load(Ordering::SeqCst);
+        StoreCapabilities { waits_for_network: true, is_fenceable: true, answers_need_proof, ..self.inner.capabilities() }
     }
     fn create_layer(&self, id: LayerId) -> Result<()> {
         self.inner.create_layer(id)
