@@ -53,9 +53,9 @@ pub struct RadosStore {
     cluster: Arc<Cluster>,
     layers: Arc<Layers>,
     segments: Mutex<HashMap<LayerId, BTreeSet<u64>>>,
+    watch: Watch,
     /// Cookie of the lock that was taken last.
     cookie: Mutex<Option<CString>>,
-    watch: Watch,
 }
 
 impl Drop for RadosStore {
@@ -141,7 +141,7 @@ impl RadosStore {
         find_head(&cluster, create)?;
         let watch = Watch::start(&cluster, head(), started_at.elapsed())?;
         let layers = Layers::new(&cluster);
-        let store = RadosStore { cluster, layers, segments: Mutex::default(), cookie: Mutex::default(), watch };
+        let store = RadosStore { cluster, layers, segments: Mutex::default(), watch, cookie: Mutex::default() };
         store.read_segments()?;
         Ok(store)
     }
