@@ -147,7 +147,7 @@ class Librbd {
   }
 
   run(...args: string[]): void {
-    execFileSync('rbd', ['-c', this.conf, '--no-progress', ...args], { stdio: ['ignore', 'ignore', 'inherit'] })
+    execFileSync('rbd', ['-c', this.conf, ...args], { stdio: ['ignore', 'ignore', 'pipe'] })
   }
 
   target(image: string, conf = this.conf): Exclude<FioTarget, string> {

@@ -288,4 +288,38 @@ export const nativeBugs: PlantedBug[] = [
     ],
     tests: ['-p', 'atoll-engine', 'nbd::'],
   },
+  {
+    name: 'a write that a cluster lost is taken for done',
+    edits: [
+      { file: 'native/engine/src/device/begun.rs', find: '            result?;\n', replace: '            let _ = result;\n' },
+    ],
+    tests: ['-p', 'atoll-engine', 'nbd::tests::begun'],
+  },
+  {
+    name: 'a swap does not wait for writes that a cluster carries out',
+    edits: [
+      {
+        file: 'native/engine/src/device/begun.rs',
+        find: '            write.inside = Some(pass.keep());\n',
+        replace: '            drop(pass);\n',
+      },
+    ],
+    tests: ['-p', 'atoll-engine', 'nbd::tests::begun'],
+  },
+  {
+    name: 'writes of a cluster are answered before they are settled',
+    edits: [
+      {
+        file: 'native/engine/src/nbd/begun.rs',
+        find: 'if let Err(error) = self.device.settle(mark) {',
+        replace: 'if let Err(error) = Ok::<_, crate::EngineError>(drop(mark)) {',
+      },
+    ],
+    tests: ['-p', 'atoll-engine', 'nbd::tests::begun'],
+  },
+  {
+    name: 'a daemon that was shut out answers a flush that has nothing to write',
+    edits: [{ file: 'native/engine/src/device/flush.rs', find: '            active.spec.store.prove_held()?;\n', replace: '' }],
+    tests: ['-p', 'atoll-engine', 'nbd::tests::begun'],
+  },
 ]

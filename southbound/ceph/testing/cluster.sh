@@ -151,7 +151,8 @@ bdev aio poll ms = 20
 osd crush update on start = true
 osd heartbeat interval = 1
 osd heartbeat grace = 4
-osd pool default read lease ratio = 0.1
+# An OSD alone that was not run for so many heartbeats of grace lets requests wait for ever: nobody renews its right to answer reads.
+osd pool default read lease ratio = 100
 osd beacon report interval = 5
 osd max markdown count = 1000000
 osd scrub load threshold = 0

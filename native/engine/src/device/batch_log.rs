@@ -300,10 +300,10 @@ impl Device {
     /// Whether `settle` of the mark would find that nothing waits.
     #[inline]
     pub(crate) fn is_settled(&self, mark: &SettleMark) -> bool {
-        let (Some(log), SettleMark(Some(since))) = (&self.batch_log, mark) else { return true };
+        let (Some(log), Some(since)) = (&self.batch_log, mark.0) else { return true };
         let mine = log.made_count.load(Ordering::SeqCst);
         // In this order: whoever gives entries up says so before they count as settled.
-        log.settled_count.load(Ordering::SeqCst) >= mine && (*since >= mine || !log.is_behind.load(Ordering::SeqCst))
+        log.settled_count.load(Ordering::SeqCst) >= mine && (since >= mine || !log.is_behind.load(Ordering::SeqCst))
     }
 
     /// The caller wants settled what was made after `since` and up to `mine`.
