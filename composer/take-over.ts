@@ -4,7 +4,7 @@ import { requireTakeOverPossible, type TakeOverCheck } from '@atoll/mapper'
 import { attachableResource, Resolver, type ProjectScope } from './resolve.ts'
 
 /**
- * Looks at the catalog beside its owner, and at the pool of the volume (or snapshot, or image). Changes nothing.
+ * Looks at the catalog beside its owner, and at the pools of the volume (or snapshot, or image). Changes nothing.
  * @throws AtollError VOLUME_NOT_FOUND and the like, TAKE_OVER_REFUSED, POOL_UNAVAILABLE
  */
 export async function checkTakeOver(
@@ -16,8 +16,7 @@ export async function checkTakeOver(
   try {
     const resolver = new Resolver(catalog)
     const row = await attachableResource(resolver, volume, scope)
-    const pool = await resolver.pool(row.home_pool_id)
-    await requireTakeOverPossible({ catalog, ...parts }, pool, `${row.kind} ${row.name}`)
+    await requireTakeOverPossible({ catalog, ...parts }, row)
   } finally {
     await catalog.close()
   }

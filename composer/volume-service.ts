@@ -177,7 +177,7 @@ export class VolumeService {
           values: { id, status: row.status },
         })
       }
-      await mapper.pools.openFor(row.home_pool_id, `${row.kind} ${row.name}`, { takeOver: options.takeOver ?? false })
+      await mapper.pools.openFor(row, { takeOver: options.takeOver ?? false })
       return await attachments.attach(row, options)
     })
   }

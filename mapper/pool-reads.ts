@@ -23,12 +23,16 @@ const rememberedMax = 4096
 
 type Row = Pick<ResourceRow, 'home_pool_id' | 'root_word' | 'root_crc'>
 
+type Context = Pick<MapperContext, 'catalog' | 'engine'> & {
+  readonly layers: Pick<MapperContext['layers'], 'homesIfKnown'>
+}
+
 export class PoolReads {
-  readonly #context: Pick<MapperContext, 'catalog' | 'engine' | 'layers'>
+  readonly #context: Context
   /** By root; null: it has too many pages. */
   readonly #found = new Map<bigint, ReadonlySet<string> | null>()
 
-  constructor(context: Pick<MapperContext, 'catalog' | 'engine' | 'layers'>) {
+  constructor(context: Context) {
     this.#context = context
   }
 

@@ -181,22 +181,32 @@ export class PoolService {
   }
 
   /**
-   * Opens the pool that a resource lies in if it is not open: one that somebody else had may be free by now. `takeOver`: if it is
-   * not, its holder is shut out. `what` is the resource, for people.
-   * @throws AtollError TAKE_OVER_REFUSED if the driver cannot do that; POOL_LOCKED naming the holder, and what `open` throws
+   * Opens the pools that a resource lies in and reads from, as far as they are not open: one that somebody else had may be free by
+   * now. `takeOver`: if it is not, its holder is shut out.
+   * @throws AtollError TAKE_OVER_REFUSED if the driver of one cannot do that, and then nobody was shut out of another; POOL_LOCKED
+   * naming the holder, and what `open` throws
    */
-  async openFor(poolId: string, what: string, { takeOver }: { takeOver: boolean }): Promise<void> {
+  async openFor(resource: ResourceRow, { takeOver }: { takeOver: boolean }): Promise<void> {
+    const { pins, pools } = this.#context
+    const sources = await pins.run(async () => await this.#reads.of(resource))
+    const rows: PoolRow[] = []
+    for (const id of [resource.home_pool_id, ...sources.filter((pool) => !pool.isAbsent).map((pool) => pool.id)]) {
+      if (pools.find(id) === undefined && pools.failure(id)?.code === 'POOL_LOCKED') rows.push(await this.get(id))
+    }
+    rows.sort((a, b) => Number(pools.driver(a.driver).canShutOut) - Number(pools.driver(b.driver).canShutOut))
+    for (const row of rows) await this.#openLocked(row, resource, takeOver)
+  }
+
+  async #openLocked(row: PoolRow, resource: ResourceRow, takeOver: boolean): Promise<void> {
     const { pools } = this.#context
-    if (pools.find(poolId) !== undefined || pools.failure(poolId)?.code !== 'POOL_LOCKED') return
-    const row = await this.get(poolId)
     try {
       await this.open(row, { takeOver: takeOver && pools.driver(row.driver).canShutOut })
     } catch (error) {
       if (!isAtollError(error, 'POOL_LOCKED')) throw error
-      if (takeOver) throw takeOverRefused(what, row, error)
+      if (takeOver) throw takeOverRefused(resource, row, error)
       const hint = pools.driver(row.driver).canShutOut ? '; if that one hangs or lost its machine, attach with --take-over' : ''
-      throw new AtollError('POOL_LOCKED', `${what} cannot be opened: ${error.message}${hint}`, {
-        values: { ...error.values, poolId },
+      throw new AtollError('POOL_LOCKED', `${resource.kind} ${resource.name} cannot be opened: ${error.message}${hint}`, {
+        values: { ...error.values, poolId: row.id },
         cause: error,
       })
     }

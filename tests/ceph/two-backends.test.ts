@@ -2,6 +2,7 @@
 import { mkdtemp, rename, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { connect } from '@atoll/nbd-client'
 import { CephCluster, hasCeph } from '@atoll/southbound/ceph-cluster'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { attach, mebibyte, pattern, slotBytes } from '../faults/broken-home.ts'
@@ -143,6 +144,34 @@ describe.skipIf(!hasCeph())('pools on files and on Ceph in one daemon', () => {
     home.cli('pool', 'show', 'fast')
     await using client = await attach(home, 'disk')
     expect(await client.read(0, mebibyte)).toEqual(pattern(2, mebibyte))
+  })
+
+  test('a volume on Ceph that reads from files of a daemon that has not ended is refused, before anything is taken over', async () => {
+    await using owner = await TestHome.create()
+    await using other = await TestHome.create()
+    const catalog = join(owner.path, 'shared.db')
+    const { pid } = await owner.start('--catalog', catalog)
+    owner.cli('pool', 'create', 'fast', '--driver', 'ceph', ...optionsIn('taken'))
+    owner.cli('volume', 'create', 'local', '--size', '1M')
+    owner.cli('volume', 'create', 'disk', '--from', 'volume:local', '--pool', 'fast')
+    owner.cli('volume', 'create', 'own', '--size', '1M', '--pool', 'fast')
+    await other.start('--catalog', catalog)
+    const refused = other.failure('volume', 'attach', 'disk', '--take-over')
+    expect(refused.code).toBe('TAKE_OVER_REFUSED')
+    expect(refused.message).toContain('volume disk cannot be taken over: it reads from pool "default"')
+    expect(refused.message).toContain(`pid ${pid}`)
+    // The owner goes on: nothing was taken from it.
+    {
+      await using client = await attach(owner, 'disk')
+      await client.write(0, pattern(1, slotBytes))
+      await client.flush()
+    }
+    // A volume that needs nothing but what can be taken over is. What reads from files can be had when the owner has ended.
+    await using taken = await connect(other.cli('volume', 'attach', 'own', '--take-over', '--format', 'uri'))
+    await taken.write(0, pattern(2, slotBytes))
+    await owner.ended()
+    await using client = await attach(other, 'disk')
+    expect(await client.read(0, slotBytes)).toEqual(pattern(1, slotBytes))
   })
 
   test('of a lost catalog they are brought back one after the other, and nothing is missed in between', async () => {
