@@ -54,7 +54,7 @@ export const nativeBugs: PlantedBug[] = [
     edits: [
       {
         file: 'native/engine/src/device/batch_log.rs',
-        find: ' && (*since >= mine || !log.is_behind.load(Ordering::SeqCst))',
+        find: ' && (since >= mine || !log.is_behind.load(Ordering::SeqCst))',
         replace: '',
       },
     ],
