@@ -19,8 +19,8 @@ const help = `npm run bench -- [options]
   --rounds N      rounds of which the median counts (default 3)
   --seconds N     length of each timed job (default 4)
   --only TEXT     only suites whose name has TEXT: ${['steady', 'first-writes', 'many-snapshots', 'synced', 'command-costs', 'ceph'].join(', ')}
-  --memory DIR    where everything but the synced jobs lies (default /dev/shm: no disk in between)
-  --disk DIR      where the synced jobs lie (default ${tmpdir()})
+  --memory DIR    where everything else lies (default /dev/shm: no disk in between)
+  --disk DIR      where the synced jobs and the disk of the Ceph cluster lie (default ${tmpdir()})
   --json FILE     where the figures go (default bench.json)
 `
 
@@ -65,7 +65,7 @@ if (values.help) {
   process.stdout.write(`${heading}\n`)
   for (const [name, suite] of Object.entries(suites)) {
     if (!name.includes(values.only)) continue
-    const parent = resolve(name === 'synced' ? values.disk : values.memory)
+    const parent = resolve(name === 'synced' || name === 'ceph' ? values.disk : values.memory)
     const folder = mkdtempSync(join(parent, 'atoll-bench-'))
     const bench = new Bench(folder, document, (line) => process.stdout.write(`${line}\n`))
     try {

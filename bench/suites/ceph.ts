@@ -83,12 +83,13 @@ async function firstWrites(bench: Bench, cluster: CephCluster, peer: Librbd, ato
       Promise.resolve({
         engine: [
           '--ioengine=rados',
+          `--conf=${peer.conf}`,
           '--clientname=admin',
           '--pool=plain',
           `--nrfiles=${diskBytes / (4 * MiB)}`,
           '--file_service_type=random',
         ],
-        environment: { CEPH_CONF: peer.conf },
+        environment: {},
       }),
     finish: async () => {
       await cluster.rados('purge', 'plain', '--yes-i-really-really-mean-it')

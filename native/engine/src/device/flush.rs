@@ -128,10 +128,7 @@ impl Device {
     /// Everything that completed before the call, on any thread and connection, is durable on return.
     pub(super) fn flush_completed(&self) -> Result<()> {
         self.poison_check()?;
-        if self.changes.load(Ordering::SeqCst) == self.changes_durable.load(Ordering::SeqCst)
-            && self.batch.lock().is_idle()
-            && !self.is_fenceable()
-        {
+        if self.is_flushed() && !self.is_fenceable() {
             return Ok(());
         }
         let mut turns = self.flush_turns.turns.lock();
@@ -227,6 +224,11 @@ impl Device {
         self.changes_durable.fetch_max(changes_before, Ordering::SeqCst);
         self.want_checkpoint_if_due();
         Ok(frozen)
+    }
+
+    /// Whether a flush has nothing to write.
+    pub(super) fn is_flushed(&self) -> bool {
+        self.changes.load(Ordering::SeqCst) == self.changes_durable.load(Ordering::SeqCst) && self.batch.lock().is_idle()
     }
 
     /// Another process may take what this device writes away from it.

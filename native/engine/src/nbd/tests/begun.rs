@@ -347,6 +347,9 @@ fn a_flush_asks_whether_the_pool_is_ours_unless_a_frame_was_taken_and_fails_when
     store.set_fenced(false);
     assert_eq!(client.call(FLUSH, 0, 0, 0, &[]).error, 0, "nothing was lost");
     assert!(!world.device.is_poisoned());
+    // The end of a device that has nothing to write asks nobody.
+    store.set_fenced(true);
+    world.device.close().unwrap();
 }
 
 #[test]
