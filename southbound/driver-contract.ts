@@ -168,6 +168,12 @@ export function describeDriver(name: string, makeSubject: () => Promise<DriverSu
       expect(await idsOf(await open())).toEqual([layerId(1)])
     })
 
+    test('a second opener of the same process shuts nobody out, and no other one does where that cannot be done', async () => {
+      const first = await open({ ownerText: 'pid 4711 on somewhere' })
+      await expect(open({ shutOutHolder: true })).rejects.toMatchObject({ code: 'POOL_LOCKED' })
+      await first.createLayer(layerId(1))
+    })
+
     test('the pool of another catalog is refused and left as it is', async () => {
       const first = await open()
       await first.createLayer(layerId(1))

@@ -719,12 +719,12 @@ impl Cluster {
         Ok(Some(Locker { client, cookie, address }))
     }
 
-    /// Shuts a client out of the cluster for an hour, waits until no OSD takes anything of it any more, and breaks its lock.
-    pub(super) fn fence(&self, name: &Name, lock: &CStr, locker: &Locker) -> Result<()> {
+    /// Shuts a client out of the cluster for so many seconds, waits until no OSD takes anything of it any more, and breaks its lock.
+    pub(super) fn fence(&self, name: &Name, lock: &CStr, locker: &Locker, seconds: u32) -> Result<()> {
         let [client, cookie, address] = [&locker.client, &locker.cookie, &locker.address].map(|text| c_string("lock", text));
         let (client, cookie, address) = (client?, cookie?, address?);
         // SAFETY: the text lives longer than the call, which does not change it.
-        let code = unsafe { (self.library.blocklist_add)(self.cluster, address.as_ptr().cast_mut(), 3600) };
+        let code = unsafe { (self.library.blocklist_add)(self.cluster, address.as_ptr().cast_mut(), seconds) };
         if code < 0 {
             return Err(self.error("fence", format!("client {} at {}", locker.client, locker.address), 0, -code));
         }

@@ -19,6 +19,13 @@ const ATTEMPT_COUNT_MAX: usize = 5;
 /// For clocks that do not agree to the millisecond.
 const PROOF_TIME_SPARE: Duration = Duration::from_millis(250);
 
+/// How long who is gone is shut out: longer than anything of it can be on its way.
+const GONE_SECONDS: u32 = 3600;
+
+/// How long who may live is: a process that is stopped, or whose machine sleeps, may go on at any time, and sends again what it had
+/// under way. Five years.
+const LIVING_SECONDS: u32 = 5 * 365 * 24 * 3600;
+
 /// The text of the owner in the cookie.
 const OWNER_BYTES_MAX: usize = 1024;
 
@@ -140,7 +147,7 @@ pub(super) fn take(cluster: &Arc<Cluster>, owner: &str, shut_out_holder: bool) -
             let message = format!("locked by {}", owner_of(&locker.cookie));
             return Err(IoError::new(IoErrorCode::Locked, "lock", object.to_string(), 0, message));
         }
-        cluster.fence(&object, LOCK, &locker)?;
+        cluster.fence(&object, LOCK, &locker, if is_gone { GONE_SECONDS } else { LIVING_SECONDS })?;
         has_shut_out |= !is_gone;
     }
     Err(IoError::new(IoErrorCode::Locked, "lock", object.to_string(), 0, "locked by others, one after the other"))
