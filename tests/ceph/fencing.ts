@@ -74,7 +74,8 @@ export async function runFencing(options: FencingOptions): Promise<FencingReport
     const connections = await Promise.all(Array.from({ length: connectionCount }, () => connect(uri)))
     const load = new Load(connections, oracle, random, report)
     await load.writesReach(200 + random.below(1500))
-    await stopOutsideOfChange(pid, options.catalog)
+    const stoppedPid = pid
+    await stopOutsideOfChange(stoppedPid, options.catalog)
     try {
       const startedAt = performance.now()
       const attached = await other.jsonMeanwhile<{ uri: string }>('volume', 'attach', 'disk', '--take-over')
@@ -107,12 +108,20 @@ export async function runFencing(options: FencingOptions): Promise<FencingReport
       ;({ uri } = attached)
       pid = otherPid
       ;[owner, other] = [other, owner]
-    } catch (error) {
-      process.kill(pid, 'SIGCONT')
-      throw error
+    } finally {
+      goOn(stoppedPid)
     }
   }
   return report
+}
+
+/** Continues a process that may have ended. */
+export function goOn(pid: number): void {
+  try {
+    process.kill(pid, 'SIGCONT')
+  } catch {
+    // It is gone.
+  }
 }
 
 /** Stops a process that has no transaction of the catalog open that writes: one that has keeps everybody else waiting. */
