@@ -104,7 +104,7 @@ export class HealthMonitor {
       for (const row of rows) {
         this.observe(row)
         if (this.#closed || this.#opening.has(row.id)) continue
-        if (this.#mapper.pools.failure(row.id)?.code !== 'POOL_UNAVAILABLE') continue
+        if (!this.#mapper.pools.mayOpenLater(row)) continue
         const opening = this.#mapper.pools
           .open(row)
           .then(() => {

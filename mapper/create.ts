@@ -58,6 +58,7 @@ export async function createVolume(context: MapperContext, wanted: NewVolume): P
   if (spare === undefined) throw new AtollError('INTERNAL', 'no spare was given')
   const id = context.newId()
   let row: ResourceRow | undefined
+  const poolIds = new Set([wanted.poolId])
   try {
     const { fromId } = wanted
     if (fromId === undefined) {
@@ -66,6 +67,7 @@ export async function createVolume(context: MapperContext, wanted: NewVolume): P
       await shareFrom(context, fromId, async (tx, source) => {
         if (wanted.sizeBytes < source.sizeBytes) throw sizeBelowSource(wanted.sizeBytes, source)
         row = await insertVolume(context, tx, { id, wanted, spare, source, limit })
+        poolIds.add(source.row.home_pool_id)
       })
     }
   } catch (error) {
@@ -73,8 +75,9 @@ export async function createVolume(context: MapperContext, wanted: NewVolume): P
     throw error
   }
   context.open.setNew(id)
-  // I9: what is promised is in the export, too; and nobody writes into an active layer that it does not name.
-  await context.exporter.flushed([wanted.poolId])
+  // I9: what is promised is in the export, too, and nobody writes into an active layer that it does not name. The pool that is read
+  // from knows by whom.
+  await context.exporter.flushed([...poolIds])
   return row as ResourceRow
 }
 

@@ -10,7 +10,7 @@
  * - A lease says under whose batch logs the volume is open: what a home's logs still hold is worth something only if no other home
  *   had the volume since.
  */
-import { AtollError } from '@atoll/core'
+import { AtollError, type LeaseRow } from '@atoll/core'
 import type { MapperContext } from './context.ts'
 import type { Spare } from './layers.ts'
 import { findLease, requireVolumeRow } from './rows.ts'
@@ -21,6 +21,8 @@ export interface TakenLease {
   readonly wasDirty: boolean
   /** Batch logs of an older epoch mean nothing: the volume was open under those of another home since. */
   readonly logSinceEpoch: number
+  /** Whose batch logs the volume had before this lease, and since when; null: it was never open. */
+  readonly logBefore: { readonly id: string | null; readonly sinceEpoch: number } | null
   readonly activeAlias: number
   readonly nextAlias: number
   readonly mapLsn: number
@@ -51,8 +53,7 @@ export async function takeLease(
       if (spare !== undefined)
         await layers.assign(tx, spare, { volumeId: volume.id, projectId: volume.projectId, epoch }, 'spare')
       await tx.updateTable('volumes').set({ epoch, next_alias: nextAlias }).where('id', '=', volume.id).execute()
-      const isOurLog = lease === undefined || lease.log_id === null || lease.log_id === context.batchLogId
-      const logSinceEpoch = isOurLog ? (lease?.log_since_epoch ?? 0) : epoch
+      const logSinceEpoch = lease === undefined || isOurLog(context, lease) ? (lease?.log_since_epoch ?? 0) : epoch
       const held = {
         holder,
         epoch,
@@ -71,6 +72,7 @@ export async function takeLease(
         epoch,
         wasDirty: lease !== undefined && lease.released_at === null,
         logSinceEpoch,
+        logBefore: lease === undefined ? null : { id: lease.log_id, sinceEpoch: lease.log_since_epoch },
         activeAlias: row.active_alias,
         nextAlias,
         mapLsn: row.map_lsn,
@@ -81,6 +83,31 @@ export async function takeLease(
     if (spare !== undefined) layers.giveBack(spare)
     throw error
   }
+}
+
+/** Whether the batch logs under which the volume was opened last are those of this home. */
+export function isOurLog(context: Pick<MapperContext, 'batchLogId'>, lease: Pick<LeaseRow, 'log_id'>): boolean {
+  return lease.log_id === null || lease.log_id === context.batchLogId
+}
+
+/** Nothing was opened under the lease: the batch logs that the volume had are its own as before. */
+export async function giveLogBack(
+  context: Pick<MapperContext, 'catalog'>,
+  volumeId: string,
+  { epoch, logBefore }: TakenLease,
+): Promise<void> {
+  if (logBefore === null) return
+  await context.catalog.write(
+    async (tx) => {
+      await tx
+        .updateTable('leases')
+        .set({ log_id: logBefore.id, log_since_epoch: logBefore.sinceEpoch })
+        .where('volume_id', '=', volumeId)
+        .where('epoch', '=', epoch)
+        .execute()
+    },
+    { durable: false, emergency: true },
+  )
 }
 
 /**

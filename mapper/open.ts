@@ -20,7 +20,7 @@ import { mapBytesMax, type Device, type DeviceLimits, type FrozenMap, type OpenR
 import { checkpointLocked } from './checkpoint.ts'
 import { closeLocked } from './close.ts'
 import type { MapperContext } from './context.ts'
-import { isDirty, releaseLease, takeLease, type TakenLease } from './lease.ts'
+import { giveLogBack, isDirty, releaseLease, takeLease, type TakenLease } from './lease.ts'
 import { loadMap } from './maps.ts'
 import type { LayerName, OpenEntry, OpenEvent, OpenReader, OpenVolume } from './open-table.ts'
 import { namePools, readLinks, sourcesOf } from './pool-links.ts'
@@ -97,6 +97,8 @@ export async function settleLocked(context: MapperContext, volumeId: string): Pr
 
 async function openWritable(context: MapperContext, resource: ResourceRow, options: OpenOptions): Promise<OpenVolume> {
   const volume = { id: resource.id, projectId: resource.project_id, poolId: resource.home_pool_id }
+  // Before the lease says anything: where the pool is not open, nothing is.
+  context.pools.handle(resource.home_pool_id)
   const lease = await takeLease(context, volume, options.holder)
   let opened: { device: Device; report: OpenReport } | undefined
   try {
@@ -162,7 +164,9 @@ async function takeBack(context: MapperContext, volumeId: string, lease: TakenLe
   try {
     await device?.close()
     // A device that was open has cut and continued the journal: let the next open look at it again.
-    if (!lease.wasDirty && device === undefined) await releaseLease(context, volumeId, lease.epoch)
+    if (device !== undefined) return
+    await giveLogBack(context, volumeId, lease)
+    if (!lease.wasDirty) await releaseLease(context, volumeId, lease.epoch)
   } catch (error) {
     context.log.warn({ err: error, volumeId }, 'a failed open was not taken back completely: the next open replays the journal')
   }

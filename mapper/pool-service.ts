@@ -197,6 +197,16 @@ export class PoolService {
     for (const row of rows) await this.#openLocked(row, resource, takeOver)
   }
 
+  /**
+   * Whether a pool that is not open may open without anybody's help: its backend was away, or somebody had it who may be gone by now.
+   * Where a holder can be shut out that is left to people.
+   */
+  mayOpenLater({ id, driver }: Pick<PoolRow, 'id' | 'driver'>): boolean {
+    const { pools } = this.#context
+    const code = pools.failure(id)?.code
+    return code === 'POOL_UNAVAILABLE' || (code === 'POOL_LOCKED' && !pools.driver(driver).canShutOut)
+  }
+
   async #openLocked(row: PoolRow, resource: ResourceRow, takeOver: boolean): Promise<void> {
     const { pools } = this.#context
     try {

@@ -41,7 +41,7 @@ import { checkpointLocked } from './checkpoint.ts'
 import { punchOrphansLocked } from './close.ts'
 import type { MapperContext } from './context.ts'
 import { eachInTurns, inPieces } from './turns.ts'
-import { dirtyVolumes } from './lease.ts'
+import { dirtyVolumes, isOurLog } from './lease.ts'
 import { pruneLinks } from './link-pruning.ts'
 import { feedReach, pageBatch } from './maps.ts'
 import { settleLocked } from './open.ts'
@@ -50,6 +50,7 @@ import { readersOf, readLinks } from './pool-links.ts'
 import { removeCondemned, sealClosing } from './recover.ts'
 import { readRoots, type RootRow, writtenLayers } from './references.ts'
 import { rootOf } from './root.ts'
+import { findLease } from './rows.ts'
 import { deleteBatch } from './staged-pages.ts'
 
 export interface ReclaimProgress {
@@ -182,6 +183,9 @@ export class Reclaimer {
     for (const volumeId of await dirtyVolumes(context)) {
       checkCancelled()
       if (await this.#isStalled(volumeId)) continue
+      // Opened here, it would go on without the batch log of the home that had it, whose clients may come back.
+      const lease = await findLease(context.catalog.db, volumeId)
+      if (lease !== undefined && !isOurLog(context, lease)) continue
       try {
         await context.locks.run([volumeId], async () => await settleLocked(context, volumeId))
       } catch (error) {

@@ -15,7 +15,7 @@ import Database from 'better-sqlite3'
 import { z } from 'zod'
 import { AtollError } from '../errors.ts'
 import { isId } from '../ids.ts'
-import { ownerFormatVersion, presentEpoch, requireNoOwner } from './catalog-owner.ts'
+import { ownerFormatVersion, ownPath, presentEpoch, requireNoOwner } from './catalog-owner.ts'
 import { checkFormatVersion } from './migrate.ts'
 import { translateSqliteError } from './sqlite-errors.ts'
 import { verifyDatabase } from './verify-database.ts'
@@ -145,7 +145,8 @@ export async function restoreCatalog(options: {
   ownerText: string
   nowMs: number
 }): Promise<RestoredCatalog> {
-  const { source, path, ownerText, nowMs } = options
+  const { source, ownerText, nowMs } = options
+  const path = ownPath(options.path)
   const info = await verifyBackup(source)
   const held = await requireNoOwner(path, ownerText)
   const fresh = `${path}.restoring`

@@ -10,7 +10,7 @@
  * - Whoever becomes the owner, or looks whether there is one, holds `catalog.lock` meanwhile, for a moment. An Atoll older than
  *   this rule holds it as long as it has the catalog open.
  */
-import { readdirSync, rmSync } from 'node:fs'
+import { readdirSync, realpathSync, rmSync } from 'node:fs'
 import { basename, dirname, join } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
 import Database from 'better-sqlite3'
@@ -30,6 +30,18 @@ export interface CatalogOwner {
   readonly epoch: number
   /** For people: `pid N on HOST, home PATH, since T`. */
   readonly holder: string
+}
+
+/**
+ * The file itself, where `path` is a link: SQLite follows links, and the locks have to lie beside what they lock. As it is if there is
+ * none yet.
+ */
+export function ownPath(path: string): string {
+  try {
+    return realpathSync(path)
+  } catch {
+    return path
+  }
 }
 
 const stemOf = (path: string): string => path.replace(/\.db$/, '')

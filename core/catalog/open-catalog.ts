@@ -28,6 +28,7 @@ import {
   type CatalogOwner,
   claimOwnership,
   type OwnerClaim,
+  ownPath,
   patienceMsDefault,
   readOwner,
   takeDoor,
@@ -87,7 +88,7 @@ const scopes = new AsyncLocalStorage<Scope>()
  * @throws AtollError FORMAT_VERSION, CATALOG_CORRUPT, CATALOG_LOCKED naming the owner, CATALOG_ERROR, NO_SPACE
  */
 export async function openCatalog(source: string | Uint8Array, options: OpenCatalogOptions = {}): Promise<Catalog> {
-  const path = typeof source === 'string' ? source : ':memory:'
+  const path = typeof source !== 'string' || source === ':memory:' ? ':memory:' : ownPath(source)
   const writable = path !== ':memory:' && options.readonly !== true
   const reserve = writable && options.reserveBytes !== 0 ? new CatalogReserve(path, options.reserveBytes) : undefined
   const ownerText = options.ownerText ?? `pid ${process.pid}`
@@ -247,6 +248,8 @@ class SqliteCatalog implements Catalog {
       return this.#scoped('read', async () => {
         this.#database.exec('begin')
         try {
+          // Who was taken over acts on nothing that the next owner wrote.
+          this.#requireOwner()
           return await fn(this.#inside)
         } finally {
           if (this.#database.inTransaction) this.#database.exec('rollback')
