@@ -111,6 +111,8 @@ test('what was answered and not flushed before a kill does not come back after a
   await using second = await TestHome.create()
   await first.start('--catalog', catalog)
   first.cli('volume', 'create', 'disk', '--size', '1M')
+  // From here on a write changes owners, which stand in the batch log alone until they are flushed.
+  first.cli('snapshot', 'create', 'disk@before')
   {
     const client = await connect(first.cli('volume', 'attach', 'disk', '--format', 'uri'))
     await client.write(0, pattern(1, slotBytes))
@@ -131,4 +133,29 @@ test('what was answered and not flushed before a kill does not come back after a
   await first.start('--catalog', catalog)
   await using client = await attach(first, 'disk')
   for (let slot = 0; slot < 8; slot += 1) expect(await client.read(slot * slotBytes, slotBytes)).toEqual(seen[slot])
+})
+
+test('what was answered and not flushed before a kill comes back if the other home did not have the volume', async () => {
+  await using first = await TestHome.create()
+  await using second = await TestHome.create()
+  await first.start('--catalog', catalog)
+  first.cli('volume', 'create', 'disk', '--size', '1M')
+  // From here on a write changes owners, which stand in the batch log alone until they are flushed.
+  first.cli('snapshot', 'create', 'disk@before')
+  {
+    const client = await connect(first.cli('volume', 'attach', 'disk', '--format', 'uri'))
+    await client.write(0, pattern(1, slotBytes))
+    await client.flush()
+    for (let slot = 1; slot < 8; slot += 1) await client.write(slot * slotBytes, pattern(slot + 1, slotBytes))
+    await first.end('SIGKILL')
+  }
+  await second.start('--catalog', catalog)
+  second.cli('volume', 'create', 'other', '--size', '1M')
+  second.cli('volume', 'delete', 'other')
+  second.cli('pool', 'reclaim', 'default')
+  expect(await second.end()).toBe(0)
+  await first.start('--catalog', catalog)
+  await using client = await attach(first, 'disk')
+  for (let slot = 0; slot < 8; slot += 1)
+    expect(await client.read(slot * slotBytes, slotBytes)).toEqual(pattern(slot + 1, slotBytes))
 })
