@@ -396,7 +396,8 @@ const damages: readonly Damage[] = [
   },
   {
     what: 'a lease is of nothing',
-    plant: (ground) => ground.sql('insert into leases values (?, ?, ?, 1, 0, null)', nobody, adminProject.id, 'somebody'),
+    plant: (ground) =>
+      ground.sql('insert into leases values (?, ?, ?, 1, 0, null, null, 0)', nobody, adminProject.id, 'somebody'),
     by: 'references',
     kind: 'lease-of-nothing',
     severity: 'warning',
@@ -406,7 +407,7 @@ const damages: readonly Damage[] = [
   {
     what: 'an attachment is of nothing',
     plant: (ground) =>
-      ground.sql("insert into attachments values (?, ?, ?, 'nbd', 0, 0, '{}', 0)", nobody, adminProject.id, nobody),
+      ground.sql("insert into attachments values (?, ?, ?, 'nbd', 0, 0, '{}', 0, null)", nobody, adminProject.id, nobody),
     by: 'references',
     kind: 'attachment-of-nothing',
     severity: 'warning',
