@@ -264,7 +264,7 @@ impl Store for RadosStore {
         if self.segments.lock().get(&layer).is_some_and(|bases| bases.contains(&base_lsn)) {
             return Err(exists());
         }
-        self.cluster.add_to_index(&segments_index(), &[segment_key(layer, base_lsn)])?;
+        self.cluster.add_to_index_now(&segments_index(), &[segment_key(layer, base_lsn)])?;
         let name = segment_name(layer, base_lsn);
         let made = match RadosSegment::create(&self.cluster, name) {
             Err(error) if error.code == IoErrorCode::Exists && self.has_lock() => {
