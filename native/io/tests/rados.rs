@@ -141,3 +141,18 @@ fn who_lost_the_lock_of_a_pool_cannot_prove_that_it_is_his() {
     assert_eq!(first.prove_held().unwrap_err().code, IoErrorCode::Unavailable);
     second.prove_held().unwrap();
 }
+
+#[test]
+fn a_segment_that_was_made_although_the_making_failed_is_made_anew_by_who_has_the_lock() {
+    let Some((first, second)) = two_stores() else { return };
+    let lock = first.lock("the first").unwrap();
+    // As one of ours that timed out and came to pass: `first` does not list it.
+    second.create_segment(LAYER, 7).unwrap().append(0, b"left").unwrap();
+    let segment = first.create_segment(LAYER, 7).unwrap();
+    assert!(segment.read_all().unwrap().is_empty());
+    segment.append(0, b"new").unwrap();
+    assert_eq!(first.list_segments(LAYER).unwrap(), [7]);
+    drop(lock);
+    first.create_segment(LAYER, 8).unwrap();
+    assert_eq!(second.create_segment(LAYER, 8).err().unwrap().code, IoErrorCode::Exists, "whoever has no lock takes nothing away");
+}

@@ -9,6 +9,7 @@
 use super::batch_log::{BatchLog, RecalledBatch};
 use super::checkpoint::{Checkpoints, UncommittedSwap};
 use super::layers::{ActiveLayer, LayerTable, clear_journal};
+use super::proof::Proof;
 use super::{Counters, Device, DeviceLatencies, DeviceSpec, LayerSpec, OpenReport};
 use crate::{EngineError, Result, Throttle};
 use arc_swap::ArcSwap;
@@ -60,6 +61,7 @@ impl Device {
             });
         }
         let journal_bytes = active.as_ref().map_or(0, |active| active.journal.lock().length_bytes());
+        let needs_proof = active.as_ref().is_some_and(|active| active.spec.store.capabilities().answers_need_proof);
         let device = Arc::new_cyclic(|myself| Device {
             myself: myself.clone(),
             volume: spec.volume,
@@ -89,7 +91,7 @@ impl Device {
             throttle: Throttle::new(spec.throttle),
             on_event: spec.on_event,
             waits_for_network: AtomicBool::new(waits_for_network),
-            proof: Default::default(),
+            proof: Proof::new(needs_proof),
             counters: Counters::default(),
             latencies: DeviceLatencies::default(),
         });

@@ -12,13 +12,26 @@
 use super::Device;
 use crate::Result;
 use atoll_io::PROOF_TIME_MAX;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// When a device that others may take over was last proven to be ours.
 #[derive(Default)]
 pub(super) struct Proof {
+    /// Others may take it over. Once set it stays, also when the device is closed and has no layers any more: answers may be under way.
+    is_needed: AtomicBool,
     /// When the question was asked, of which the answer is known; 0: never.
     asked_at_ms: AtomicU64,
+}
+
+impl Proof {
+    pub(super) fn new(is_needed: bool) -> Proof {
+        Proof { is_needed: AtomicBool::new(is_needed), ..Proof::default() }
+    }
+
+    /// Before the first write to a layer on which others may take the volume over.
+    pub(super) fn require(&self) {
+        self.is_needed.store(true, Ordering::Release);
+    }
 }
 
 /// Milliseconds since the machine was started.
@@ -33,21 +46,19 @@ impl Device {
     /// Whether answers may go out without `prove`. Costs a look at the clock where the backend may shut this process out.
     #[inline]
     pub(crate) fn is_proven(&self) -> bool {
-        !self.waits_for_network() || !self.needs_proof() || {
+        !self.proof.is_needed.load(Ordering::Acquire) || {
             let asked_at_ms = self.proof.asked_at_ms.load(Ordering::Acquire);
             asked_at_ms != 0 && now_ms().saturating_sub(asked_at_ms) < PROOF_TIME_MAX.as_millis() as u64
         }
     }
 
-    fn needs_proof(&self) -> bool {
-        self.layers.load().active.as_ref().is_some_and(|active| active.spec.store.capabilities().answers_need_proof)
-    }
-
-    /// Asks the backend. After an error nothing may be answered.
+    /// Asks the backend. After an error nothing may be answered; it is one if the device was closed, because nobody can be asked then.
     pub(crate) fn prove(&self) -> Result<()> {
         let asked_at_ms = now_ms();
-        if let Some(active) = &self.layers.load_full().active {
-            active.spec.store.prove_held()?;
+        match &self.layers.load_full().active {
+            Some(active) => active.spec.store.prove_held()?,
+            None if self.proof.is_needed.load(Ordering::Acquire) => return Err(self.dead_error()),
+            None => {}
         }
         self.proof.asked_at_ms.fetch_max(asked_at_ms, Ordering::AcqRel);
         Ok(())

@@ -89,6 +89,9 @@ impl Device {
         predecessor.refuse_writes();
         batch.closing.push(predecessor.clone());
         let successor = next.spec.id;
+        if next.spec.store.capabilities().answers_need_proof {
+            self.proof.require();
+        }
         self.layers.store(Arc::new(table.with_active(next)));
         self.open_delta_count.store(0, Ordering::Relaxed);
         self.journal_bytes.store(0, Ordering::Relaxed);

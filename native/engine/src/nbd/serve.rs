@@ -705,15 +705,19 @@ impl Session {
     /// backend has to be asked first whether the volume is still ours. If it is not, the connection is over.
     pub(super) fn lock_sending(&self, may_wait: bool) -> Option<MutexGuard<'_, Vec<u8>>> {
         let mut unsent = if may_wait { self.sending.lock() } else { self.sending.try_lock()? };
-        if !self.device.is_proven() {
-            if !may_wait {
-                return None;
+        loop {
+            // An answer that took too long proves nothing any more, and what was sent meanwhile takes its time.
+            while !self.send_failed.load(Ordering::Acquire) && !self.device.is_proven() {
+                if !may_wait {
+                    return None;
+                }
+                if self.device.prove().is_err() {
+                    self.fail();
+                }
             }
-            if self.device.prove().is_err() {
-                self.fail();
+            if unsent.is_empty() {
+                return Some(unsent);
             }
-        }
-        if !unsent.is_empty() {
             if !may_wait {
                 return None;
             }
@@ -721,7 +725,6 @@ impl Session {
             // Whoever sends next sees the failure.
             let _ = self.send_part(&rest, true);
         }
-        Some(unsent)
     }
 
     /// Sends a part of a piece, the caller holds `sending`: what goes without a wait, or all of it.

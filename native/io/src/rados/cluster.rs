@@ -679,9 +679,11 @@ impl Cluster {
         if code < 0 { Err(-code) } else { Ok(()) }
     }
 
-    pub(super) fn unlock(&self, name: &Name, lock: &CStr, cookie: &CStr) {
-        // SAFETY: all strings live longer than the call. A failure leaves the lock to be broken by the next one who wants it.
-        unsafe { (self.library.unlock)(self.full_io, name.as_ptr(), lock.as_ptr(), cookie.as_ptr()) };
+    /// After an errno the lock may be held all the same.
+    pub(super) fn unlock(&self, name: &Name, lock: &CStr, cookie: &CStr) -> std::result::Result<(), i32> {
+        // SAFETY: all strings live longer than the call.
+        let code = unsafe { (self.library.unlock)(self.full_io, name.as_ptr(), lock.as_ptr(), cookie.as_ptr()) };
+        if code < 0 { Err(-code) } else { Ok(()) }
     }
 
     /// Who holds a lock; `None`: nobody.
@@ -719,10 +721,14 @@ impl Cluster {
         Ok(Some(Locker { client, cookie, address }))
     }
 
+    /// Whether this connection is the holder.
+    pub(super) fn is_holder(&self, locker: &Locker) -> bool {
+        locker.client == format!("client.{}", self.instance_id())
+    }
+
     /// Shuts a client out of the cluster for so many seconds, waits until no OSD takes anything of it any more, and breaks its lock.
     pub(super) fn fence(&self, name: &Name, lock: &CStr, locker: &Locker, seconds: u32) -> Result<()> {
-        let [client, cookie, address] = [&locker.client, &locker.cookie, &locker.address].map(|text| c_string("lock", text));
-        let (client, cookie, address) = (client?, cookie?, address?);
+        let address = c_string("lock", &locker.address)?;
         // SAFETY: the text lives longer than the call, which does not change it.
         let code = unsafe { (self.library.blocklist_add)(self.cluster, address.as_ptr().cast_mut(), seconds) };
         if code < 0 {
@@ -733,6 +739,12 @@ impl Cluster {
         if code < 0 {
             return Err(self.error("fence", "the map of the cluster", 0, -code));
         }
+        self.break_lock(name, lock, locker)
+    }
+
+    /// Takes the lock away from its holder, who is shut out, or is this connection.
+    pub(super) fn break_lock(&self, name: &Name, lock: &CStr, locker: &Locker) -> Result<()> {
+        let (client, cookie) = (c_string("lock", &locker.client)?, c_string("lock", &locker.cookie)?);
         // SAFETY: all strings live longer than the call.
         let code = unsafe { (self.library.break_lock)(self.full_io, name.as_ptr(), lock.as_ptr(), client.as_ptr(), cookie.as_ptr()) };
         match -code {

@@ -423,7 +423,7 @@ impl Layer {
             rest = tail;
             let from = bytes.start;
             if let Err(part) = self.begin_object_write(index, bytes, piece, part) {
-                // A punch that failed has just made it unknown; others of this write are under way.
+                // Not known after all; others of this write are under way.
                 part.ended(self.write("write", u64::from(index) * OBJECT_BYTES + from, &[IoSlice::new(piece)]));
             }
         }
@@ -550,8 +550,11 @@ impl Layer {
             |index, code| match code {
                 code if code >= 0 || code == -libc::ENOENT => Ok(()),
                 code => {
-                    // Nobody knows whether it happened: the object has to be asked.
-                    self.shard(index).lock().insert(index, None);
+                    // Nobody knows whether it happened, nor in which order with what was begun since: everything may be there. To ask
+                    // again is no way: the answer may be older than a write that is known by then.
+                    let mut object = Object::full();
+                    object.is_untold = true;
+                    self.shard(index).lock().insert(index, Some(object));
                     Err(self.error("punch", index, -code))
                 }
             },

@@ -5,6 +5,8 @@
 use super::cluster::{Cluster, Name, c_string};
 use crate::store::PROOF_TIME_MAX;
 use crate::{IoError, IoErrorCode, Result};
+use parking_lot::Mutex;
+use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 use std::fs;
 use std::sync::Arc;
@@ -59,8 +61,23 @@ pub(super) fn prove(cluster: &Cluster, cookie: &CStr) -> Result<()> {
 
 impl Drop for HeldLock {
     fn drop(&mut self) {
-        self.cluster.unlock(&lock_object(), LOCK, &self.cookie);
+        match self.cluster.unlock(&lock_object(), LOCK, &self.cookie) {
+            Ok(()) | Err(libc::ENOENT) => {}
+            Err(_) => abandon(&self.cookie),
+        }
     }
+}
+
+/// Cookies of this process that may stand at the object of a lock although nobody here has it: the request that was to take the lock
+/// or to give it back failed, and nobody knows whether it happened.
+static ABANDONED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+fn abandon(cookie: &CStr) {
+    ABANDONED.lock().insert(cookie.to_string_lossy().into_owned());
+}
+
+fn is_abandoned(cookie: &str) -> bool {
+    ABANDONED.lock().contains(cookie)
 }
 
 /// What tells one process of this machine from another: the boot, the space of pids, the pid, and when the process began.
@@ -139,10 +156,18 @@ pub(super) fn take(cluster: &Arc<Cluster>, owner: &str, shut_out_holder: bool) -
                 return Ok(held);
             }
             Err(libc::EBUSY | libc::EEXIST) => {}
-            Err(errno) => return Err(cluster.error("lock", object, 0, errno)),
+            Err(errno) => {
+                abandon(&cookie);
+                return Err(cluster.error("lock", object, 0, errno));
+            }
         }
         let Some(locker) = cluster.locker(&object, LOCK)? else { continue };
-        let is_gone = is_gone(&locker.cookie, here.as_ref());
+        if is_abandoned(&locker.cookie) && cluster.is_holder(&locker) {
+            // To shut it out would be to shut ourselves out.
+            cluster.break_lock(&object, LOCK, &locker)?;
+            continue;
+        }
+        let is_gone = is_abandoned(&locker.cookie) || is_gone(&locker.cookie, here.as_ref());
         if !is_gone && (!shut_out_holder || is_self(&locker.cookie, here.as_ref())) {
             let message = format!("locked by {}", owner_of(&locker.cookie));
             return Err(IoError::new(IoErrorCode::Locked, "lock", object.to_string(), 0, message));
@@ -172,6 +197,8 @@ mod tests {
         let elsewhere = Process { place: "another/machine".to_owned(), ..nobody };
         assert!(!is_gone(&make_cookie(Some(&elsewhere), ""), Some(&here)));
         assert!(!is_self(&make_cookie(Some(&elsewhere), ""), Some(&here)));
+        abandon(&c_string("owner", &cookie).unwrap());
+        assert!(is_abandoned(&cookie) && !is_abandoned(&make_cookie(Some(&here), "")));
         for strange in ["", "x", "- 0 - 1 me", "auto 123"] {
             assert!(!is_gone(strange, Some(&here)), "{strange}");
         }

@@ -264,8 +264,20 @@ impl Store for RadosStore {
         if self.segments.lock().get(&layer).is_some_and(|bases| bases.contains(&base_lsn)) {
             return Err(exists());
         }
-        self.cluster.add_to_index(&segments_index(), &[segment_key(layer, base_lsn)])?;
-        let segment = RadosSegment::create(&self.cluster, segment_name(layer, base_lsn))?;
+        self.cluster.add_to_index_now(&segments_index(), &[segment_key(layer, base_lsn)])?;
+        let name = segment_name(layer, base_lsn);
+        let made = match RadosSegment::create(&self.cluster, name) {
+            Err(error) if error.code == IoErrorCode::Exists && self.has_lock() => {
+                // What nobody lists is left of a making that timed out here and came to pass all the same: nobody has written it.
+                match self.cluster.start_remove(&name).wait() {
+                    code if code < 0 && code != -libc::ENOENT => return Err(self.cluster.error("remove", name, 0, -code)),
+                    _ => {}
+                }
+                RadosSegment::create(&self.cluster, name)
+            }
+            made => made,
+        };
+        let segment = made?;
         self.segments.lock().entry(layer).or_default().insert(base_lsn);
         Ok(Arc::new(segment))
     }
@@ -379,6 +391,12 @@ impl RadosStore {
         self.drop_missing_segments()?;
         self.layers.start_anew()?;
         Ok(StoreLock { guard: Box::new(lock) })
+    }
+
+    /// Whether the cluster says now that the lock is ours: what is in memory is then what there is.
+    fn has_lock(&self) -> bool {
+        let cookie = self.cookie.lock().clone();
+        cookie.is_some_and(|cookie| lock::prove(&self.cluster, &cookie).is_ok())
     }
 
     /// Forgets segments that stand in the index alone: their making or removal ended half-way.

@@ -28,6 +28,7 @@ impl RadosSegment {
         let mut change = cluster.change();
         change.create(true);
         change.set_attribute(WRITER_ATTRIBUTE, &segment.writer);
+        change.even_if_full();
         cluster.apply("create", &name, change)?;
         segment.is_marked.store(true, Ordering::SeqCst);
         Ok(segment)
@@ -48,6 +49,8 @@ impl RadosSegment {
             change.set_attribute(WRITER_ATTRIBUTE, &self.writer);
         }
         build(&mut change);
+        // On a full pool an error that is said at once: to the journal one that is cut off by the clock means that all is lost.
+        change.even_if_full();
         match -self.cluster.start_change(&self.name, change).wait() {
             errno if errno <= 0 => {
                 self.is_marked.store(true, Ordering::SeqCst);

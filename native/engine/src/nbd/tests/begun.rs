@@ -25,9 +25,22 @@ impl Drop for Postponed {
 
 /// The store is to go before the world.
 fn postponed_world(batch_log: Option<BatchLogPlace>) -> (World, Postponed) {
+    postponed_world_over(batch_log, PostponedStore::new)
+}
+
+/// As above, where no answer goes out without a proof.
+fn proving_world() -> (World, Postponed) {
+    postponed_world_over(None, |inner| {
+        let store = PostponedStore::new(inner);
+        store.want_proofs();
+        store
+    })
+}
+
+fn postponed_world_over(batch_log: Option<BatchLogPlace>, make: impl FnOnce(Arc<dyn Store>) -> PostponedStore) -> (World, Postponed) {
     let mut made = None;
     let world = world_over(ThrottleLimits::default(), batch_log, None, |inner| {
-        let store = Arc::new(PostponedStore::new(inner));
+        let store = Arc::new(make(inner));
         made = Some(store.clone());
         store
     });
@@ -355,9 +368,8 @@ fn a_flush_asks_whether_the_pool_is_ours_unless_a_frame_was_taken_and_fails_when
 #[test]
 fn an_answer_that_was_on_its_way_when_the_pool_was_taken_over_does_not_go_out() {
     for is_taken_over in [false, true] {
-        let (world, store) = postponed_world(None);
+        let (world, store) = proving_world();
         let mut client = world.connect(|_| {});
-        store.want_proofs();
         let cookie = send_write(&mut client, 0, 1);
         store.wait_begun(1);
         // Nothing was proven yet, as after a long stop.
@@ -371,6 +383,17 @@ fn an_answer_that_was_on_its_way_when_the_pool_was_taken_over_does_not_go_out() 
             assert_eq!(store.proof_count(), 1);
         }
     }
+}
+
+#[test]
+fn what_is_left_to_answer_when_the_device_is_closed_goes_out_with_a_proof_or_not_at_all() {
+    let (world, store) = proving_world();
+    assert!(!world.device.is_proven());
+    world.device.close().unwrap();
+    assert!(!world.device.is_proven(), "it has no layers any more, and still had one that others may take over");
+    assert_eq!(world.device.prove().unwrap_err().code, "DEVICE_CLOSED");
+    assert!(!world.device.is_proven());
+    drop(store);
 }
 
 #[test]

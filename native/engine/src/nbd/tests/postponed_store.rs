@@ -94,7 +94,7 @@ impl PostponedStore {
         self.shared.is_fenced.store(is_fenced, Ordering::SeqCst);
     }
 
-    /// No answer goes out without a proof from now on.
+    /// No answer of a device that is opened from now on goes out without a proof.
     pub(super) fn want_proofs(&self) {
         self.shared.answers_need_proof.store(true, Ordering::SeqCst);
     }
