@@ -396,6 +396,10 @@ impl FaultSegment {
 }
 
 impl SegmentIo for FaultSegment {
+    fn claim(&self) -> Result<()> {
+        self.inner.claim()
+    }
+
     fn read_all(&self) -> Result<Vec<u8>> {
         self.faults.check("read", Some(self.layer), || self.object())?;
         self.inner.read_all()

@@ -279,6 +279,11 @@ pub trait LayerIo: Send + Sync + 'static {
 
 /// One journal segment: a byte string that is written from the front to the back. One caller at a time.
 pub trait SegmentIo: Send + Sync + 'static {
+    /// After it nothing that was begun through another handle changes the segment any more: it has done so, or is refused. For who
+    /// is about to read what he goes on with. Nothing by default: where a call is over when it returns, nothing is under way.
+    fn claim(&self) -> Result<()> {
+        Ok(())
+    }
     /// The whole content.
     fn read_all(&self) -> Result<Vec<u8>>;
     /// Writes at `offset_bytes`, at most the present length, and makes the segment longer where it has to; not durable before

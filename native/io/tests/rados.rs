@@ -1,8 +1,9 @@
 //! What is special about the rados kind, over a real cluster; what every kind promises is in `store_contract.rs`.
 mod common;
 
-use atoll_io::{Extent, IoErrorCode, OpenMode, RadosOptions, RadosStore, Store};
+use atoll_io::{Delta, Extent, IoErrorCode, Journal, JournalIdentity, OpenMode, RadosOptions, RadosStore, Store};
 use common::{LAYER, begin_read, begin_write, read, write};
+use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
 
@@ -155,4 +156,37 @@ fn a_segment_that_was_made_although_the_making_failed_is_made_anew_by_who_has_th
     drop(lock);
     first.create_segment(LAYER, 8).unwrap();
     assert_eq!(second.create_segment(LAYER, 8).err().unwrap().code, IoErrorCode::Exists, "whoever has no lock takes nothing away");
+}
+
+#[test]
+fn what_an_older_handle_has_under_way_does_not_come_behind_a_claim() {
+    let Some((store, _)) = two_stores() else { return };
+    let old = store.create_segment(LAYER, 1).unwrap();
+    old.append(0, b"old").unwrap();
+    let new = store.open_segment(LAYER, 1).unwrap();
+    assert_eq!(new.read_all().unwrap(), b"old");
+    old.append(3, b", still").unwrap();
+    new.claim().unwrap();
+    assert_eq!(old.append(10, b", no more").unwrap_err().code, IoErrorCode::Io);
+    assert!(old.truncate(0).is_err());
+    assert_eq!(new.read_all().unwrap(), b"old, still");
+    new.append(10, b", new").unwrap();
+    assert_eq!(new.read_all().unwrap(), b"old, still, new");
+}
+
+#[test]
+fn who_replays_a_journal_ends_the_writing_of_who_had_it_before_and_who_inspects_it_does_not() {
+    let Some((store, _)) = two_stores() else { return };
+    let store: Arc<dyn Store> = Arc::new(store);
+    let identity = JournalIdentity { volume: [1; 16], layer: LAYER, epoch: 1 };
+    let mut before = Journal::new(Arc::clone(&store), identity);
+    let deltas = [Delta { start_slot: 0, slot_count: 1, owner: 1 }];
+    before.append(1, &deltas).unwrap();
+    assert_eq!(Journal::inspect(&*store, LAYER, None, 1, 0).unwrap().last_lsn, 1);
+    before.append(2, &deltas).unwrap();
+    let mut replay = Journal::replay(Arc::clone(&store), identity, 0).unwrap();
+    assert_eq!(replay.frames.len(), 2);
+    assert!(before.append(3, &deltas).is_err());
+    replay.journal.append(3, &deltas).unwrap();
+    assert_eq!(Journal::replay(store, identity, 0).unwrap().frames.len(), 3);
 }

@@ -5,7 +5,7 @@ use super::format::{
 use super::writer::{Segment, State};
 use super::{Frame, Journal, JournalIdentity, JournalReplay, JournalSummary, SealMark};
 use crate::error::segment_object;
-use crate::{IoError, IoErrorCode, LayerId, Result, Store};
+use crate::{IoError, IoErrorCode, LayerId, Result, SegmentIo, Store};
 use std::sync::Arc;
 
 /// What one segment holds.
@@ -58,7 +58,7 @@ impl Journal {
     /// The frames handed out are durable: the segment that may hold an unsynced one is synced first. On an error nothing was
     /// changed, or only a torn tail cut.
     pub fn replay(store: Arc<dyn Store>, identity: JournalIdentity, after_lsn: u64) -> Result<JournalReplay> {
-        let scans = scan_journal(&*store, &identity, after_lsn)?;
+        let scans = scan_journal(&*store, &identity, after_lsn, true)?;
         let torn_tail_bytes = cut_tails(&*store, &identity, &scans)?;
 
         let mut journal = Journal::new(Arc::clone(&store), identity);
@@ -98,7 +98,7 @@ impl Journal {
             Some(volume) => volume,
             None => first_volume(store, layer)?.unwrap_or_default(),
         };
-        let scans = scan_journal(store, &JournalIdentity { volume, layer, epoch }, after_lsn)?;
+        let scans = scan_journal(store, &JournalIdentity { volume, layer, epoch }, after_lsn, false)?;
         let torn = scans.iter().filter(|scan| scan.is_torn());
         let torn_tail_bytes = torn.map(|scan| scan.length_bytes - if scan.is_removed() { 0 } else { scan.good_bytes }).sum();
         let kept = || scans.iter().filter(|scan| !scan.is_removed());
@@ -117,15 +117,14 @@ impl Journal {
 /// The volume that the first segment with a good header names.
 fn first_volume(store: &dyn Store, layer: LayerId) -> Result<Option<[u8; 16]>> {
     for base_lsn in store.list_segments(layer)? {
-        if let Ok(header) = decode_segment_header(&read_segment(store, layer, base_lsn)?) {
+        if let Ok(header) = decode_segment_header(&read_segment(&*store.open_segment(layer, base_lsn)?, layer, base_lsn)?) {
             return Ok(Some(header.volume));
         }
     }
     Ok(None)
 }
 
-fn read_segment(store: &dyn Store, layer: LayerId, base_lsn: u64) -> Result<Vec<u8>> {
-    let segment = store.open_segment(layer, base_lsn)?;
+fn read_segment(segment: &dyn SegmentIo, layer: LayerId, base_lsn: u64) -> Result<Vec<u8>> {
     let length_bytes = segment.length_bytes()?;
     if length_bytes > SEGMENT_READ_BYTES_MAX {
         let message = format!("{length_bytes} bytes, no segment is longer than {SEGMENT_READ_BYTES_MAX}");
@@ -134,11 +133,16 @@ fn read_segment(store: &dyn Store, layer: LayerId, base_lsn: u64) -> Result<Vec<
     segment.read_all()
 }
 
-/// Every segment of a journal, found to belong together.
-fn scan_journal(store: &dyn Store, identity: &JournalIdentity, after_lsn: u64) -> Result<Vec<Scan>> {
+/// Every segment of a journal, found to belong together. `claims`: for who writes it from now on.
+fn scan_journal(store: &dyn Store, identity: &JournalIdentity, after_lsn: u64, claims: bool) -> Result<Vec<Scan>> {
     let mut scans = Vec::new();
     for base_lsn in store.list_segments(identity.layer)? {
-        let bytes = read_segment(store, identity.layer, base_lsn)?;
+        let segment = store.open_segment(identity.layer, base_lsn)?;
+        if claims {
+            // An append that failed may still be on its way: behind what is read here it would lie where the next frame goes.
+            segment.claim()?;
+        }
+        let bytes = read_segment(&*segment, identity.layer, base_lsn)?;
         scans.push(scan_segment(&bytes, identity, base_lsn, after_lsn)?);
     }
     check_connected(&mut scans, identity, after_lsn)?;

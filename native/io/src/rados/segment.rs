@@ -1,11 +1,12 @@
 //! A journal segment as one object. A write is at its own offset and so may be repeated by the library without harm; and it is
-//! refused if somebody else has written the segment since: each writer puts its mark on the object with its first write, and every
-//! later one checks for it in the same request.
+//! refused if somebody else has written or claimed the segment since: each handle puts its mark on the object with its first write,
+//! and every later one checks for it in the same request. So what a handle of old has under way, of this process or another one, is
+//! carried out before a claim that was answered, or never.
 use super::cluster::{Change, Cluster, Name};
 use crate::{IoError, IoErrorCode, Result, SegmentIo};
 use std::ffi::CStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 const WRITER_ATTRIBUTE: &CStr = c"atoll.writer";
 
@@ -15,8 +16,8 @@ const SEGMENT_BYTES_MAX: u64 = 128 << 20;
 pub(super) struct RadosSegment {
     cluster: Arc<Cluster>,
     name: Name,
-    /// Who writes: the connection.
-    writer: [u8; 8],
+    /// Who writes: the connection, and which of its handles.
+    writer: [u8; 16],
     /// The object has our mark.
     is_marked: AtomicBool,
 }
@@ -36,7 +37,11 @@ impl RadosSegment {
 
     /// One that is there; nothing is asked.
     pub(super) fn open(cluster: &Arc<Cluster>, name: Name) -> RadosSegment {
-        let writer = cluster.instance_id().to_le_bytes();
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let mut writer = [0; 16];
+        writer[..8].copy_from_slice(&cluster.instance_id().to_le_bytes());
+        writer[8..].copy_from_slice(&number.to_le_bytes());
         RadosSegment { cluster: Arc::clone(cluster), name, writer, is_marked: AtomicBool::new(false) }
     }
 
@@ -57,7 +62,7 @@ impl RadosSegment {
                 Ok(())
             }
             libc::ECANCELED => {
-                let message = "another daemon writes this journal now";
+                let message = "another daemon writes this journal now, or this one since it opened it again";
                 Err(IoError::new(IoErrorCode::Io, operation, self.name.to_string(), offset_bytes, message))
             }
             errno => Err(self.cluster.error(operation, self.name, offset_bytes, errno)),
@@ -69,6 +74,12 @@ impl SegmentIo for RadosSegment {
     fn read_all(&self) -> Result<Vec<u8>> {
         let bytes = self.cluster.read_whole(&self.name, SEGMENT_BYTES_MAX)?;
         bytes.ok_or_else(|| IoError::from_errno("read", self.name.to_string(), 0, libc::ENOENT))
+    }
+
+    /// Waits behind whatever this connection has under way for the object.
+    fn claim(&self) -> Result<()> {
+        self.is_marked.store(false, Ordering::SeqCst);
+        self.change("claim", 0, |_| {})
     }
 
     fn append(&self, offset_bytes: u64, bytes: &[u8]) -> Result<()> {

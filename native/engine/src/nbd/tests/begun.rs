@@ -386,6 +386,19 @@ fn an_answer_that_was_on_its_way_when_the_pool_was_taken_over_does_not_go_out() 
 }
 
 #[test]
+fn a_proof_that_comes_too_late_is_asked_for_again() {
+    let (world, store) = proving_world();
+    let mut client = world.connect(|_| {});
+    store.delay_proof();
+    let cookie = send_write(&mut client, 0, 1);
+    store.wait_begun(1);
+    store.end_at(0);
+    let answer = client.answer(None);
+    assert_eq!((answer.cookie, answer.error), (cookie, 0), "{}", answer.message);
+    assert_eq!(store.proof_count(), 2);
+}
+
+#[test]
 fn what_is_left_to_answer_when_the_device_is_closed_goes_out_with_a_proof_or_not_at_all() {
     let (world, store) = proving_world();
     assert!(!world.device.is_proven());

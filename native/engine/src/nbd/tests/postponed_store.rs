@@ -23,6 +23,8 @@ struct Shared {
     is_abandoned: AtomicBool,
     is_fenced: AtomicBool,
     answers_need_proof: AtomicBool,
+    /// The next proof comes too late.
+    is_proof_late: AtomicBool,
     proof_count: AtomicUsize,
 }
 
@@ -97,6 +99,11 @@ impl PostponedStore {
     /// No answer of a device that is opened from now on goes out without a proof.
     pub(super) fn want_proofs(&self) {
         self.shared.answers_need_proof.store(true, Ordering::SeqCst);
+    }
+
+    /// The next proof is answered when it proves nothing any more.
+    pub(super) fn delay_proof(&self) {
+        self.shared.is_proof_late.store(true, Ordering::SeqCst);
     }
 
     pub(super) fn proof_count(&self) -> usize {
@@ -218,6 +225,9 @@ impl Store for PostponedStore {
     }
     fn prove_held(&self) -> Result<()> {
         self.shared.proof_count.fetch_add(1, Ordering::SeqCst);
+        if self.shared.is_proof_late.swap(false, Ordering::SeqCst) {
+            std::thread::sleep(atoll_io::PROOF_TIME_MAX);
+        }
         if self.shared.is_fenced.load(Ordering::SeqCst) { Err(lost("prove")) } else { Ok(()) }
     }
     fn release_reserve(&self) -> Result<()> {
