@@ -174,6 +174,14 @@ export function describeDriver(name: string, makeSubject: () => Promise<DriverSu
       await first.createLayer(layerId(1))
     })
 
+    test('who has the pool of another catalog is not shut out of it', async () => {
+      const first = await open()
+      await expect(open({ catalogId: otherCatalogId, shutOutHolder: true })).rejects.toMatchObject({
+        code: 'POOL_OWNED_BY_OTHER',
+      })
+      await first.createLayer(layerId(1))
+    })
+
     test('the pool of another catalog is refused and left as it is', async () => {
       const first = await open()
       await first.createLayer(layerId(1))

@@ -58,6 +58,28 @@ function unreadable(poolName: string, cause: unknown): AtollError {
 }
 
 /**
+ * The record of a pool that this catalog may have. Without the pool's lock it may change at once.
+ * @throws AtollError POOL_OWNED_BY_OTHER naming the other catalog
+ */
+export async function requireOwnable(
+  store: Store,
+  poolName: string,
+  catalogId: string,
+  takeOverFrom?: string,
+): Promise<OwnerRecord | null> {
+  const found = await readOwnerRecord(store, poolName)
+  const mayOwn: (string | null | undefined)[] = [null, undefined, catalogId, takeOverFrom]
+  if (found !== null && !mayOwn.includes(found.catalogId)) {
+    throw new AtollError(
+      'POOL_OWNED_BY_OTHER',
+      `${poolName} belongs to the catalog ${found.catalogId} (since ${found.since}), not to this one (${catalogId}): open it there; if that catalog is lost, bring its content back with \`atoll pool import\``,
+      { values: { pool: poolName, ownerCatalogId: found.catalogId, catalogId, since: found.since } },
+    )
+  }
+  return found
+}
+
+/**
  * Makes the pool this catalog's, or refuses. The caller holds the pool's lock.
  * @throws AtollError POOL_OWNED_BY_OTHER naming the other catalog
  */
@@ -68,15 +90,7 @@ export async function takeOwnership(
   nowMs: number,
   takeOverFrom?: string,
 ): Promise<OwnerRecord> {
-  const found = await readOwnerRecord(store, poolName)
-  const mayOwn: (string | null | undefined)[] = [null, undefined, catalogId, takeOverFrom]
-  if (found !== null && !mayOwn.includes(found.catalogId)) {
-    throw new AtollError(
-      'POOL_OWNED_BY_OTHER',
-      `${poolName} belongs to the catalog ${found.catalogId} (since ${found.since}), not to this one (${catalogId}): open it there; if that catalog is lost, bring its content back with \`atoll pool import\``,
-      { values: { pool: poolName, ownerCatalogId: found.catalogId, catalogId, since: found.since } },
-    )
-  }
+  const found = await requireOwnable(store, poolName, catalogId, takeOverFrom)
   return writeOwnerRecord(store, { catalogId, epoch: (found?.epoch ?? 0) + 1, nowMs })
 }
 

@@ -18,7 +18,7 @@ import type {
   PoolUsage,
 } from './driver.ts'
 import { guardPool } from './guard.ts'
-import { giveUpOwnership, type OwnerRecord, readOwnerRecord, takeOwnership } from './owner-record.ts'
+import { giveUpOwnership, type OwnerRecord, readOwnerRecord, requireOwnable, takeOwnership } from './owner-record.ts'
 
 export interface StorePoolOptions {
   /** Name of the driver. */
@@ -43,6 +43,8 @@ export interface StorePoolOptions {
  */
 export async function openStorePool(options: StorePoolOptions): Promise<PoolHandle> {
   const { context, poolName, store } = options
+  // Before anybody is shut out: the daemon of another catalog has it by right.
+  if (context.shutOutHolder === true) await requireOwnable(store, poolName, context.catalogId, context.takeOverFrom)
   const lock = await takeLock(options)
   try {
     const owner = await withReserve(store, () =>
