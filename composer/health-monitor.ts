@@ -4,8 +4,8 @@
  *
  * Rules:
  * - A look waits for nothing: backends are looked at by their stores.
- * - A pool is tried to be opened by one attempt at a time, and only if its backend was away; what else is wrong (it is locked, or
- *   another catalog's) is for people to decide.
+ * - A pool is tried to be opened by one attempt at a time, and only if its backend was away, or if somebody had it whom nobody can
+ *   shut out: he may be gone. What else is wrong (it is another catalog's, or its holder could be shut out) is for people to decide.
  */
 import { toAtollError, type Logger } from '@atoll/core'
 import type { Mapper } from '@atoll/mapper'
