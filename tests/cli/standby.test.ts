@@ -106,21 +106,23 @@ test('what a home has attached is served there only, and again when its daemon i
   expect(await client.read(0, slotBytes)).toEqual(pattern(1, slotBytes))
 })
 
+/** A daemon is killed that has flushed slot 0 of `disk` and only answered the seven behind it. */
+async function startAndKill(home: TestHome): Promise<void> {
+  await home.start('--catalog', catalog)
+  home.cli('volume', 'create', 'disk', '--size', '1M')
+  // From here on a write changes owners, which stand in the batch log alone until they are flushed.
+  home.cli('snapshot', 'create', 'disk@before')
+  const client = await connect(home.cli('volume', 'attach', 'disk', '--format', 'uri'))
+  await client.write(0, pattern(1, slotBytes))
+  await client.flush()
+  for (let slot = 1; slot < 8; slot += 1) await client.write(slot * slotBytes, pattern(slot + 1, slotBytes))
+  await home.end('SIGKILL')
+}
+
 test('what was answered and not flushed before a kill does not come back after another home had the volume', async () => {
   await using first = await TestHome.create()
   await using second = await TestHome.create()
-  await first.start('--catalog', catalog)
-  first.cli('volume', 'create', 'disk', '--size', '1M')
-  // From here on a write changes owners, which stand in the batch log alone until they are flushed.
-  first.cli('snapshot', 'create', 'disk@before')
-  {
-    const client = await connect(first.cli('volume', 'attach', 'disk', '--format', 'uri'))
-    await client.write(0, pattern(1, slotBytes))
-    await client.flush()
-    // Of two batches: first owner changes that only the batch log has.
-    for (let slot = 1; slot < 8; slot += 1) await client.write(slot * slotBytes, pattern(slot + 1, slotBytes))
-    await first.end('SIGKILL')
-  }
+  await startAndKill(first)
   await second.start('--catalog', catalog)
   const seen: Buffer[] = []
   {
@@ -138,17 +140,7 @@ test('what was answered and not flushed before a kill does not come back after a
 test('what was answered and not flushed before a kill comes back if the other home did not have the volume', async () => {
   await using first = await TestHome.create()
   await using second = await TestHome.create()
-  await first.start('--catalog', catalog)
-  first.cli('volume', 'create', 'disk', '--size', '1M')
-  // From here on a write changes owners, which stand in the batch log alone until they are flushed.
-  first.cli('snapshot', 'create', 'disk@before')
-  {
-    const client = await connect(first.cli('volume', 'attach', 'disk', '--format', 'uri'))
-    await client.write(0, pattern(1, slotBytes))
-    await client.flush()
-    for (let slot = 1; slot < 8; slot += 1) await client.write(slot * slotBytes, pattern(slot + 1, slotBytes))
-    await first.end('SIGKILL')
-  }
+  await startAndKill(first)
   await second.start('--catalog', catalog)
   second.cli('volume', 'create', 'other', '--size', '1M')
   second.cli('volume', 'delete', 'other')
