@@ -6,9 +6,8 @@
 import { chmodSync, copyFileSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { rolldown, type Plugin } from 'rolldown'
+import { bundleCommands, repositoryRoot } from './commands-bundle.ts'
 import { crateNotices, packageNotices } from './notices.ts'
-
-export const repositoryRoot = join(import.meta.dirname, '..')
 
 /** Packages with binaries: not bundled, but installed beside the bundle. */
 const external = ['better-sqlite3']
@@ -36,7 +35,12 @@ export async function buildRelease(folder: string): Promise<Release> {
   const root = readManifest('package.json')
   const bundle = join(folder, 'atoll')
   const native = join(folder, nativePackageName(process.arch))
-  const bundledFiles = await writeBundle(join(bundle, 'lib/atoll'))
+  const library = join(bundle, 'lib/atoll')
+  const bundledFiles = await writeBundle(library)
+  const { code, files } = await bundleCommands(null)
+  for (const file of files) bundledFiles.add(file)
+  writeFileSync(join(library, 'commands.cjs'), code)
+  copyFileSync(join(import.meta.dirname, 'start.cjs'), join(library, 'start.cjs'))
   writeFileSync(join(bundle, noticesFile), packageNotices(bundledFiles))
   mkdirSync(join(bundle, 'bin'))
   copyFileSync(join(import.meta.dirname, 'launcher.sh'), join(bundle, 'bin/atoll'))

@@ -7,7 +7,8 @@ import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { Worker } from 'node:worker_threads'
 import { connect } from '@atoll/nbd-client'
-import { buildRelease, repositoryRoot } from './build-release.ts'
+import { buildRelease } from './build-release.ts'
+import { repositoryRoot } from './commands-bundle.ts'
 
 const readyTimeoutMs = 300_000
 const folder = mkdtempSync(join(tmpdir(), 'atoll-release-'))

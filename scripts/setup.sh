@@ -39,3 +39,6 @@ node=node_modules/node-linux-$arch/bin/node
 
 # Says what it does, and what is missing; returns at once when the addon is up to date.
 sh native/build.sh >&2
+
+# What short commands are run from.
+$node release/bundle-commands.ts >&2

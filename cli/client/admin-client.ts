@@ -1,10 +1,15 @@
 // The client side of the daemon's admin socket: HTTP over a unix socket, JSON both ways. Only node:http, so that a short
-// command does not pay for anything else.
-import { request } from 'node:http'
+// command does not pay for anything else, and of that no more than it needs:
+// - `import` of node:http evaluates all that it exports, and one of them is a WebSocket, for which Node loads undici;
+// - the agent looks whether the host's name is an address, and that expression takes longer to compile than the request.
 import type { IncomingMessage, RequestOptions } from 'node:http'
+import type { Socket } from 'node:net'
 import type { Readable } from 'node:stream'
 import { adminSocketPath } from './home.ts'
 import { CliError } from './cli-error.ts'
+
+const { request } = process.getBuiltinModule('node:http')
+const { connect } = process.getBuiltinModule('node:net')
 
 /** Values of a query string; what is undefined is left out. */
 export type Query = Readonly<Record<string, string | number | boolean | undefined>>
@@ -49,7 +54,7 @@ export class AdminClient {
     receive: (body: Readable, lengthBytes: number) => Promise<void>,
   ): Promise<void> {
     const { promise, resolve, reject } = Promise.withResolvers<IncomingMessage>()
-    const options = { socketPath: adminSocketPath(this.home), path: withQuery(path, query), headers: { accept } }
+    const options = { createConnection: () => this.connect(), path: withQuery(path, query), headers: { accept } }
     const asked = request(options, resolve)
     asked.on('error', (error) => reject(this.connectionError(error)))
     asked.end()
@@ -75,7 +80,7 @@ export class AdminClient {
     const { promise, resolve, reject } = Promise.withResolvers<T>()
     const headers =
       body === undefined ? {} : { 'content-type': typeof body === 'string' ? 'application/json' : 'application/octet-stream' }
-    const options: RequestOptions = { socketPath: adminSocketPath(this.home), method, path, headers }
+    const options: RequestOptions = { createConnection: () => this.connect(), method, path, headers }
     const sent = request(options, (response) => {
       readBody(response).then(
         (text) => {
@@ -100,6 +105,10 @@ export class AdminClient {
       sent.end(body)
     }
     return promise
+  }
+
+  private connect(): Socket {
+    return connect(adminSocketPath(this.home))
   }
 
   private connectionError(error: unknown): CliError {
