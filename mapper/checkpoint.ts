@@ -28,7 +28,7 @@ import { reservedPagesMax } from './page-ids.ts'
 import { leaseLostError } from './rows.ts'
 import { deleteBatch, finishStaged, stagePages, unstagePages, type StagedPages } from './staged-pages.ts'
 
-/** A checkpoint whose pages are staged; ends with `commitCheckpoints` or `abortCheckpoints`. */
+/** A checkpoint whose pages are staged; ends with `writeCheckpoints` and `applyCheckpoints`, or with `abortCheckpoints`. */
 export interface PreparedCheckpoint {
   readonly volume: OpenVolume
   readonly checkpoint: Checkpoint
@@ -152,11 +152,25 @@ export async function abortCheckpoints(context: MapperContext, parts: readonly P
 }
 
 /**
- * Commits prepared checkpoints, all of them in one durable transaction, and tells the devices. If it fails, everything is
- * taken back; a volume whose lease is lost is stopped, the others go on.
+ * Commits prepared checkpoints, exports them and tells the devices.
+ * @throws what `writeCheckpoints` throws
+ */
+async function commitCheckpoints(
+  context: MapperContext,
+  parts: readonly PreparedCheckpoint[],
+  options: CommitOptions,
+): Promise<void> {
+  await writeCheckpoints(context, parts, options)
+  const exported = await context.exporter.flushed(parts.map((part) => part.volume.poolId))
+  await applyCheckpoints(context, parts, exported)
+}
+
+/**
+ * Commits prepared checkpoints, all of them in one durable transaction; `applyCheckpoints` comes next, before anything else is done
+ * with the volumes. If it fails, everything is taken back; a volume whose lease is lost is stopped, the others go on.
  * @throws AtollError LEASE_LOST, NO_SPACE and the other errors of `Catalog.write`
  */
-export async function commitCheckpoints(
+export async function writeCheckpoints(
   context: MapperContext,
   parts: readonly PreparedCheckpoint[],
   options: CommitOptions,
@@ -190,7 +204,14 @@ export async function commitCheckpoints(
     deletePagesLater(context, rest)
     if (options.share) part.volume.sharedBelowPage = sharedBelowPage
   }
-  const exported = await context.exporter.flushed(parts.map((part) => part.volume.poolId))
+}
+
+/** Tells the devices what is committed, and `exported` if the exports have it, and frees what was needed until then. */
+export async function applyCheckpoints(
+  context: MapperContext,
+  parts: readonly PreparedCheckpoint[],
+  exported: boolean,
+): Promise<void> {
   for (const part of parts) await applyOne(context, part, exported)
 }
 

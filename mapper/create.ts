@@ -18,7 +18,7 @@ import type { Spare } from './layers.ts'
 import { overcommitLimit, requireProvisionable, type OvercommitLimit } from './overcommit.ts'
 import { rootOf, uniformRoot } from './root.ts'
 import { requireAvailable, requireResource } from './rows.ts'
-import { shareVolumes, swapDeadlineMs } from './share.ts'
+import { type SharedRoot, shareVolumes, swapDeadlineMs } from './share.ts'
 
 export interface NewVolume {
   readonly projectId: string
@@ -59,16 +59,18 @@ export async function createVolume(context: MapperContext, wanted: NewVolume): P
   const id = context.newId()
   let row: ResourceRow | undefined
   const poolIds = new Set([wanted.poolId])
+  let isExported = false
   try {
     const { fromId } = wanted
     if (fromId === undefined) {
       row = await context.catalog.write(async (tx) => await insertVolume(context, tx, { id, wanted, spare, source: null, limit }))
     } else {
-      await shareFrom(context, fromId, async (tx, source) => {
+      const shared = await shareFrom(context, fromId, async (tx, source) => {
         if (wanted.sizeBytes < source.sizeBytes) throw sizeBelowSource(wanted.sizeBytes, source)
         row = await insertVolume(context, tx, { id, wanted, spare, source, limit })
         poolIds.add(source.row.home_pool_id)
       })
+      isExported = shared.isExported
     }
   } catch (error) {
     context.layers.giveBack(spare)
@@ -77,7 +79,7 @@ export async function createVolume(context: MapperContext, wanted: NewVolume): P
   context.open.setNew(id)
   // I9: what is promised is in the export, too, and nobody writes into an active layer that it does not name. The pool that is read
   // from knows by whom.
-  await context.exporter.flushed([...poolIds])
+  if (!isExported) await context.exporter.flushed([...poolIds])
   return row as ResourceRow
 }
 
@@ -87,7 +89,7 @@ export async function createVolume(context: MapperContext, wanted: NewVolume): P
  */
 export async function createImage(context: MapperContext, wanted: NewImage): Promise<ResourceRow> {
   let row: ResourceRow | undefined
-  await shareFrom(context, wanted.fromId, async (tx, source) => {
+  const { isExported } = await shareFrom(context, wanted.fromId, async (tx, source) => {
     row = await insertResource(context, tx, {
       id: context.newId(),
       projectId: wanted.projectId,
@@ -100,28 +102,27 @@ export async function createImage(context: MapperContext, wanted: NewImage): Pro
       status: 'available',
     })
   })
-  if (row !== undefined) await context.exporter.flushed([row.home_pool_id])
+  if (row !== undefined && !isExported) await context.exporter.flushed([row.home_pool_id])
   return row as ResourceRow
 }
 
 /**
  * Calls `makeRows` with the durable content of any resource, in the transaction that makes the new rows durable, and with the
- * locks of the resources `alsoLocked`.
+ * locks of the resources `alsoLocked`. `isExported`: a flush of the exports has been there since.
  */
 export async function shareFrom(
   context: MapperContext,
   fromId: string,
   makeRows: (tx: CatalogTransaction, source: Source) => Promise<void>,
   alsoLocked: readonly string[] = [],
-): Promise<void> {
+): Promise<{ isExported: boolean }> {
   const { kind } = await requireResource(context.catalog.db, fromId)
   if (kind === 'volume') {
-    await context.locks.run([fromId, ...alsoLocked], async () => {
-      await shareVolumes(context, [fromId], swapDeadlineMs, async (tx, shared) => {
-        for (const { volume, root, sizeBytes } of shared) await makeRows(tx, { row: volume, root, sizeBytes })
-      })
-    })
-    return
+    const makeRowsOf = async (tx: CatalogTransaction, shared: readonly SharedRoot[]): Promise<void> => {
+      for (const { volume, root, sizeBytes } of shared) await makeRows(tx, { row: volume, root, sizeBytes })
+    }
+    await shareVolumes(context, [fromId], swapDeadlineMs, makeRowsOf, alsoLocked)
+    return { isExported: true }
   }
   await context.locks.run(alsoLocked, async () => {
     await context.catalog.write(async (tx) => {
@@ -131,6 +132,7 @@ export async function shareFrom(
       await makeRows(tx, { row, root: rootOf(row), sizeBytes: row.size_bytes })
     })
   })
+  return { isExported: false }
 }
 
 async function insertVolume(

@@ -78,6 +78,8 @@ const acceptedAhead = 2 ** 32
 const notesMax = 50_000
 /** Notes that every export has are deleted when there are so many. */
 const trimNotes = 256
+/** Deltas whose names are told ahead, so that a backend with an index of names need not be asked twice while somebody waits. */
+const deltasAhead = 16
 /** Rows and bytes of pages that one record takes, about. */
 const recordRowsMax = 4000
 const recordPageBytesMax = 2 * 2 ** 20
@@ -108,6 +110,8 @@ interface PoolExport {
   /** Number of the last delta record that is whole; 0: none. */
   lastDelta: number
   nextDelta: number
+  /** The pool was told of deltas up to this number. */
+  expectedDelta: number
   /**
    * Pages of maps that came from other pools, which deltas since the last base have, each with all that it leads to: another clone
    * of the same image needs none of them again.
@@ -206,6 +210,7 @@ export class Exporter {
       recordedSeq: 0,
       lastDelta: 0,
       nextDelta: 1,
+      expectedDelta: 0,
       treePages: new Set(),
       baseNumber: 0,
       baseBytes: 0,
@@ -516,6 +521,7 @@ export class Exporter {
         state.deltaBytes += bytes.length
         state.deltaCount += 1
         if (last) state.lastDelta = number
+        this.#expectDeltas(state)
       }
       const pages = new PageBatches(async (batch) => await put({ upserts: {}, deletes: {}, pages: batch }, false))
       for (const { firstPageId, endPageId } of pageRanges) await this.#addRange(pages, firstPageId, endPageId)
@@ -532,6 +538,16 @@ export class Exporter {
       else for (const id of added) state.treePages.add(id)
     }
     state.exportedSeq = changes.toSeq
+  }
+
+  /** Behind the answer; where it fails, each delta does it for itself. */
+  #expectDeltas(state: PoolExport): void {
+    const { nextDelta } = state
+    if (state.isDetached || state.expectedDelta - nextDelta >= deltasAhead / 2) return
+    const first = Math.max(nextDelta, state.expectedDelta + 1)
+    state.expectedDelta = nextDelta + deltasAhead - 1
+    const names = Array.from({ length: state.expectedDelta - first + 1 }, (_, index) => deltaName(first + index))
+    this.#context.background.start('naming the next deltas of an export', async () => await state.pool.store.expectRecords(names))
   }
 
   /** Pages of a checkpoint; those that a later one has replaced since are not there and not needed. */

@@ -83,8 +83,8 @@ describe('a start', () => {
       bench.fail({ operation: 'append', errno: 5 })
     }
     const snapshot = await bench.snapshot(volume.id, 'second')
-    bench.fail()
     expect(await bench.layers('closing')).toHaveLength(1)
+    bench.fail()
     await bench.kill()
     expect(await bench.layers('closing')).toEqual([])
     expect(await bench.read(snapshot.id, 0, slot)).toEqual(bytes(1))

@@ -11,17 +11,19 @@
  *   writer while their lock is held. All of them are in the one transaction, or none is.
  * - No swap before the export names the volume's active and next layer: an import finds frames in no layer but these.
  * - A closed volume needs no engine: its durable root is its content. Its active layer is sealed if the root may refer to it.
- *
- * Called by who holds the locks of all the volumes.
+ * - What was promised is there when the transaction is durable and the exports have it, so that is when the answer goes out.
+ *   Journals are sealed and layers change their state behind it, while the locks are still held: whatever comes next for
+ *   one of these volumes finds all of it done.
  */
 import { AtollError, isAtollError, type CatalogTransaction, type ResourceRow, type VolumeRow } from '@atoll/core'
 import type { RootRef } from '@atoll/native'
 import {
   abortCheckpoints,
+  applyCheckpoints,
   checkpointLocked,
-  commitCheckpoints,
   prepareCheckpoint,
   type PreparedCheckpoint,
+  writeCheckpoints,
 } from './checkpoint.ts'
 import type { MapperContext } from './context.ts'
 import type { Spare } from './layers.ts'
@@ -48,17 +50,50 @@ interface ClosedVolume {
   readonly spare: Spare | null
 }
 
+type MakeRows = (tx: CatalogTransaction, shared: readonly SharedRoot[]) => Promise<void>
+
+/** What was shared, and what is left to do with the locks held; that never fails. */
+interface Shared {
+  readonly pauseMs: number
+  finish(): Promise<void>
+}
+
 /**
- * Shares the content of volumes. `makeRows` writes the rows that refer to the roots, in the transaction that makes them
- * durable. Returns the longest time that a gate was closed.
+ * Shares the content of volumes, with their locks and those of the resources `alsoLocked`. `makeRows` writes the rows that refer to the
+ * roots, in the transaction that makes them durable; they are in the exports on return. Returns the longest time that a gate was closed.
  * @throws AtollError VOLUME_NOT_FOUND, RESOURCE_STATUS, SNAPSHOT_BUSY, LEASE_LOST, DEVICE_POISONED, NO_SPACE, IO_ERROR, POOL_UNAVAILABLE; then nothing was shared
  */
 export async function shareVolumes(
   context: MapperContext,
   volumeIds: readonly string[],
   deadlineMs: number,
-  makeRows: (tx: CatalogTransaction, shared: readonly SharedRoot[]) => Promise<void>,
+  makeRows: MakeRows,
+  alsoLocked: readonly string[] = [],
 ): Promise<{ pauseMs: number }> {
+  const answer = Promise.withResolvers<{ pauseMs: number }>()
+  context.background.start('sealing what was shared', async () => {
+    let finish: (() => Promise<void>) | null = null
+    try {
+      await context.locks.run([...volumeIds, ...alsoLocked], async () => {
+        const shared = await shareLocked(context, volumeIds, deadlineMs, makeRows)
+        finish = shared.finish
+        answer.resolve({ pauseMs: shared.pauseMs })
+        await finish()
+      })
+    } catch (error) {
+      if (finish !== null) throw error
+      answer.reject(error)
+    }
+  })
+  return await answer.promise
+}
+
+async function shareLocked(
+  context: MapperContext,
+  volumeIds: readonly string[],
+  deadlineMs: number,
+  makeRows: MakeRows,
+): Promise<Shared> {
   const rows = new Map<string, ResourceRow>()
   for (const id of volumeIds) {
     requireAvailable(await requireKind(context.catalog.db, id, 'volume'))
@@ -102,7 +137,7 @@ export async function shareVolumes(
     return { volume, root: staged?.root ?? rootOf(volume), sizeBytes: sizes.get(id) ?? volume.size_bytes }
   })
   try {
-    await commitCheckpoints(context, prepared, {
+    await writeCheckpoints(context, prepared, {
       share: true,
       also: async (tx) => {
         for (const part of replacing) await shareClosed(context, tx, part)
@@ -113,10 +148,13 @@ export async function shareVolumes(
     for (const { spare } of replacing) if (spare !== null) context.layers.giveBack(spare)
     throw error
   }
-  // Also what `makeRows` has made is exported before the locks are let go.
+  // Also what `makeRows` has made. Journals lose what an export from before needs only if it is there.
   const exported = await context.exporter.flushed(shared.map(({ volume }) => volume.home_pool_id))
-  if (exported) for (const part of replacing) await sealReplaced(context, part)
-  return { pauseMs }
+  const finish = async (): Promise<void> => {
+    await applyCheckpoints(context, prepared, exported)
+    if (exported) for (const part of replacing) await sealReplaced(context, part)
+  }
+  return { pauseMs, finish }
 }
 
 async function findClosed(

@@ -47,6 +47,18 @@ describe('snapshots', () => {
     expect(after.active_alias).toBe(before.active_alias)
   })
 
+  it('are answered before the layers behind them are sealed, and what comes next for the volume waits for that', async () => {
+    const volume = await bench.volume('v', leaf)
+    for (const name of ['first', 'second', 'third']) {
+      const device = await bench.attach(volume.id)
+      await device.write(0, bytes(1))
+      await bench.snapshot(volume.id, name)
+      await bench.mapper.close(volume.id)
+      const layers = await bench.inner.db.selectFrom('layers').select('state').execute()
+      expect(layers.map(({ state }) => state)).not.toContain('closing')
+    }
+  })
+
   it('may follow each other without anything written in between', async () => {
     const volume = await bench.volume('v', leaf)
     const device = await bench.attach(volume.id)

@@ -35,34 +35,30 @@ export async function snapshot(
     )
   }
   const made = new Map<string, ResourceRow>()
-  const { pauseMs } = await context.locks.run(
-    volumeIds,
-    async () =>
-      await shareVolumes(context, volumeIds, options.deadlineMs ?? swapDeadlineMs, async (tx, shared) => {
-        const now = context.clock.nowMs()
-        for (const { volume, root, sizeBytes } of shared) {
-          const row = await tx
-            .insertInto('resources')
-            .values({
-              id: context.newId(),
-              project_id: volume.project_id,
-              kind: 'snapshot',
-              name: items.find((item) => item.volumeId === volume.id)?.name ?? '',
-              size_bytes: sizeBytes,
-              root_word: root.word,
-              root_crc: root.crc,
-              home_pool_id: volume.home_pool_id,
-              parent_id: volume.id,
-              volume_id: volume.id,
-              status: 'available',
-              created_at: now,
-              updated_at: now,
-            })
-            .returningAll()
-            .executeTakeFirstOrThrow()
-          made.set(volume.id, row)
-        }
-      }),
-  )
+  const { pauseMs } = await shareVolumes(context, volumeIds, options.deadlineMs ?? swapDeadlineMs, async (tx, shared) => {
+    const now = context.clock.nowMs()
+    for (const { volume, root, sizeBytes } of shared) {
+      const row = await tx
+        .insertInto('resources')
+        .values({
+          id: context.newId(),
+          project_id: volume.project_id,
+          kind: 'snapshot',
+          name: items.find((item) => item.volumeId === volume.id)?.name ?? '',
+          size_bytes: sizeBytes,
+          root_word: root.word,
+          root_crc: root.crc,
+          home_pool_id: volume.home_pool_id,
+          parent_id: volume.id,
+          volume_id: volume.id,
+          status: 'available',
+          created_at: now,
+          updated_at: now,
+        })
+        .returningAll()
+        .executeTakeFirstOrThrow()
+      made.set(volume.id, row)
+    }
+  })
   return { rows: items.map((item) => made.get(item.volumeId) as ResourceRow), pauseMs }
 }

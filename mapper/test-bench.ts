@@ -282,7 +282,9 @@ export class Bench {
     }
   }
 
+  /** Those in a state, once nothing goes on behind what was answered. */
   async layers(state: string): Promise<{ alias: number; id: string; volume_id: string | null }[]> {
+    await this.mapper.idle()
     const rows = await this.inner.db.selectFrom('layers').selectAll().execute()
     return rows.filter((row) => row.state === state)
   }

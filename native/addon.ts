@@ -243,6 +243,7 @@ export interface RawStore {
   health(): StoreHealth | null
   readRecord(name: string): Promise<Uint8Array | null>
   writeRecord(name: string, bytes: Uint8Array): Promise<void>
+  expectRecords(names: string[]): Promise<void>
   listRecords(prefix: string): Promise<string[]>
   removeRecord(name: string): Promise<void>
   lock(owner: string, shutOutHolder: boolean): Promise<RawStoreLock>

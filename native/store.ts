@@ -121,6 +121,11 @@ export class Store {
     return settle(() => this.raw.writeRecord(name, bytes))
   }
 
+  /** These records will be written soon: what the first writing of each needs beside the bytes may be done now. None of them is there yet. */
+  expectRecords(names: readonly string[]): Promise<void> {
+    return settle(() => this.raw.expectRecords([...names]))
+  }
+
   /** Names of the records that begin with `prefix`, ascending. */
   listRecords(prefix: string): Promise<string[]> {
     return settle(() => this.raw.listRecords(prefix))

@@ -242,6 +242,21 @@ export function describeDriver(name: string, makeSubject: () => Promise<DriverSu
       expect(await store.listRecords('')).toEqual(['export.b', 'other', 'owner'])
     })
 
+    test('records that are only expected are not there, and are written, read and removed like others', async () => {
+      const { store } = await open()
+      await store.expectRecords(['export.a', 'export.b', 'export.c'])
+      expect(await store.readRecord('export.a')).toBe(null)
+      expect(await store.listRecords('export.')).toEqual([])
+      await store.removeRecord('export.c')
+      for (const name of ['export.c', 'export.a', 'export.a']) await store.writeRecord(name, Uint8Array.of(1))
+      expect(await store.listRecords('export.')).toEqual(['export.a', 'export.c'])
+      await store.removeRecord('export.a')
+      expect(await store.listRecords('export.')).toEqual(['export.c'])
+      await store.writeRecord('export.a', Uint8Array.of(2))
+      expect(await store.readRecord('export.a')).toEqual(Uint8Array.of(2))
+      expect(await store.listRecords('export.')).toEqual(['export.a', 'export.c'])
+    })
+
     test('the epoch of the owner rises with each opening', async () => {
       const epochs: unknown[] = []
       for (let count = 0; count < 3; count += 1) {

@@ -28,6 +28,11 @@ export const controlPlaneBugs: PlantedBug[] = [
         find: 'const exported = await context.exporter.flushed(parts.map((part) => part.volume.poolId))',
         replace: 'const exported = true',
       },
+      {
+        file: 'mapper/share.ts',
+        find: 'const exported = await context.exporter.flushed(shared.map(({ volume }) => volume.home_pool_id))',
+        replace: 'const exported = true',
+      },
     ],
     tests: history,
   },
@@ -173,6 +178,11 @@ export const controlPlaneBugs: PlantedBug[] = [
       },
     ],
     tests: olderCatalog,
+  },
+  {
+    name: 'a snapshot lets go of its volumes before their layers are sealed',
+    edits: [{ file: 'mapper/share.ts', find: '        await finish()\n', replace: '        void finish()\n' }],
+    tests: ['mapper/snapshot.test.ts'],
   },
   {
     name: 'a volume is swapped before the export names its next layer',

@@ -288,6 +288,11 @@ impl JsStore {
     }
 
     #[napi]
+    pub fn expect_records<'env>(&self, env: &'env Env, names: Vec<String>) -> napi::Result<Object<'env>> {
+        self.run(env, move |store| Ok(store.expect_records(&names)?))
+    }
+
+    #[napi]
     pub fn list_records<'env>(&self, env: &'env Env, prefix: String) -> napi::Result<Object<'env>> {
         self.run(env, move |store| Ok(store.list_records(&prefix)?))
     }

@@ -250,6 +250,10 @@ impl Store for FaultStore {
         self.inner.write_record(name, bytes)
     }
 
+    fn expect_records(&self, names: &[String]) -> Result<()> {
+        self.inner.expect_records(names)
+    }
+
     fn list_records(&self, prefix: &str) -> Result<Vec<String>> {
         self.faults.check("record-list", None, || format!("records {prefix}*"))?;
         self.inner.list_records(prefix)

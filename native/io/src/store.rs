@@ -182,6 +182,10 @@ pub trait Store: Send + Sync + 'static {
     fn read_record(&self, name: &str) -> Result<Option<Vec<u8>>>;
     /// Replaces a record atomically; durable on return.
     fn write_record(&self, name: &str, bytes: &[u8]) -> Result<()>;
+    /// These records will be written soon: what the first writing of each needs beside the bytes may be done now.
+    fn expect_records(&self, _names: &[String]) -> Result<()> {
+        Ok(())
+    }
     /// Names of the records that begin with `prefix`, ascending. Whole records only: one whose writing a crash interrupted has no name.
     fn list_records(&self, prefix: &str) -> Result<Vec<String>>;
     /// Removes a record; one that is not there is no error. Need not be durable: what comes back after a crash is whole.

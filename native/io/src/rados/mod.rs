@@ -53,6 +53,8 @@ pub struct RadosStore {
     cluster: Arc<Cluster>,
     layers: Arc<Layers>,
     segments: Mutex<HashMap<LayerId, BTreeSet<u64>>>,
+    /// Names of records that stand in the index for the next writing of each.
+    expected: Mutex<BTreeSet<String>>,
     watch: Watch,
     /// Cookie of the lock that was taken last.
     cookie: Mutex<Option<CString>>,
@@ -141,7 +143,7 @@ impl RadosStore {
         find_head(&cluster, create)?;
         let watch = Watch::start(&cluster, head(), started_at.elapsed())?;
         let layers = Layers::new(&cluster);
-        let store = RadosStore { cluster, layers, segments: Mutex::default(), watch, cookie: Mutex::default() };
+        let store = RadosStore { cluster, layers, segments: Mutex::default(), expected: Mutex::default(), watch, cookie: Mutex::default() };
         store.read_segments()?;
         Ok(store)
     }
@@ -319,7 +321,9 @@ impl Store for RadosStore {
             return Err(IoError::from_errno("write", object.to_string(), RECORD_BYTES_MAX, libc::EFBIG));
         }
         let _managing = self.watch.manage("write")?;
-        self.cluster.add_to_index_now(&records_index(), &[name.to_owned()])?;
+        if !self.expected.lock().remove(name) {
+            self.cluster.add_to_index_now(&records_index(), &[name.to_owned()])?;
+        }
         let mut change = self.cluster.change();
         change.write_full(bytes);
         // Nothing is deleted before the records say so.
@@ -327,23 +331,47 @@ impl Store for RadosStore {
         self.cluster.apply("write", &object, change)
     }
 
+    /// A name that nobody comes to write stays in the index, as one whose writing a crash interrupted.
+    fn expect_records(&self, names: &[String]) -> Result<()> {
+        for name in names {
+            record_name(name)?;
+        }
+        let _managing = self.watch.manage("index")?;
+        self.cluster.add_to_index_now(&records_index(), names)?;
+        self.expected.lock().extend(names.iter().cloned());
+        Ok(())
+    }
+
     fn list_records(&self, prefix: &str) -> Result<Vec<String>> {
         let _managing = self.watch.manage("list")?;
         let mut names = self.cluster.index_keys(&records_index())?;
         names.retain(|name| name.starts_with(prefix) && is_record_name(name));
+        let mut buffers = vec![[0u8; 1]; names.len()];
         let mut found = Vec::new();
-        for name in names {
-            // One whose first writing a crash interrupted stands in the index alone.
-            if self.cluster.stat(&record_name(&name)?)?.is_some() {
-                found.push(name);
-            }
-        }
+        self.cluster.run_all(
+            names.into_iter().zip(&mut buffers),
+            |(name, buffer)| {
+                // SAFETY: each has a buffer of its own, which lives until all are done.
+                Ok(unsafe { self.cluster.start_read(&record_name(name)?, 0, buffer.as_mut_ptr(), 1) })
+            },
+            |(name, _), code| match -code {
+                errno if errno <= 0 => {
+                    found.push(name);
+                    Ok(())
+                }
+                // It is only expected, or a crash interrupted its first writing: it stands in the index alone.
+                libc::ENOENT => Ok(()),
+                errno => Err(self.cluster.error("list", format!("record {name}"), 0, errno)),
+            },
+        )?;
+        found.sort_unstable();
         Ok(found)
     }
 
     fn remove_record(&self, name: &str) -> Result<()> {
         let object = record_name(name)?;
         let _managing = self.watch.manage("remove")?;
+        self.expected.lock().remove(name);
         match self.cluster.start_remove(&object).wait() {
             code if code < 0 && code != -libc::ENOENT => return Err(self.cluster.error("remove", object, 0, -code)),
             _ => {}
@@ -387,6 +415,7 @@ impl RadosStore {
     fn locked(&self, lock: lock::HeldLock) -> Result<StoreLock> {
         *self.cookie.lock() = Some(lock.cookie().to_owned());
         // Whoever held the lock before may have changed everything since.
+        self.expected.lock().clear();
         self.read_segments()?;
         self.drop_missing_segments()?;
         self.layers.start_anew()?;
