@@ -52,7 +52,7 @@ describe('snapshots', () => {
     for (const name of ['first', 'second', 'third']) {
       const device = await bench.attach(volume.id)
       await device.write(0, bytes(1))
-      await bench.snapshot(volume.id, name)
+      await bench.mapper.snapshot([{ volumeId: volume.id, name }])
       await bench.mapper.close(volume.id)
       const layers = await bench.inner.db.selectFrom('layers').select('state').execute()
       expect(layers.map(({ state }) => state)).not.toContain('closing')

@@ -267,6 +267,8 @@ export class Bench {
 
   async snapshot(volumeId: string, name = 'snap'): Promise<ResourceRow> {
     const { rows } = await this.mapper.snapshot([{ volumeId, name }])
+    // What is done behind the answer, too.
+    await this.mapper.idle()
     return rows[0] as ResourceRow
   }
 
@@ -282,9 +284,7 @@ export class Bench {
     }
   }
 
-  /** Those in a state, once nothing goes on behind what was answered. */
   async layers(state: string): Promise<{ alias: number; id: string; volume_id: string | null }[]> {
-    await this.mapper.idle()
     const rows = await this.inner.db.selectFrom('layers').selectAll().execute()
     return rows.filter((row) => row.state === state)
   }
