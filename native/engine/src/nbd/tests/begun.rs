@@ -366,6 +366,23 @@ fn a_flush_asks_whether_the_pool_is_ours_unless_a_frame_was_taken_and_fails_when
 }
 
 #[test]
+fn what_a_backend_that_has_much_to_do_does_not_begin_is_waited_for_elsewhere() {
+    let (world, store) = postponed_world(None);
+    let mut client = world.connect(|_| {});
+    write_now(&mut client, &store, 0, 1);
+    let under_way = send_write(&mut client, 0, 2);
+    store.wait_begun(1);
+    store.fill_up();
+    client.write(SLOT, &block(3));
+    client.write(2 * SLOT, &block(4));
+    // Of one layer, and of one and a hole.
+    assert!(client.read(SLOT, 2 * SLOT) == [block(3), block(4)].concat());
+    assert!(client.read(2 * SLOT, 2 * SLOT) == [block(4), block(0)].concat());
+    store.end_at(0);
+    assert_eq!(client.answer(None).cookie, under_way);
+}
+
+#[test]
 fn an_answer_that_was_on_its_way_when_the_pool_was_taken_over_does_not_go_out() {
     for is_taken_over in [false, true] {
         let (world, store) = proving_world();
