@@ -416,6 +416,29 @@ fn a_proof_that_comes_too_late_is_asked_for_again() {
 }
 
 #[test]
+fn what_a_slow_client_takes_when_the_proof_has_run_out_is_proven_again_or_does_not_go_out() {
+    for is_taken_over in [false, true] {
+        let (world, store) = proving_world();
+        let mut client = world.connect(|_| {});
+        // More than a socket holds: some of it waits for the client.
+        let length = 16 << 20;
+        let cookie = client.send(READ, DF, 0, length as u64, &[]);
+        client.wait_readable();
+        store.set_fenced(is_taken_over);
+        world.device.outdate_proof();
+        if is_taken_over {
+            let mut taken = Vec::new();
+            let _ = client.stream.read_to_end(&mut taken);
+            assert!(taken.len() < length, "all of it went out");
+        } else {
+            let answer = client.answer(Some((0, length)));
+            assert_eq!((answer.cookie, answer.error), (cookie, 0), "{}", answer.message);
+            assert!(store.proof_count() >= 2, "the rest was not proven again");
+        }
+    }
+}
+
+#[test]
 fn what_is_left_to_answer_when_the_device_is_closed_goes_out_with_a_proof_or_not_at_all() {
     let (world, store) = proving_world();
     assert!(!world.device.is_proven());
