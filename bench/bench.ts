@@ -4,7 +4,7 @@ import { mkdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { compare, type Comparison, type Contender } from './contenders.ts'
 import type { FioTarget } from './fio.ts'
-import { Atoll, missing, type Server, socketUri, startNbdkit, startQemuNbd } from './servers.ts'
+import { Atoll, missing, type Server, socketUri, startNbdkit, startQemuNbd, startQemuNbdOverRbd } from './servers.ts'
 import { figureLine, rowLine, type Document, type Figure, type Row } from './table.ts'
 
 export const MiB = 2 ** 20
@@ -55,6 +55,19 @@ export class Bench {
     const server = kind === 'nbdkit' ? await startNbdkit(path, socket) : await startQemuNbd(path, format, socket)
     this.#servers.add(server)
     return { uri: socketUri(socket), server }
+  }
+
+  /** Serves an RBD image; null, and listed as skipped, where qemu-nbd cannot. */
+  async serveRbd(image: string, conf: string): Promise<string | null> {
+    if (!this.has('qemu-nbd', 'qemu-utils')) return null
+    const socket = this.path(`${(this.#socketCount += 1)}.sock`)
+    const server = await startQemuNbdOverRbd(image, conf, socket)
+    if (server === null) {
+      this.#document.skipped.push('qemu-nbd cannot serve RBD images (Debian: apt-get install qemu-block-extra)')
+      return null
+    }
+    this.#servers.add(server)
+    return socketUri(socket)
   }
 
   async stop(server: Server): Promise<void> {

@@ -46,6 +46,15 @@ export async function startQemuNbd(path: string, format: 'raw' | 'qcow2', socket
   return await listening(spawn('qemu-nbd', args, { stdio: ['ignore', 'ignore', 'inherit'] }), socket)
 }
 
+/** qemu-nbd over an RBD image; null where QEMU's driver for it (Debian: qemu-block-extra) is not installed. */
+export async function startQemuNbdOverRbd(image: string, conf: string, socket: string): Promise<Server | null> {
+  if (!spawnSync('qemu-img', ['--help'], { encoding: 'utf8' }).stdout.match(/^Supported formats:.*\brbd\b/m)) return null
+  // No cache above the image: what qemu's `cache=none` means for one.
+  const options = `driver=rbd,pool=rbd,image=${image},conf=${conf},user=admin`
+  const args = ['--image-opts', options, '--cache=none', '-t', '-e', '8', '-k', socket]
+  return await listening(spawn('qemu-nbd', args, { stdio: ['ignore', 'ignore', 'inherit'] }), socket)
+}
+
 /** nbdkit's file plugin. */
 export async function startNbdkit(path: string, socket: string): Promise<Server> {
   const args = ['-f', '--exit-with-parent', '-U', socket, 'file', path]

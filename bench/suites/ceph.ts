@@ -32,6 +32,9 @@ export async function ceph(bench: Bench): Promise<void> {
   execFileSync('nbdcopy', [raw, atoll.attach('disk')])
   peer.run('import', raw, 'rbd/disk')
   const peers = [{ contender: standing('librbd', peer.target('disk')), target: 0.9 }]
+  // The same library behind the same kind of socket.
+  const overNbd = await bench.serveRbd('disk', peer.conf)
+  if (overNbd !== null) peers.push({ contender: standing('qemu-nbd, librbd', overNbd), target: 0.9 })
 
   const timed = { sizeBytes: diskBytes, runtimeSeconds: bench.seconds }
   for (const [name, job] of [

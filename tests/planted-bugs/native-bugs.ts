@@ -318,6 +318,11 @@ export const nativeBugs: PlantedBug[] = [
     tests: ['-p', 'atoll-engine', 'nbd::tests::begun'],
   },
   {
+    name: 'what a slow client keeps waiting goes out after the daemon was shut out',
+    edits: [{ file: 'native/engine/src/net/socket.rs', find: '                    may_go_on()?;\n', replace: '' }],
+    tests: ['-p', 'atoll-engine', 'nbd::tests::begun'],
+  },
+  {
     name: 'a daemon that was shut out answers a flush that has nothing to write',
     edits: [{ file: 'native/engine/src/device/flush.rs', find: '            active.spec.store.prove_held()?;\n', replace: '' }],
     tests: ['-p', 'atoll-engine', 'nbd::tests::begun'],

@@ -248,6 +248,11 @@ pub trait LayerIo: Send + Sync + 'static {
     }
     /// Writes all buffers from `offset_bytes` on, all or an error (what landed before the error is unknown). Not durable before `sync`.
     fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()>;
+    /// Whether a request of so many bytes may be begun now: not while the backend has as much under way as it should. Asked once for a
+    /// request, before its first part is begun; false: the waiting form is the way.
+    fn may_begin(&self, _length_bytes: u64) -> bool {
+        true
+    }
     /// Begins a read of as many bytes as the ending has room for, and returns at once. It comes back untouched if it cannot be begun
     /// without a wait, or not at all: `read` is the way then, and says what is wrong.
     fn begin_read(&self, _offset_bytes: u64, ending: Box<dyn Ending>) -> Begun {

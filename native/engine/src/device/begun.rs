@@ -3,7 +3,7 @@
 //! Rules
 //! - What is begun is inside the gate, and keeps its slots locked where their owner is to change, from its beginning until its end is
 //!   told: a swap, a barrier or the end of the device wait for it as for a request on a thread.
-//! - Nobody waits at the beginning: not for the gate, a lock, room or a layer to be opened. What would have to is not begun, and so is
+//! - Nobody waits at the beginning: not for the gate, a lock, room, a layer to be opened or a backend that has much to do. What would have to is not begun, and so is
 //!   what is wrong; the waiting form is the way then, and says it.
 //! - The owner changes when the data is there, in whatever order the ends come (I3). Whoever answers settles before, elsewhere: a
 //!   thread of the backend waits for nothing.
@@ -112,6 +112,9 @@ impl Device {
                 return Ok(false);
             }
             let Some(layer) = self.layers.load().distant_reader_at_hand(owner).cloned() else { return Ok(false) };
+            if !layer.may_begin(length_bytes) {
+                return Ok(false);
+            }
             self.counters.backend_reads_running.fetch_add(1, Ordering::Relaxed);
             let read = BegunRead { device, inside: Some(pass.keep()), started_at: Instant::now() };
             Ok(is_begun(layer.begin_read(offset_bytes, make(read))))
@@ -133,7 +136,9 @@ impl Device {
         with_runs(|runs| {
             self.map.lookup_runs(start_slot, end_slot - start_slot, runs)?;
             let layers = self.layers.load();
-            let is_at_hand = |run: &Run| run.owner == HOLE || layers.distant_reader_at_hand(run.owner).is_some();
+            let is_at_hand = |run: &Run| {
+                run.owner == HOLE || layers.distant_reader_at_hand(run.owner).is_some_and(|layer| layer.may_begin(length_bytes))
+            };
             if runs.len() > READ_PARTS_MAX || !runs.iter().all(is_at_hand) {
                 return Ok(false);
             }
@@ -188,8 +193,11 @@ impl Device {
                 write.locked = Some(lock.keep());
                 write.owning = Some((active.clone(), runs));
             }
-            write.inside = Some(pass.keep());
             let writer = active.writer()?;
+            if !writer.may_begin(length_bytes) {
+                return Ok(false);
+            }
+            write.inside = Some(pass.keep());
             Ok(is_begun(writer.begin_write(offset_bytes, data, make(write))))
         });
         begun.unwrap_or(false)

@@ -5,7 +5,7 @@
 //! more: its client would believe what the new owner never saw.
 //!
 //! Rules
-//! - An answer goes out only if the backend was asked less than `PROOF_TIME_MAX` ago whether this process still has the lock, and said
+//! - An answer, or the rest of one that a slow client keeps waiting, goes out only if the backend was asked less than `PROOF_TIME_MAX` ago whether this process still has the lock, and said
 //!   that it has. Who finds that it was longer ago asks first.
 //! - Whoever shuts a living process out waits longer than that before he goes on: until then every older proof has run out.
 //! - The time is one that goes on while the machine is suspended.
@@ -43,10 +43,16 @@ fn now_ms() -> u64 {
 }
 
 impl Device {
+    /// Whether others may take the device over, so that answers need a proof.
+    #[inline]
+    pub(crate) fn needs_proof(&self) -> bool {
+        self.proof.is_needed.load(Ordering::Acquire)
+    }
+
     /// Whether answers may go out without `prove`. Costs a look at the clock where the backend may shut this process out.
     #[inline]
     pub(crate) fn is_proven(&self) -> bool {
-        !self.proof.is_needed.load(Ordering::Acquire) || {
+        !self.needs_proof() || {
             let asked_at_ms = self.proof.asked_at_ms.load(Ordering::Acquire);
             asked_at_ms != 0 && now_ms().saturating_sub(asked_at_ms) < PROOF_TIME_MAX.as_millis() as u64
         }
@@ -57,10 +63,16 @@ impl Device {
         let asked_at_ms = now_ms();
         match &self.layers.load_full().active {
             Some(active) => active.spec.store.prove_held()?,
-            None if self.proof.is_needed.load(Ordering::Acquire) => return Err(self.dead_error()),
+            None if self.needs_proof() => return Err(self.dead_error()),
             None => {}
         }
         self.proof.asked_at_ms.fetch_max(asked_at_ms, Ordering::AcqRel);
         Ok(())
+    }
+
+    /// As if the last proof were too long ago.
+    #[cfg(test)]
+    pub(crate) fn outdate_proof(&self) {
+        self.proof.asked_at_ms.store(0, Ordering::Release);
     }
 }

@@ -698,7 +698,28 @@ impl Session {
         if self.send_failed.load(Ordering::Acquire) {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        self.socket.send_all(bytes).inspect_err(|_| self.fail())
+        self.send_waiting(bytes).inspect_err(|_| self.fail())
+    }
+
+    /// Sends everything, however long the client takes. What goes out when the proof has run out meanwhile is proven again first.
+    fn send_waiting(&self, bytes: &[u8]) -> io::Result<()> {
+        if !self.device.needs_proof() {
+            return self.socket.send_all(bytes);
+        }
+        self.socket.send_all_asking(bytes, || {
+            self.be_proven();
+            if self.send_failed.load(Ordering::Acquire) { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(()) }
+        })
+    }
+
+    /// Asks the backend whether the volume is still ours, if that was too long ago. If it is not, the connection is over.
+    fn be_proven(&self) {
+        // An answer that took too long proves nothing any more.
+        while !self.send_failed.load(Ordering::Acquire) && !self.device.is_proven() {
+            if self.device.prove().is_err() {
+                self.fail();
+            }
+        }
     }
 
     /// The right to send. `None` only for who may not wait: somebody has it, or has left a piece that must be waited for, or the
@@ -706,14 +727,11 @@ impl Session {
     pub(super) fn lock_sending(&self, may_wait: bool) -> Option<MutexGuard<'_, Vec<u8>>> {
         let mut unsent = if may_wait { self.sending.lock() } else { self.sending.try_lock()? };
         loop {
-            // An answer that took too long proves nothing any more, and what was sent meanwhile takes its time.
-            while !self.send_failed.load(Ordering::Acquire) && !self.device.is_proven() {
-                if !may_wait {
-                    return None;
-                }
-                if self.device.prove().is_err() {
-                    self.fail();
-                }
+            // Each time: what was sent meanwhile takes its time.
+            if may_wait {
+                self.be_proven();
+            } else if !self.send_failed.load(Ordering::Acquire) && !self.device.is_proven() {
+                return None;
             }
             if unsent.is_empty() {
                 return Some(unsent);
@@ -732,7 +750,7 @@ impl Session {
         if self.send_failed.load(Ordering::Acquire) {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        let sent = if may_wait { self.socket.send_all(bytes).map(|()| bytes.len()) } else { self.socket.send_without_wait(bytes) };
+        let sent = if may_wait { self.send_waiting(bytes).map(|()| bytes.len()) } else { self.socket.send_without_wait(bytes) };
         sent.inspect_err(|_| self.fail())
     }
 

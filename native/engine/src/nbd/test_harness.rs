@@ -7,6 +7,7 @@ use crate::{
 use atoll_io::{FaultPlan, FaultRule, FaultStore, FileStore, LayerId, MemoryStore, Store};
 use atoll_map::{FrozenMap, HOLE};
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -379,6 +380,13 @@ impl Client {
         let answer = self.call(READ, 0, offset, length, &[]);
         assert_eq!(answer.error, 0, "{}", answer.message);
         answer.data
+    }
+
+    /// Waits until something has come, and takes nothing of it.
+    pub(super) fn wait_readable(&self) {
+        let mut poll = libc::pollfd { fd: self.stream.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd, exclusively borrowed.
+        while unsafe { libc::poll(&raw mut poll, 1, -1) } != 1 {}
     }
 
     /// Nothing more comes, not even half a reply.

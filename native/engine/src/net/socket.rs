@@ -113,7 +113,19 @@ impl Socket {
     pub(crate) fn send_all(&self, bytes: &[u8]) -> io::Result<()> {
         match self.tls.get() {
             None => self.raw.send_all(bytes),
-            Some(tls) => tls.send_all(&self.raw, bytes),
+            Some(tls) => tls.send_all(bytes, |records| self.raw.send_all(records)),
+        }
+    }
+
+    /// As `send_all`, but nothing goes out after a wait, for the peer or for the turn to send, unless `may_go_on` allows it then; its
+    /// error ends the sending.
+    pub(crate) fn send_all_asking(&self, bytes: &[u8], may_go_on: impl Fn() -> io::Result<()>) -> io::Result<()> {
+        match self.tls.get() {
+            None => self.raw.send_all_asking(bytes, &may_go_on),
+            Some(tls) => tls.send_all(bytes, |records| {
+                may_go_on()?;
+                self.raw.send_all_asking(records, &may_go_on)
+            }),
         }
     }
 
@@ -208,6 +220,35 @@ impl RawSocket {
                 Ok(count) => bytes = &bytes[count..],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// As `send_all`; after each wait for the peer, `may_go_on` is asked before anything more is sent.
+    fn send_all_asking(&self, mut bytes: &[u8], may_go_on: &impl Fn() -> io::Result<()>) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match self.send_some(bytes, libc::MSG_DONTWAIT) {
+                Ok(count) => bytes = &bytes[count..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.wait_sendable()?;
+                    may_go_on()?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the peer has taken something, or the connection is broken, however long that takes.
+    fn wait_sendable(&self) -> io::Result<()> {
+        let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+        // SAFETY: one pollfd, exclusively borrowed.
+        if unsafe { libc::poll(&raw mut poll, 1, -1) } < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
             }
         }
         Ok(())

@@ -250,8 +250,8 @@ impl TlsSession {
         }
     }
 
-    /// As `RawSocket::send_all`. The bytes are followed by no others' before all of them are out.
-    pub(super) fn send_all(&self, socket: &RawSocket, bytes: &[u8]) -> io::Result<()> {
+    /// Sends everything; `send` sends records. The bytes are followed by no others' before all of them are out.
+    pub(super) fn send_all(&self, bytes: &[u8], send: impl Fn(&[u8]) -> io::Result<()>) -> io::Result<()> {
         let mut records = self.outgoing.lock();
         for piece in bytes.chunks(OUTGOING_BYTES_MAX) {
             {
@@ -261,7 +261,7 @@ impl TlsSession {
                     connection.write_tls(&mut *records)?;
                 }
             }
-            let sent = socket.send_all(&records);
+            let sent = send(&records);
             records.clear();
             sent?;
         }

@@ -11,7 +11,7 @@ use std::fmt::{self, Write};
 use std::path::PathBuf;
 use std::ptr::{null, null_mut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Where a pool lies in a cluster, and how it is reached.
@@ -37,6 +37,11 @@ pub struct RadosOptions {
 
 /// Requests that one call has under way at once (I8).
 const IN_FLIGHT_MAX: usize = 64;
+
+/// Requests of one connection to a cluster that nobody waits for, and their bytes (I8). The library would hold up who begins more; its
+/// bound is taken away, and they are refused before. Those that are waited for are bounded by the threads that wait.
+const BEGUN_COUNT_MAX: usize = 1024;
+const BEGUN_BYTES_MAX: usize = 100 << 20;
 
 /// Shortest and longest pause between two looks at whether a request is done.
 const POLL_INTERVAL_MIN: Duration = Duration::from_micros(50);
@@ -84,6 +89,42 @@ impl fmt::Display for Name {
     }
 }
 
+/// What was begun and not told yet.
+#[derive(Default)]
+struct BegunTotal {
+    count: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
+impl BegunTotal {
+    /// Whether a request of so many bytes may be begun now.
+    fn has_room(&self, length_bytes: u64) -> bool {
+        self.count.load(Ordering::Relaxed) < BEGUN_COUNT_MAX
+            && self.bytes.load(Ordering::Relaxed).saturating_add(length_bytes as usize) <= BEGUN_BYTES_MAX
+    }
+}
+
+/// Whoever is to be told the end of a request, counted among what was begun while it lives.
+struct Counted<T> {
+    told: Box<T>,
+    bytes: usize,
+    total: Arc<BegunTotal>,
+}
+
+impl<T> Counted<T> {
+    fn new(told: Box<T>, bytes: usize, total: &Arc<BegunTotal>) -> Counted<T> {
+        total.count.fetch_add(1, Ordering::Relaxed);
+        total.bytes.fetch_add(bytes, Ordering::Relaxed);
+        Counted { told, bytes, total: Arc::clone(total) }
+    }
+
+    fn take(self) -> Box<T> {
+        self.total.count.fetch_sub(1, Ordering::Relaxed);
+        self.total.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.told
+    }
+}
+
 /// One pool of a cluster, open until it is dropped.
 pub(super) struct Cluster {
     library: &'static Library,
@@ -93,6 +134,7 @@ pub(super) struct Cluster {
     full_io: Handle,
     /// The pool has not answered for so long that nobody who manages waits for it (`watch.rs`).
     pub(super) is_silent: AtomicBool,
+    begun: Arc<BegunTotal>,
     pub(super) options: RadosOptions,
 }
 
@@ -164,7 +206,8 @@ impl Cluster {
         }
         // From here on dropping it ends the connection.
         CONNECTION_COUNT.fetch_add(1, Ordering::SeqCst);
-        let mut this = Cluster { library, cluster, io: null_mut(), full_io: null_mut(), is_silent: AtomicBool::new(false), options };
+        let is_silent = AtomicBool::new(false);
+        let mut this = Cluster { library, cluster, io: null_mut(), full_io: null_mut(), is_silent, begun: Arc::default(), options };
         this.configure()?;
         // SAFETY: the handle is open and was configured.
         let code = unsafe { (library.connect)(cluster) };
@@ -214,6 +257,8 @@ impl Cluster {
             ("log_to_stderr", "false".to_owned()),
             ("err_to_stderr", "false".to_owned()),
         ];
+        // Whoever begins a request waits for no other one: what is under way is bounded by `may_begin`.
+        settings.extend(["objecter_inflight_ops", "objecter_inflight_op_bytes"].map(|name| (name, "0".to_owned())));
         // Nor does the library gather what it would log if it crashed: that costs each request a tenth of its time.
         settings.extend(["debug_objecter", "debug_rados", "debug_ms"].map(|name| (name, "0/0".to_owned())));
         if request_seconds <= 20 {
@@ -327,14 +372,19 @@ impl Cluster {
 
     /// As `start`, for who is told the end instead of waiting for it. An error is the errno of a request that was not begun: its end is
     /// told to nobody, and it comes back.
-    fn begin<T: Ended>(&self, told: Box<T>, submit: impl FnOnce(Handle, Handle) -> c_int) -> std::result::Result<(), (i32, Box<T>)> {
+    fn begin<T: Ended>(
+        &self,
+        told: Box<T>,
+        bytes: usize,
+        submit: impl FnOnce(Handle, Handle) -> c_int,
+    ) -> std::result::Result<(), (i32, Box<T>)> {
         let mut raw = null_mut();
-        let told = Box::into_raw(told);
+        let told = Box::into_raw(Box::new(Counted::new(told, bytes, &self.begun)));
         // SAFETY: whoever is told belongs to the completion from here on, and comes back out of it once: in the callback, or below.
         let code = unsafe { (self.library.aio_create_completion2)(told.cast(), call_back::<T> as *mut c_void, &raw mut raw) };
         if code < 0 {
             // SAFETY: there is no completion that could have it.
-            return Err((-code, unsafe { Box::from_raw(told) }));
+            return Err((-code, unsafe { Box::from_raw(told) }.take()));
         }
         // From here on the callback may have it.
         let code = submit(self.io, raw);
@@ -342,10 +392,16 @@ impl Cluster {
             // SAFETY: what was refused calls nobody back; the completion is ours.
             return Err((-code, unsafe {
                 (self.library.aio_release)(raw);
-                Box::from_raw(told)
+                Box::from_raw(told).take()
             }));
         }
         Ok(())
+    }
+
+    /// Whether a request of so many bytes may be begun now. Parts of those that were, and requests that come at the same moment, may
+    /// go a little past the bound.
+    pub(super) fn may_begin(&self, length_bytes: u64) -> bool {
+        self.begun.has_room(length_bytes)
     }
 
     /// Reads into the room of who is told, which stays where it is until then. The answer is the bytes read: fewer at the object's end.
@@ -359,7 +415,7 @@ impl Cluster {
         let room = room(&mut told);
         let (start, length) = (room.as_mut_ptr(), room.len());
         // SAFETY: the name is copied; the room lives where it is until its owner is told, and nobody else touches it.
-        self.begin(told, |io, completion| unsafe {
+        self.begin(told, length, |io, completion| unsafe {
             (self.library.aio_read)(io, name.as_ptr(), completion, start.cast(), length, offset_bytes)
         })
     }
@@ -373,15 +429,21 @@ impl Cluster {
         told: Box<T>,
     ) -> std::result::Result<(), (i32, Box<T>)> {
         // SAFETY: the library copies the name and the data.
-        self.begin(told, |io, completion| unsafe {
+        self.begin(told, data.len(), |io, completion| unsafe {
             (self.library.aio_write)(io, name.as_ptr(), completion, data.as_ptr().cast(), data.len(), offset_bytes)
         })
     }
 
-    /// Carries out a change: all of it or nothing.
-    pub(super) fn begin_change<T: Ended>(&self, name: &Name, change: Change, told: Box<T>) -> std::result::Result<(), (i32, Box<T>)> {
+    /// Carries out a change, of so many bytes: all of it or nothing.
+    pub(super) fn begin_change<T: Ended>(
+        &self,
+        name: &Name,
+        change: Change,
+        bytes: usize,
+        told: Box<T>,
+    ) -> std::result::Result<(), (i32, Box<T>)> {
         // SAFETY: as for `start_change`.
-        self.begin(told, |io, completion| unsafe {
+        self.begin(told, bytes, |io, completion| unsafe {
             (self.library.aio_write_op_operate)(change.raw, io, completion, name.as_ptr(), null_mut(), 0)
         })
     }
@@ -389,7 +451,7 @@ impl Cluster {
     /// Asks whether an object is there: 0 or `ENOENT`.
     pub(super) fn begin_stat<T: Ended>(&self, name: &Name, told: Box<T>) -> std::result::Result<(), (i32, Box<T>)> {
         // SAFETY: the name is copied; the library passes over places that are null.
-        self.begin(told, |io, completion| unsafe { (self.library.aio_stat)(io, name.as_ptr(), completion, null_mut(), null_mut()) })
+        self.begin(told, 0, |io, completion| unsafe { (self.library.aio_stat)(io, name.as_ptr(), completion, null_mut(), null_mut()) })
     }
 
     /// Reads into `buffer`, which must live and stay untouched until the completion is done. The answer is the bytes read: fewer at
@@ -853,7 +915,7 @@ extern "C" fn call_back<T: Ended>(completion: Handle, told: *mut c_void) {
         code
     };
     // SAFETY: `begin` gave it to this completion, which calls back once.
-    let told = unsafe { Box::from_raw(told.cast::<T>()) };
+    let told = unsafe { Box::from_raw(told.cast::<Counted<T>>()) }.take();
     // What is above catches its panics; none may reach the library.
     let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| told.ended(code)));
 }
@@ -1020,5 +1082,22 @@ impl Change {
         let lengths: Vec<usize> = keys.iter().map(String::len).collect();
         // SAFETY: as many texts and lengths as is said; all are copied.
         unsafe { (self.library.write_op_omap_rm_keys2)(self.raw, starts.as_ptr(), lengths.as_ptr(), keys.len()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_under_way_is_bounded_by_its_count_and_by_its_bytes() {
+        let total = Arc::<BegunTotal>::default();
+        let many: Vec<_> = (0..BEGUN_COUNT_MAX).map(|_| Counted::new(Box::new(()), 0, &total)).collect();
+        assert!(!total.has_room(0));
+        many.into_iter().for_each(|one| drop(one.take()));
+        let large = Counted::new(Box::new(()), BEGUN_BYTES_MAX - 4096, &total);
+        assert!(total.has_room(4096) && !total.has_room(4097));
+        large.take();
+        assert!(total.has_room(BEGUN_BYTES_MAX as u64));
     }
 }

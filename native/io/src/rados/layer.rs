@@ -441,7 +441,7 @@ impl Layer {
             change.write(bytes.start, data);
             Layer::tell(&mut change, object);
             object.is_untold = false;
-            self.cluster.begin_change(&name, change, write)
+            self.cluster.begin_change(&name, change, data.len(), write)
         } else {
             self.cluster.begin_write(&name, bytes.start, data, write)
         };
@@ -694,6 +694,10 @@ impl LayerIo for RadosLayer {
     fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()> {
         self.check_writable("write", offset_bytes)?;
         self.layer.write("write", offset_bytes, buffers)
+    }
+
+    fn may_begin(&self, length_bytes: u64) -> bool {
+        self.layer.cluster.may_begin(length_bytes)
     }
 
     fn begin_read(&self, offset_bytes: u64, ending: Box<dyn Ending>) -> Begun {

@@ -366,6 +366,23 @@ fn a_flush_asks_whether_the_pool_is_ours_unless_a_frame_was_taken_and_fails_when
 }
 
 #[test]
+fn what_a_backend_that_has_much_to_do_does_not_begin_is_waited_for_elsewhere() {
+    let (world, store) = postponed_world(None);
+    let mut client = world.connect(|_| {});
+    write_now(&mut client, &store, 0, 1);
+    let under_way = send_write(&mut client, 0, 2);
+    store.wait_begun(1);
+    store.fill_up();
+    client.write(SLOT, &block(3));
+    client.write(2 * SLOT, &block(4));
+    // Of one layer, and of one and a hole.
+    assert!(client.read(SLOT, 2 * SLOT) == [block(3), block(4)].concat());
+    assert!(client.read(2 * SLOT, 2 * SLOT) == [block(4), block(0)].concat());
+    store.end_at(0);
+    assert_eq!(client.answer(None).cookie, under_way);
+}
+
+#[test]
 fn an_answer_that_was_on_its_way_when_the_pool_was_taken_over_does_not_go_out() {
     for is_taken_over in [false, true] {
         let (world, store) = proving_world();
@@ -396,6 +413,29 @@ fn a_proof_that_comes_too_late_is_asked_for_again() {
     let answer = client.answer(None);
     assert_eq!((answer.cookie, answer.error), (cookie, 0), "{}", answer.message);
     assert_eq!(store.proof_count(), 2);
+}
+
+#[test]
+fn what_a_slow_client_takes_when_the_proof_has_run_out_is_proven_again_or_does_not_go_out() {
+    for is_taken_over in [false, true] {
+        let (world, store) = proving_world();
+        let mut client = world.connect(|_| {});
+        // More than a socket holds: some of it waits for the client.
+        let length = 16 << 20;
+        let cookie = client.send(READ, DF, 0, length as u64, &[]);
+        client.wait_readable();
+        store.set_fenced(is_taken_over);
+        world.device.outdate_proof();
+        if is_taken_over {
+            let mut taken = Vec::new();
+            let _ = client.stream.read_to_end(&mut taken);
+            assert!(taken.len() < length, "all of it went out");
+        } else {
+            let answer = client.answer(Some((0, length)));
+            assert_eq!((answer.cookie, answer.error), (cookie, 0), "{}", answer.message);
+            assert!(store.proof_count() >= 2, "the rest was not proven again");
+        }
+    }
 }
 
 #[test]

@@ -22,6 +22,8 @@ struct Shared {
     changed: Condvar,
     is_abandoned: AtomicBool,
     is_fenced: AtomicBool,
+    /// As much is under way as there should be.
+    is_full: AtomicBool,
     answers_need_proof: AtomicBool,
     /// The next proof comes too late.
     is_proof_late: AtomicBool,
@@ -96,6 +98,11 @@ impl PostponedStore {
         self.shared.is_fenced.store(is_fenced, Ordering::SeqCst);
     }
 
+    /// From now on nothing more is begun.
+    pub(super) fn fill_up(&self) {
+        self.shared.is_full.store(true, Ordering::SeqCst);
+    }
+
     /// No answer of a device that is opened from now on goes out without a proof.
     pub(super) fn want_proofs(&self) {
         self.shared.answers_need_proof.store(true, Ordering::SeqCst);
@@ -146,6 +153,9 @@ impl LayerIo for PostponedLayer {
     }
     fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()> {
         self.inner.write(offset_bytes, buffers)
+    }
+    fn may_begin(&self, _length_bytes: u64) -> bool {
+        !self.shared.is_full.load(Ordering::SeqCst)
     }
     fn begin_read(&self, offset_bytes: u64, ending: Box<dyn Ending>) -> Begun {
         self.begin(offset_bytes, None, ending)
