@@ -57,10 +57,10 @@ describe('reclaim', () => {
     // the old bytes back.
     const barrier = bench.engine.readBarrier.bind(bench.engine)
     let wrote = false
-    bench.engine.readBarrier = async () => {
+    bench.engine.readBarrier = async (waitMs) => {
       await device.write(0, bytes(2, 4 * slot))
       wrote = true
-      await barrier()
+      return await barrier(waitMs)
     }
     await bench.mapper.reclaim(null)
     expect(wrote).toBe(true)
