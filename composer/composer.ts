@@ -150,8 +150,8 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
       rawImportKind(targets, options.copyStepBytes),
       convertImportKind(convert),
       inspectedImportKind(convert),
-      streamImportKind({ ...convert, streams, spool }),
-      httpImportKind({ ...convert, ...options.imageFetch, spool, urls, policy }),
+      streamImportKind({ ...convert, streams, spool, log }),
+      httpImportKind({ ...convert, ...options.imageFetch, spool, log, urls, policy }),
       nbdImportKind(targets, options.copyStepBytes),
       imageExportKind({
         devices,

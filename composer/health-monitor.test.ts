@@ -11,12 +11,17 @@ let lines: { msg: string; pool?: string; conditions?: string[] }[]
 /** What the backend of every pool of the kind `remote` says. */
 let conditions: PoolCondition[]
 let isAway: boolean
+/** Somebody has the pools of the kind `remote`, and cannot be shut out. */
+let isHeld: boolean
+let openCount: number
 
 const remoteDriver: Driver = {
   ...memoryDriver,
   name: 'remote',
   async open(context) {
+    openCount += 1
     if (isAway) throw new AtollError('POOL_UNAVAILABLE', 'the backend is away')
+    if (isHeld) throw new AtollError('POOL_LOCKED', 'somebody has it', { values: { owner: 'somebody' } })
     const inner = await memoryDriver.open(context)
     const health: PoolHandle['health'] = () => ({ observedAt: 1_700_000_000_000, answerMs: 2, conditions })
     return new Proxy(inner, {
@@ -42,6 +47,8 @@ beforeEach(async () => {
   lines = []
   conditions = []
   isAway = false
+  isHeld = false
+  openCount = 0
   daemon = await open()
 })
 afterEach(async () => {
@@ -93,6 +100,22 @@ test('a pool whose backend was away at the start is opened when it is back', asy
   await look(async () => logged('the pool is open again').length > 0)
   await look(async () => (await daemon.composer.status()).troubledPools.length === 0)
   await expect(daemon.composer.pools.show('far')).resolves.toMatchObject({ health: { state: 'ok' }, error: null })
+})
+
+test('a pool that somebody has is tried less and less often, and opened when it is free', async () => {
+  await daemon.composer.pools.create({ name: 'far', driver: 'remote', options: {} })
+  await daemon.stop()
+  isHeld = true
+  daemon = await open()
+  openCount = 0
+  for (let looks = 0; looks < 60; looks += 1) {
+    timers.expireAll()
+    await daemon.composer.pools.states()
+  }
+  // After 1, 2, 4, 8 looks and then every 12th.
+  expect(openCount).toBeLessThanOrEqual(9)
+  isHeld = false
+  await look(async () => logged('the pool is open again').length > 0)
 })
 
 test('a pool that is deleted is not talked of any more', async () => {

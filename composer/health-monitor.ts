@@ -5,15 +5,18 @@
  * Rules:
  * - A look waits for nothing: backends are looked at by their stores.
  * - A pool is tried to be opened by one attempt at a time, and only if its backend was away, or if somebody had it whom nobody can
- *   shut out: he may be gone. What else is wrong (it is another catalog's, or its holder could be shut out) is for people to decide.
+ *   shut out: he may be gone. One that somebody has is tried less and less often. What else is wrong (it is another catalog's, or its holder could be shut out) is for people to decide.
  */
-import { toAtollError, type Logger } from '@atoll/core'
+import { isAtollError, toAtollError, type Logger } from '@atoll/core'
 import type { Mapper } from '@atoll/mapper'
 import type { PoolHealth } from '@atoll/southbound'
 import type { SetTimer } from './timers.ts'
 
 /** How often pools are looked at. */
 export const healthIntervalMs = 5_000
+
+/** A pool that somebody has is tried at every look at first, later at one in so many: every minute. */
+export const heldLooksMax = 12
 
 /** A pool of whose backend there is something to say. */
 export interface TroubledPool {
@@ -36,6 +39,8 @@ export class HealthMonitor {
   readonly #troubles = new Map<string, TroubledPool>()
   /** Attempts to open a pool that are under way, by its id. */
   readonly #opening = new Map<string, Promise<void>>()
+  /** Pools that somebody has, by id: after how many looks each is tried again, and how many of them are to come. */
+  readonly #held = new Map<string, { pause: number; looksLeft: number }>()
   #looking: Promise<void> = Promise.resolve()
   #cancelTimer: (() => void) | null = null
   #closed = false
@@ -97,21 +102,40 @@ export class HealthMonitor {
       this.#log.info({ ...values, conditions: [...earlier] }, 'nothing is the matter with the backend of the pool any more')
   }
 
+  #noteHeld(poolId: string, isHeld: boolean): void {
+    if (!isHeld) {
+      this.#held.delete(poolId)
+      return
+    }
+    const pause = Math.min((this.#held.get(poolId)?.pause ?? 0.5) * 2, heldLooksMax)
+    this.#held.set(poolId, { pause, looksLeft: pause })
+  }
+
   async #lookAtAll(): Promise<void> {
     try {
       const rows = await this.#mapper.pools.list()
+      for (const id of this.#held.keys()) if (!rows.some((row) => row.id === id)) this.#held.delete(id)
       for (const id of this.#troubles.keys()) if (!rows.some((row) => row.id === id)) this.#troubles.delete(id)
       for (const row of rows) {
         this.observe(row)
         if (this.#closed || this.#opening.has(row.id)) continue
-        if (!this.#mapper.pools.mayOpenLater(row)) continue
+        if (!this.#mapper.pools.mayOpenLater(row)) {
+          this.#held.delete(row.id)
+          continue
+        }
+        const held = this.#held.get(row.id)
+        if (held !== undefined && --held.looksLeft > 0) continue
         const opening = this.#mapper.pools
           .open(row)
           .then(() => {
+            this.#held.delete(row.id)
             this.#log.info({ pool: row.name, poolId: row.id }, 'the pool is open again')
             this.#onOpened(row.id)
           })
-          .catch((error: unknown) => this.#log.debug({ err: toAtollError(error), pool: row.name }, 'the pool cannot be opened'))
+          .catch((error: unknown) => {
+            this.#log.debug({ err: toAtollError(error), pool: row.name }, 'the pool cannot be opened')
+            this.#noteHeld(row.id, isAtollError(error, 'POOL_LOCKED'))
+          })
           .finally(() => this.#opening.delete(row.id))
         this.#opening.set(row.id, opening)
       }

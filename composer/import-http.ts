@@ -44,6 +44,8 @@ interface HttpCursor extends JsonObject {
   offsetBytes: number
   /** The image may hold bytes of an earlier transfer up to here. */
   dirtyBytes: number
+  /** What was in a spool that is not here any more may have been stored in the image. */
+  wasStored: boolean
   totalBytes: number | null
   validator: string | null
 }
@@ -113,7 +115,7 @@ async function importHttp(context: JobContext, options: HttpImportOptions): Prom
   await fetch.run()
   let result: JsonObject
   if (fetch.cursor.into === 'spool') {
-    const begunBefore = fetch.cursor.phase === 'store'
+    const begunBefore = fetch.cursor.phase === 'store' || fetch.cursor.wasStored === true
     await context.save({ ...fetch.cursor, phase: 'store' })
     const format = params.format ?? undefined
     result = await storeSpooled(context, options, { target, format, name: params.url, begunBefore })
@@ -146,7 +148,15 @@ class Fetch {
     this.policy = { ...options.policy, setTimer: options.setTimer }
     this.saveEveryBytes = options.saveEveryBytes ?? saveEveryBytesDefault
     const cursor = context.cursor as HttpCursor | null
-    const fresh: HttpCursor = { phase: 'fetch', into: null, offsetBytes: 0, dirtyBytes: 0, totalBytes: null, validator: null }
+    const fresh: HttpCursor = {
+      phase: 'fetch',
+      into: null,
+      offsetBytes: 0,
+      dirtyBytes: 0,
+      wasStored: false,
+      totalBytes: null,
+      validator: null,
+    }
     this.cursor = cursor ?? fresh
     // Between two saves less than this is written.
     if (cursor !== null) this.noteDirty(cursor.offsetBytes + 2 * this.saveEveryBytes)
@@ -154,6 +164,16 @@ class Fetch {
 
   /** Returns when everything is in the image or in the spool; there it is durable. */
   async run(): Promise<void> {
+    const { into, offsetBytes, phase } = this.cursor
+    if (into === 'spool' && !(await this.options.spool.holds(this.context.subject, offsetBytes))) {
+      // It lies in the home of the daemon that began; this one fetches it itself.
+      this.options.log.info(
+        { imageId: this.context.subject },
+        'what had arrived of an image is not in this home: it is fetched anew',
+      )
+      this.noteDirty(phase === 'store' ? this.target.device.sizeBytes() : 0)
+      await this.beginAnew(phase === 'store')
+    }
     if (this.cursor.phase === 'store') return
     // Before the first byte is written, so that a restart knows that some may have been.
     if (this.context.cursor === null) await this.context.save(this.cursor)
@@ -263,9 +283,10 @@ class Fetch {
   }
 
   /** The content is another one, or the server cannot go on in the middle. */
-  private async beginAnew(): Promise<void> {
+  private async beginAnew(wasStored = false): Promise<void> {
     // The cursor first: what it vouches for is about to go.
-    this.cursor = { ...this.cursor, into: null, offsetBytes: 0, totalBytes: null, validator: null }
+    const fresh: Partial<HttpCursor> = { phase: 'fetch', into: null, offsetBytes: 0, totalBytes: null, validator: null }
+    this.cursor = { ...this.cursor, ...fresh, ...(wasStored ? { wasStored } : {}) }
     await this.context.save(this.cursor)
     await this.options.spool.remove(this.context.subject)
   }

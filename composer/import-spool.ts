@@ -4,7 +4,7 @@
  *
  * A spool never fills the home: the catalog lives there, too. `spoolReserveBytes` stay free.
  */
-import { constants, mkdir, open, readdir, rm, statfs, type FileHandle } from 'node:fs/promises'
+import { constants, mkdir, open, readdir, rm, stat, statfs, type FileHandle } from 'node:fs/promises'
 import { join } from 'node:path'
 import { AtollError, NoSpaceError, type Logger } from '@atoll/core'
 import type { ImportSink } from './import-sink.ts'
@@ -53,6 +53,16 @@ export class Spool {
       return new SpoolSink(this, handle, startBytes)
     } catch (error) {
       await handle.close()
+      throw error
+    }
+  }
+
+  /** Whether as much of an image is here. Not so after a daemon with another home went on with the import. */
+  async holds(imageId: string, lengthBytes: number): Promise<boolean> {
+    try {
+      return (await stat(this.pathOf(imageId))).size >= lengthBytes
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code === 'ENOENT') return false
       throw error
     }
   }

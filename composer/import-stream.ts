@@ -37,7 +37,7 @@ export class ImportStreams {
     if (stream === undefined) {
       throw new AtollError(
         'IMAGE_STREAM_LOST',
-        'the daemon was restarted while the stream was imported: start the import again',
+        'the daemon was restarted, or another one took its place, while the stream was imported: start the import again',
         { values: { imageId } },
       )
     }

@@ -2,7 +2,7 @@
  * Imports of sources that are inspected within the job: what arrived first and lies in the spool, and files whose tables take
  * longer to read than a request may.
  */
-import type { JsonObject } from '@atoll/core'
+import type { JsonObject, Logger } from '@atoll/core'
 import type { ImportTarget } from '@atoll/mapper'
 import { requireQemuImg } from './convert-sandbox.ts'
 import type { ImageFormat } from './image-format.ts'
@@ -15,6 +15,7 @@ import type { JobContext, JobKind } from './job-kind.ts'
 
 export interface SpooledOptions extends ConvertOptions {
   spool: Spool
+  log: Logger
 }
 
 export interface UnplannedImport {

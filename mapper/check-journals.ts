@@ -37,6 +37,12 @@ async function checkVolumeJournal(check: CheckContext, volume: VolumeRow): Promi
       // What keeps the pool closed, or the row of the layer away, is told elsewhere.
       if (home === undefined || pool === undefined) return
       const journal = await pool.store.inspectJournal(home.id, volume.id, volume.epoch, lastLsn)
+      if (journal.writer !== undefined && journal.writer.epoch > volume.epoch) {
+        report(
+          'catalog-behind',
+          `the journal of layer ${home.id} is written under epoch ${journal.writer.epoch} by ${journal.writer.owner || 'somebody'}, and the catalog knows of epoch ${volume.epoch}: the volume was opened from another copy of the catalog; bring that one back, or see to it that nobody uses it`,
+        )
+      }
       if (journal.seal !== undefined) {
         report(
           'catalog-behind',

@@ -5,7 +5,8 @@
  * - A closed volume is clean: the catalog has its whole map, and only then is the lease released. Where that cannot be (a
  *   poisoned device, a full catalog) the lease stays unreleased and the next open replays the journal; nothing that was
  *   acknowledged is lost either way.
- * - The device is closed in any case: after `close` nobody is served.
+ * - The device is closed in any case: after `close` nobody is served. One whose pool does not answer is left as a kill would leave it:
+ *   what was answered is in its journal and in the batch log, so that the end of the daemon waits for no cluster volume by volume.
  * - Nothing is sealed: the active layer stays the volume's.
  *
  * Called by who holds the resource's lock.
@@ -47,6 +48,11 @@ function isClean(volume: OpenVolume): boolean {
 
 async function tryCheckpoint(context: MapperContext, volume: OpenVolume): Promise<void> {
   if (volume.leaseLost || volume.device.isPoisoned()) return
+  const health = context.pools.find(volume.poolId)?.health()
+  if (health?.conditions.some(({ kind }) => kind === 'silent') === true) {
+    context.log.warn({ volumeId: volume.id }, 'a volume is closed without a flush and a checkpoint: its pool does not answer')
+    return
+  }
   try {
     await checkpointLocked(context, volume)
   } catch (error) {

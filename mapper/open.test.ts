@@ -85,6 +85,34 @@ describe('open and close', () => {
     expect(await bench.findLeak()).toBe(null)
   })
 
+  it.each([false, true])(
+    'leave the layer of a dead holder who may have been elsewhere; he had begun a swap: %s',
+    async (swapped) => {
+      await bench.close()
+      bench = await Bench.open({ fence: 'blocklist' })
+      const volume = await bench.volume('v', leaf)
+      const device = await bench.attach(volume.id)
+      await device.write(0, bytes(1))
+      await device.flush()
+      if (swapped) {
+        bench.failing.beforeWrite = ({ durable }) => {
+          if (durable) throw new Error('no catalog')
+        }
+        await bench.snapshot(volume.id).catch(() => undefined)
+        await device.write(slot, bytes(2))
+        await device.flush()
+      }
+      const row = await bench.inner.db.selectFrom('volumes').selectAll().where('id', '=', volume.id).executeTakeFirstOrThrow()
+      const written = [row.active_alias, ...(swapped ? [row.next_alias] : [])]
+      await bench.kill()
+      await bench.attach(volume.id)
+      expect(bench.mapper.opened(volume.id)?.report.promotedNext).toBe(swapped)
+      const [active] = await bench.layers('active')
+      expect(written).not.toContain(active?.alias)
+      expect(await bench.read(volume.id, 0, 2 * slot)).toEqual(Buffer.concat([bytes(1), bytes(swapped ? 2 : 0)]))
+    },
+  )
+
   it.each(['snapshot', 'clone', 'read', 'resize'])('replay a dirty volume before a %s of it', async (operation) => {
     const volume = await bench.volume('v', leaf)
     const first = await bench.snapshot(volume.id, 'first')

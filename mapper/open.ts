@@ -147,10 +147,8 @@ async function openWritable(context: MapperContext, resource: ResourceRow, optio
     if (serve.swapUncommitted) {
       context.log.info({ volumeId: resource.id, layerId: next.id }, 'a swap that a crash interrupted is completed')
       await checkpointLocked(context, serve)
-    } else if (lease.wasDirty) {
-      await replaceUsedNext(context, serve)
-      await leaveActive(context, serve)
-    }
+    } else if (lease.wasDirty) await replaceUsedNext(context, serve)
+    if (lease.wasDirty) await leaveActive(context, serve)
     context.open.add(serve)
     return serve
   } catch (error) {

@@ -32,6 +32,40 @@ describe('reclaim', () => {
     expect(await bench.mapper.reclaim(null)).toEqual({ freedBytes: 0, removedLayers: 0, sweptPages: 0 })
   })
 
+  it('frees nothing in pools that requests which do not end may read from, and all in the others', async () => {
+    await bench.close()
+    bench = await Bench.open({ pools: 2 })
+    const [first = '', second = ''] = bench.poolIds
+    const near = await bench.volume('near', 16 * slot, undefined, first)
+    const far = await bench.volume('far', 16 * slot, undefined, second)
+    for (const { id } of [near, far]) {
+      const device = await bench.attach(id)
+      await device.write(0, bytes(1, 16 * slot))
+      await bench.mapper.deleteResource((await bench.snapshot(id, `snap-${id}`)).id)
+      await device.write(0, bytes(2, 8 * slot))
+    }
+    const barrier = bench.engine.readBarrier.bind(bench.engine)
+    let hung = [far.id]
+    bench.engine.readBarrier = async (waitMs) => (hung.length > 0 ? hung : await barrier(waitMs))
+    expect(await bench.mapper.reclaim(null)).toMatchObject({ freedBytes: 8 * slot })
+    expect(bench.log.lines).toContainEqual({
+      level: 'warn',
+      message: expect.stringContaining('requests that do not end may read from these pools') as string,
+      values: { resourceIds: [far.id], poolIds: [second] },
+    })
+    // A volume that reads from the other pool as well keeps both.
+    const clone = await bench.volume('clone', 16 * slot, near.id, second)
+    await bench.mapper.deleteResource(clone.id)
+    await bench.mapper.close(near.id)
+    await bench.mapper.deleteResource(near.id)
+    expect(await bench.mapper.reclaim(null)).toMatchObject({ freedBytes: 0, removedLayers: 0 })
+    hung = []
+    const { freedBytes } = await bench.mapper.reclaim(null)
+    expect(freedBytes).toBeGreaterThanOrEqual(8 * slot + 16 * slot)
+    expect(await bench.read(far.id, 0, 16 * slot)).toEqual(Buffer.concat([bytes(2, 8 * slot), bytes(1, 8 * slot)]))
+    expect(await bench.findLeak()).toBe(null)
+  })
+
   it('frees what open volumes have overwritten and discarded, also what was not in the catalog yet', async () => {
     const volume = await bench.volume('v', leaf)
     const device = await bench.attach(volume.id)
@@ -57,10 +91,10 @@ describe('reclaim', () => {
     // the old bytes back.
     const barrier = bench.engine.readBarrier.bind(bench.engine)
     let wrote = false
-    bench.engine.readBarrier = async () => {
+    bench.engine.readBarrier = async (waitMs) => {
       await device.write(0, bytes(2, 4 * slot))
       wrote = true
-      await barrier()
+      return await barrier(waitMs)
     }
     await bench.mapper.reclaim(null)
     expect(wrote).toBe(true)

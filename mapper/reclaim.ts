@@ -18,7 +18,8 @@
  *  4. Sealed layers that nothing reaches are condemned, durably. With that commit every earlier one is durable, too: the
  *     delete or checkpoint that freed something cannot be taken back by a power cut any more (I5).
  *     The pools' exports follow: an import must find what they name, so a pool whose export cannot be written keeps everything.
- *  5. The barrier: reads that looked a slot up before the roots were read have finished (I5).
+ *  5. The barrier: reads that looked a slot up before the roots were read have finished (I5). Where some do not end (their backend
+ *     does not answer), nothing is freed in the pools that they may read from; the others are not held up.
  *  6. Punch what is not reached in sealed layers; remove condemned ones, the files first, then the rows; sweep pages.
  *
  * Why resources that are made after step 2 need no second look: for a layer that was sealed at step 2, every root committed
@@ -46,7 +47,7 @@ import { pruneLinks } from './link-pruning.ts'
 import { feedReach, pageBatch } from './maps.ts'
 import { settleLocked } from './open.ts'
 import type { PagePin } from './page-pins.ts'
-import { readersOf, readLinks } from './pool-links.ts'
+import { readersOf, readLinks, sourcesOf } from './pool-links.ts'
 import { removeCondemned, sealClosing } from './recover.ts'
 import { readRoots, type RootRow, writtenLayers } from './references.ts'
 import { rootOf } from './root.ts'
@@ -60,6 +61,8 @@ export interface ReclaimProgress {
 }
 
 export interface ReclaimOptions {
+  /** Requests that were under way are waited for this long. */
+  readonly barrierMs?: number
   /** Stops between two steps; what was freed until then stays freed. */
   readonly signal?: AbortSignal
   readonly onProgress?: (progress: ReclaimProgress) => void
@@ -78,6 +81,8 @@ interface SealedLayer {
   readonly poolId: string
 }
 
+/** Requests that a healthy backend has under way end within this time. */
+const barrierMsDefault = 10_000
 /** Roots whose pages are fetched together. */
 const rootsAtOnce = 256
 /** Layers that are punched at the same time. */
@@ -122,6 +127,10 @@ export class Reclaimer {
     let failure: unknown
     /** What the roots name; while one cannot be read, it may be anything. */
     let mayName = (_alias: number): boolean => true
+    let hungPools = new Set<string>()
+    const barrier = async (): Promise<void> => {
+      hungPools = await this.#waitForReads(poolIds, options.barrierMs ?? barrierMsDefault)
+    }
     const reach = context.engine.reach()
     const pin = context.pins.pin()
     try {
@@ -135,7 +144,8 @@ export class Reclaimer {
       await this.#condemn(sealed.filter((_, index) => slotCounts[index] === 0))
       const exported = new Set<string>()
       for (const id of poolIds) if (await context.exporter.flushedForPunch(id)) exported.add(id)
-      await context.engine.readBarrier()
+      await barrier()
+      for (const id of hungPools) exported.delete(id)
       for (let doneLayers = 0; doneLayers < sealed.length;) {
         checkCancelled()
         const part = sealed.slice(doneLayers, doneLayers + layersAtOnce)
@@ -153,7 +163,7 @@ export class Reclaimer {
       if (isAtollError(error, 'JOB_CANCELLED')) throw error
       // A map that cannot be read protects everything that is sealed or condemned.
       failure = error
-      await context.engine.readBarrier()
+      await barrier()
     } finally {
       pin.release()
       reach.clear()
@@ -162,6 +172,7 @@ export class Reclaimer {
     let removedLayers = 0
     for (const id of poolIds) {
       checkCancelled()
+      if (hungPools.has(id)) continue
       const removed = await removeCondemned(context, id, { mayName })
       freedBytes += removed.freedBytes
       removedLayers += removed.layerCount
@@ -174,8 +185,29 @@ export class Reclaimer {
     await this.#restoreReserves(poolIds)
     if (failure !== undefined) throw failure
     // After the sweep, so that what waits for the pin is little; the next reclaim has the use of it.
-    await pruneLinks(context, checkCancelled)
+    if (hungPools.size === 0) await pruneLinks(context, checkCancelled)
     return { freedBytes, removedLayers, sweptPages }
+  }
+
+  /** The barrier. Returns which of these pools requests may still read from. */
+  async #waitForReads(poolIds: readonly string[], waitMs: number): Promise<Set<string>> {
+    const { catalog, engine, log, open } = this.#context
+    const hung = await engine.readBarrier(waitMs)
+    if (hung.length === 0) return new Set()
+    const links = await readLinks(catalog.db)
+    const readPools = new Set<string>()
+    for (const id of hung) {
+      const home = open.get(id)?.poolId
+      // What is read while it is not in the table may be anywhere.
+      const pools = home === undefined ? poolIds : [home, ...sourcesOf(links, home).map((pool) => pool.id)]
+      for (const poolId of pools) readPools.add(poolId)
+    }
+    const held = readPools.intersection(new Set(poolIds))
+    log.warn(
+      { resourceIds: hung, poolIds: [...held] },
+      'requests that do not end may read from these pools: a reclaim frees nothing in them; it does when their backend answers',
+    )
+    return held
   }
 
   async #settleDirty(checkCancelled: () => void): Promise<void> {

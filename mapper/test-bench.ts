@@ -8,7 +8,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { adminProject, openCatalog, type Catalog, type ResourceRow } from '@atoll/core'
 import { Engine, mapBytesMax, type Device, type FaultRule, type Reach, type Store } from '@atoll/native'
-import { type Driver, makeMemoryDriver } from '@atoll/southbound'
+import { type Driver, makeMemoryDriver, type PoolCapabilities } from '@atoll/southbound'
 import type { MapperLog } from './context.ts'
 import { type Mapper, type MapperOptions, openMapper } from './mapper.ts'
 import type { SetTimer } from './timer.ts'
@@ -114,6 +114,8 @@ export interface BenchOptions {
   readonly capacityBytes?: number
   /** A store of files in a folder of its own, removed at the end. */
   readonly files?: boolean
+  /** What the pools say of how they keep others out; default: what the memory driver says. */
+  readonly fence?: PoolCapabilities['fence']
   /** Default 1. More than one: `poolIds` has the others, each with a store of its own. */
   readonly pools?: number
 }
@@ -132,6 +134,7 @@ interface Backend extends Place {
   /** By pool; the first one has `store`. */
   readonly places: Map<string, Place>
   readonly makePlace: () => Place
+  readonly fence: PoolCapabilities['fence'] | null
 }
 
 /**
@@ -171,7 +174,7 @@ export class Bench {
     const place = (store: Store): Place => ({ store, faulty: base.faultStore(store) })
     const first = place(await openFirstStore(base, options, folder))
     const makePlace = () => place(openMemoryStore(base, options.capacityBytes))
-    const backend = { ...first, folder, places: new Map<string, Place>(), makePlace }
+    const backend = { ...first, folder, places: new Map<string, Place>(), makePlace, fence: options.fence ?? null }
     const inner = await openCatalog(':memory:')
     const life = await live(inner, backend)
     const poolIds: string[] = []
@@ -428,12 +431,27 @@ async function live(inner: Catalog, backend: Backend, options: LifeOptions = {})
 
 /** The memory driver over these stores, opened again although a "dead" process never let go of their locks. */
 function unlocked(backend: Backend): Driver {
-  return makeMemoryDriver(({ poolId }) => {
+  const driver = makeMemoryDriver(({ poolId }) => {
     const { places } = backend
     const place = places.get(poolId) ?? (places.size === 0 ? backend : backend.makePlace())
     places.set(poolId, place)
     return lockless(place.faulty)
   })
+  const { fence } = backend
+  if (fence === null) return driver
+  return {
+    ...driver,
+    async open(context) {
+      const pool = await driver.open(context)
+      return new Proxy(pool, {
+        get(target, key) {
+          if (key === 'capabilities') return { ...target.capabilities, fence }
+          const value: unknown = Reflect.get(target, key, target)
+          return typeof value === 'function' ? (value.bind(target) as unknown) : value
+        },
+      })
+    },
+  }
 }
 
 /** The store as a process finds it whose predecessor died without letting go of its lock. */

@@ -165,6 +165,8 @@ export interface JournalSummary {
   epoch: number
   /** Aliases that its frames give slots to (0: hole). */
   owners: number[]
+  /** Who claimed it last, where the pool keeps a note of that: under the lease of this epoch. */
+  writer?: { epoch: number; owner: string }
   /** Set if the layer was sealed. */
   seal?: { finalLsn: number; successor?: string }
 }
@@ -389,7 +391,7 @@ export interface RawDevice {
   punchOrphans(): Promise<number>
   addLayers(aliases: number[], ids: string[], stores: RawStore[]): Promise<void>
   setThrottle(limits: ThrottleLimits): void
-  readBarrier(): Promise<void>
+  readBarrier(waitMs: number): Promise<boolean>
   close(): Promise<void>
 }
 
@@ -504,7 +506,7 @@ export interface RawEngine {
     onEvent: ((kind: DeviceEventKind, message: string) => void) | null,
   ): Promise<RawOpenedDevice>
   swap(devices: RawDevice[], aliases: number[], ids: string[], stores: RawStore[], deadlineMs: number): Promise<RawSwapReport[]>
-  readBarrier(): Promise<void>
+  readBarrier(waitMs: number): Promise<string[]>
   listenUnix(path: string, mode: number, groupId: number | null, backlog: number | null): Promise<RawListener>
   listenTcp(host: string, port: number): Promise<RawListener>
   loadTls(directory: string, verifyClients: boolean): Promise<RawTlsConfig>

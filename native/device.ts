@@ -217,9 +217,9 @@ export class Device {
     call(() => this.raw.setThrottle(limits))
   }
 
-  /** Resolves when every request that was in flight at the call has finished. */
-  readBarrier(): Promise<void> {
-    return settle(() => this.raw.readBarrier())
+  /** Resolves when every request that was in flight at the call has finished: true. False: one has not within this time. */
+  readBarrier(waitMs: number): Promise<boolean> {
+    return settle(() => this.raw.readBarrier(waitMs))
   }
 
   /** Refuses new requests, waits for those in flight, flushes. Idempotent. */

@@ -192,9 +192,12 @@ export class Engine {
     })
   }
 
-  /** Resolves when every request that was in flight on any open device at the call has finished. */
-  readBarrier(): Promise<void> {
-    return settle(() => this.#raw.readBarrier())
+  /**
+   * Resolves when every request that was in flight on any open device at the call has finished, or this time has passed: with the ids
+   * of what is open and has requests that have not.
+   */
+  readBarrier(waitMs: number): Promise<string[]> {
+    return settle(() => this.#raw.readBarrier(waitMs))
   }
 
   /**

@@ -431,8 +431,8 @@ describe('a device', () => {
     await device.grow(128 * mebibyte)
     expect(await device.read(100 * mebibyte, 4096)).toEqual(filled(4096, 0))
     expect(await device.punchOrphans()).toBeGreaterThanOrEqual(0)
-    await device.readBarrier()
-    await engine.readBarrier()
+    expect(await device.readBarrier(600_000)).toBe(true)
+    expect(await engine.readBarrier(600_000)).toEqual([])
   })
 
   it('is limited while it runs, and closed it refuses', async () => {

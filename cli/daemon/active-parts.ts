@@ -41,7 +41,8 @@ export interface ActiveParts {
 /**
  * Becomes the owner of the catalog and starts what works on it. `takeOver`: although another daemon is the owner; what that one
  * has of pools that can shut it out is taken, too.
- * @throws AtollError CATALOG_LOCKED naming the owner, and what opening catalog and pools throws; nothing runs then
+ * @throws AtollError CATALOG_LOCKED naming the owner, ADDRESS_IN_USE before the catalog is taken, and what opening catalog and pools throws;
+ * nothing runs then
  */
 export async function openActiveParts(options: ActiveOptions, { takeOver }: { takeOver: boolean }): Promise<ActiveParts> {
   const cleanup = new Cleanup(options.log)
@@ -60,6 +61,7 @@ async function open(options: ActiveOptions, takeOver: boolean, cleanup: Cleanup)
     ownerText: `pid ${process.pid} on ${hostname()}, home ${home}, since ${new Date(clock.nowMs()).toISOString()}`,
     takeOver,
     onTakenOver: options.onTakenOver,
+    beforeOwning: async () => await requireListenable(engine, config.nbd),
   })
   cleanup.add('catalog', () => catalog.close())
   const mapper = await openMapper({
@@ -128,6 +130,12 @@ async function open(options: ActiveOptions, takeOver: boolean, cleanup: Cleanup)
     nbdTcp,
     close: () => cleanup.run(),
   }
+}
+
+/** Who cannot listen is of no use as the owner. @throws AtollError ADDRESS_IN_USE, LISTEN_FAILED */
+async function requireListenable(engine: Engine, address: Config['nbd']): Promise<void> {
+  if (address === null || address.port === 0) return
+  await (await engine.listenTcp(address)).close()
 }
 
 /** What attachments of this home carry: empty in the home in which the catalog lies, so that it can be moved with it. */

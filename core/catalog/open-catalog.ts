@@ -58,6 +58,8 @@ export interface OpenCatalogOptions {
   patienceMs?: number
   /** Told once, by a write or by a look every second, when another process has taken over; this one must end. */
   onTakenOver?: (error: AtollError) => void
+  /** Called when nobody else is the owner, or is to be any more, and before this process is: what it throws leaves everything as it is. */
+  beforeOwning?: () => Promise<void>
   /** Size of the reserve file; 0: none. Default 16 MiB. */
   reserveBytes?: number
   clock?: Clock
@@ -143,6 +145,7 @@ async function openLocked(source: string | Uint8Array, path: string, options: Lo
     database.pragma('synchronous = full')
     // Before anything is changed. A format without owners has none who lives: it would have kept the door shut.
     const hasOwners = readOwner(database) !== null
+    if (claim !== undefined) await options.beforeOwning?.()
     if (hasOwners) await claim?.commit()
     await migrate(database, path, found, { id: (options.newId ?? newId)(), createdAtMs: clock.nowMs() })
     if (!hasOwners) await claim?.commit()

@@ -1,10 +1,13 @@
 /** Two homes that share a catalog: one daemon is active, the other stands by and takes its place. */
+import { once } from 'node:events'
 import { mkdtemp, rm } from 'node:fs/promises'
+import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { connect } from '@atoll/nbd-client'
 import { afterEach, beforeEach, expect, test, vi } from 'vitest'
 import { attach, pattern, slotBytes } from '../faults/broken-home.ts'
+import { freePort } from '../free-port.ts'
 import { TestHome } from '../test-home.ts'
 
 let folder: string
@@ -78,6 +81,36 @@ test('who stands by takes the place of one that ended or was killed, by itself a
     timeout: 300_000,
     interval: 100,
   })
+})
+
+test('who could not listen leaves the catalog to others, says why once, and takes it when he can', async () => {
+  await using first = await TestHome.create()
+  await using second = await TestHome.create()
+  const port = await freePort()
+  const somebody = createServer().listen(port, '127.0.0.1')
+  await once(somebody, 'listening')
+  try {
+    await first.start('--catalog', catalog)
+    const { http } = await second.start('--catalog', catalog, '--nbd', `127.0.0.1:${port}`, '--nbd-insecure')
+    await first.end('SIGKILL')
+    const complaint = 'this daemon cannot take the place of the one that is gone'
+    await vi.waitFor(async () => expect(await second.log()).toContain(complaint), { timeout: 300_000, interval: 100 })
+    const refused = second.failure('volume', 'list')
+    expect(refused.code).toBe('ADDRESS_IN_USE')
+    // Nobody has the catalog meanwhile.
+    await first.start('--catalog', catalog)
+    expect(first.json<Status>('status').standby).toBeNull()
+    await first.end()
+    expect((await second.log()).split(complaint)).toHaveLength(2)
+    somebody.close()
+    await once(somebody, 'close')
+    await vi.waitFor(async () => expect(await (await fetch(`${http}/healthz`)).json()).toEqual({ status: 'ok' }), {
+      timeout: 300_000,
+      interval: 100,
+    })
+  } finally {
+    somebody.close()
+  }
 })
 
 test('what a home has attached is served there only, and again when its daemon is active again', async () => {

@@ -3,7 +3,7 @@ import { once } from 'node:events'
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http'
 import { createServer as createTlsServer } from 'node:https'
 import type { AddressInfo } from 'node:net'
-import { readFile, writeFile } from 'node:fs/promises'
+import { readFile, rm, writeFile } from 'node:fs/promises'
 import { getCACertificates, setDefaultCACertificates } from 'node:tls'
 import type { JobView } from '@atoll/composer'
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest'
@@ -342,6 +342,28 @@ describe('an image over HTTP', () => {
       await expect(stand.composer.jobs.wait(job.id)).resolves.toMatchObject({ state: 'done', error: null })
       expect((await stand.exported('image')).equals(raw)).toBe(true)
       expect(requests[1]?.headers.range).toMatch(/^bytes=[23]\d+-$/)
+    })
+
+    test('is fetched anew by a daemon with another home, which has nothing of what had arrived', async () => {
+      const whole = resource(image, { etag: '"q"' })
+      const stalled = Promise.withResolvers<void>()
+      handler = (request, response) => {
+        if (requests.length > 1) return whole(request, response)
+        response.writeHead(200, { 'content-length': image.length, etag: '"q"' })
+        response.write(image.subarray(0, 3 * mebibyte))
+      }
+      const job = await stand.composer.images.importUrl({ name: 'image', url: `${origin}/disk` })
+      const waiting = stand.composer.jobs.wait(job.id, {
+        onProgress: ({ progressBytes }) => void (progressBytes >= 2 * mebibyte && stalled.resolve()),
+      })
+      waiting.catch(() => undefined)
+      await stalled.promise
+      await stand.stop()
+      await rm(stand.path('spool'), { recursive: true })
+      await stand.start()
+      await expect(stand.composer.jobs.wait(job.id)).resolves.toMatchObject({ state: 'done', error: null })
+      expect((await stand.exported('image')).equals(raw)).toBe(true)
+      expect(requests[1]?.headers.range).toBeUndefined()
     })
   })
 

@@ -285,7 +285,7 @@ export const controlPlaneBugs: PlantedBug[] = [
   },
   {
     name: 'a next layer that a crash left bytes in is kept as it is',
-    edits: [{ file: 'mapper/open.ts', find: '      await replaceUsedNext(context, serve)\n', replace: '' }],
+    edits: [{ file: 'mapper/open.ts', find: '} else if (lease.wasDirty) await replaceUsedNext(context, serve)', replace: '}' }],
     tests: history,
   },
   {

@@ -2,6 +2,8 @@
 import type { PlantedBug } from './planted-bug.ts'
 
 const deviceTests = ['-p', 'atoll-engine', 'device::']
+const begunTests = ['-p', 'atoll-engine', 'nbd::tests::begun']
+const cephTests = ['-p', 'atoll-io', '--test', 'rados']
 
 export const nativeBugs: PlantedBug[] = [
   {
@@ -326,5 +328,105 @@ export const nativeBugs: PlantedBug[] = [
     name: 'a daemon that was shut out answers a flush that has nothing to write',
     edits: [{ file: 'native/engine/src/device/flush.rs', find: '            active.spec.store.prove_held()?;\n', replace: '' }],
     tests: ['-p', 'atoll-engine', 'nbd::tests::begun'],
+  },
+  {
+    name: 'who is shut out is not put on the blocklist',
+    edits: [
+      {
+        file: 'native/io/src/rados/cluster.rs',
+        find: 'let code = unsafe { (self.library.blocklist_add)(self.cluster, address.as_ptr().cast_mut(), seconds) };',
+        replace: 'let code = { let _ = (&address, seconds); 0 };',
+      },
+    ],
+    tests: cephTests,
+  },
+  {
+    name: 'the lock of who is shut out is broken before every OSD knows',
+    edits: [
+      {
+        file: 'native/io/src/rados/cluster.rs',
+        find: 'let code = unsafe { (self.library.wait_for_latest_osdmap)(self.cluster) };',
+        replace: 'let code = 0;',
+      },
+    ],
+    tests: ['-p', 'atoll-io', 'rados::'],
+  },
+  {
+    name: 'who shuts a living process out does not wait for its last proof to run out',
+    edits: [
+      {
+        file: 'native/io/src/rados/lock.rs',
+        find: 'std::thread::sleep(PROOF_TIME_MAX + PROOF_TIME_SPARE);',
+        replace: 'let _ = PROOF_TIME_MAX + PROOF_TIME_SPARE;',
+      },
+    ],
+    tests: cephTests,
+  },
+  {
+    name: 'answers go out without a proof',
+    edits: [
+      {
+        file: 'native/engine/src/device/proof.rs',
+        find: 'asked_at_ms != 0 && now_ms().saturating_sub(asked_at_ms) < PROOF_TIME_MAX.as_millis() as u64',
+        replace: 'asked_at_ms != u64::MAX',
+      },
+    ],
+    tests: begunTests,
+  },
+  {
+    name: 'a journal is claimed although a newer epoch is there',
+    edits: [
+      {
+        file: 'native/io/src/rados/claim.rs',
+        find: '    change.assert_attribute_at_most(EPOCH_ATTRIBUTE, epoch_text(epoch).as_bytes());\n',
+        replace: '',
+      },
+    ],
+    tests: cephTests,
+  },
+  {
+    name: 'a segment is written without a look whether a newer epoch is there',
+    edits: [
+      {
+        file: 'native/io/src/rados/mod.rs',
+        find: '        claim::claim(&self.cluster, layer, epoch, &owner)?;\n        self.segments',
+        replace: '        let _ = owner;\n        self.segments',
+      },
+    ],
+    tests: cephTests,
+  },
+  {
+    name: 'a layer is swapped out although a write that failed may land in it yet',
+    edits: [
+      {
+        file: 'native/engine/src/device/swap.rs',
+        find: 'let Err(error) = active.io.settle()',
+        replace: 'let Err(error) = active.io.settle().or(Ok::<(), crate::EngineError>(()))',
+      },
+      {
+        file: 'native/engine/src/device/swap.rs',
+        find: '.filter(|active| !active.io.is_settled())',
+        replace: '.filter(|_| false)',
+      },
+    ],
+    tests: begunTests,
+  },
+  {
+    name: 'a write that timed out is thought to be over',
+    edits: [
+      { file: 'native/io/src/rados/layer.rs', find: 'if code == -libc::ETIMEDOUT {', replace: 'if code == -libc::EXFULL {' },
+    ],
+    tests: ['-p', 'atoll-io', '--test', 'rados_troubles'],
+  },
+  {
+    name: 'a barrier forgets whom the one before it waited for in vain',
+    edits: [
+      {
+        file: 'native/engine/src/device/gate.rs',
+        find: '        if !self.watch(Some(deadline), || self.inside[left].0.load(SeqCst) == 0) {\n            return false;\n        }\n',
+        replace: '        let _ = left;\n',
+      },
+    ],
+    tests: deviceTests,
   },
 ]

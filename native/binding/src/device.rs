@@ -12,6 +12,7 @@ use napi_derive::napi;
 use parking_lot::Mutex;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Longest single read and write from above (I8).
 const REQUEST_BYTES_MAX: u64 = 64 << 20;
@@ -478,11 +479,8 @@ impl JsDevice {
     }
 
     #[napi]
-    pub fn read_barrier<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, self.control(), |device| {
-            device.read_barrier();
-            Ok(())
-        })
+    pub fn read_barrier<'env>(&self, env: &'env Env, wait_ms: f64) -> napi::Result<Object<'env>> {
+        self.run(env, self.control(), move |device| Ok(device.read_barrier(Duration::from_millis(to_u64("waitMs", wait_ms)?))))
     }
 
     #[napi]

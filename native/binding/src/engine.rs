@@ -7,7 +7,7 @@ use crate::promise::{Settler, rejected, run_on};
 use crate::store::JsStore;
 use crate::usage::JsUsage;
 use atoll_engine::{Device, DeviceEvent, DeviceSpec, Engine, EngineOptions, OpenReport, Result, TlsConfig, spawn_named};
-use atoll_io::{MemoryStore, RadosOptions};
+use atoll_io::{LayerId, MemoryStore, RadosOptions};
 use atoll_map::{FrozenMap, MapLoader, Reach, Usage};
 use napi::bindgen_prelude::{ClassInstance, Env, FnArgs, Function, Object};
 use napi::threadsafe_function::ThreadsafeFunctionCallMode;
@@ -292,11 +292,11 @@ impl JsEngine {
     }
 
     #[napi]
-    pub fn read_barrier<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
+    pub fn read_barrier<'env>(&self, env: &'env Env, wait_ms: f64) -> napi::Result<Object<'env>> {
         let engine = self.engine.clone();
         run_on(env, self.engine.control(), move || {
-            engine.read_barrier();
-            Ok(())
+            let hung = engine.read_barrier(Duration::from_millis(to_u64("waitMs", wait_ms)?));
+            Ok(hung.into_iter().map(|id| LayerId(id).to_string()).collect::<Vec<String>>())
         })
     }
 

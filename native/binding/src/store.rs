@@ -3,8 +3,8 @@ use crate::convert::{from_ids, guard, invalid, to_layer_id, to_runs, to_u64, to_
 use crate::promise::{Settler, run_on};
 use atoll_engine::{ControlPool, Engine, EngineError, Lanes, Result};
 use atoll_io::{
-    CrashOptions, FaultPlan, FaultRule, FaultStore, FileStore, IoError, IoErrorCode, Journal, JournalIdentity, LayerId, LayerIo,
-    MemoryStore, OpenMode, RadosOptions, RadosStore, SealMark, Store, StoreHealth, StoreLock,
+    CrashOptions, FaultPlan, FaultRule, FaultStore, FileStore, IoError, IoErrorCode, Journal, JournalIdentity, JournalWriter, LayerId,
+    LayerIo, MemoryStore, OpenMode, RadosOptions, RadosStore, SealMark, Store, StoreHealth, StoreLock,
 };
 use atoll_map::{Run, SLOT_BYTES};
 use napi::bindgen_prelude::{Env, Float64Array, Object, Uint8Array};
@@ -99,6 +99,12 @@ pub struct JsSeal {
 }
 
 #[napi(object)]
+pub struct JsJournalWriter {
+    pub epoch: f64,
+    pub owner: String,
+}
+
+#[napi(object)]
 pub struct JsJournalSummary {
     pub segment_count: f64,
     pub length_bytes: f64,
@@ -107,6 +113,7 @@ pub struct JsJournalSummary {
     pub last_lsn: f64,
     pub epoch: f64,
     pub owners: Vec<u32>,
+    pub writer: Option<JsJournalWriter>,
     pub seal: Option<JsSeal>,
 }
 
@@ -359,7 +366,8 @@ impl JsStore {
         run_on(env, self.bulk(), move || {
             let volume = volume_id.map(|id| to_uuid("volumeId", &id)).transpose()?;
             let (epoch, after_lsn) = (to_u64("epoch", epoch)?, to_u64("afterLsn", after_lsn)?);
-            let found = Journal::inspect(&*store, to_layer_id(&id)?, volume, epoch, after_lsn)?;
+            let layer = to_layer_id(&id)?;
+            let found = Journal::inspect(&*store, layer, volume, epoch, after_lsn)?;
             let owners: BTreeSet<u32> = found.frames.iter().flat_map(|frame| &frame.deltas).map(|delta| delta.owner).collect();
             Ok(JsJournalSummary {
                 segment_count: found.segment_count as f64,
@@ -369,6 +377,10 @@ impl JsStore {
                 last_lsn: found.last_lsn as f64,
                 epoch: found.epoch as f64,
                 owners: owners.into_iter().collect(),
+                // Of a journal of nobody in particular nobody asks who has it.
+                writer: volume
+                    .map_or(Ok(None), |_| store.journal_writer(layer))?
+                    .map(|JournalWriter { epoch, owner }| JsJournalWriter { epoch: epoch as f64, owner }),
                 seal: found.seal.map(|mark| JsSeal {
                     final_lsn: mark.final_lsn as f64,
                     successor: (mark.successor.0 != [0; 16]).then(|| mark.successor.to_string()),
@@ -565,6 +577,12 @@ fn to_fault_rule(rule: JsFaultRule) -> Result<FaultRule> {
 
 /// Seals a layer of a closed volume, once: its journal must end where the catalog says.
 fn seal_layer(store: Arc<dyn Store>, identity: JournalIdentity, mark: SealMark) -> Result<()> {
+    match store.open_layer(identity.layer, OpenMode::ReadOnly) {
+        // Nothing that failed is carried out any more after this.
+        Ok(layer) => layer.settle()?,
+        Err(error) if error.code == IoErrorCode::NotFound => {}
+        Err(error) => return Err(error.into()),
+    }
     let mut replay = Journal::replay(store, identity, mark.final_lsn)?;
     if let Some(found) = replay.seal {
         if found == mark {

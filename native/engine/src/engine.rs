@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Threads for what changes the state of devices (open, checkpoint, swap, close) and for short calls to stores.
 const CONTROL_THREAD_COUNT: usize = 8;
@@ -26,6 +26,9 @@ const BULK_THREAD_COUNT: usize = 4;
 
 /// Memory for maps: at least this, and this much for each TiB that is open.
 const CACHE_BYTES_PER_TIB: u64 = 128 << 20;
+
+/// The least that a barrier waits for each device.
+const BARRIER_STEP: Duration = Duration::from_millis(200);
 
 /// How often the cache of maps is compared with its bound.
 const EVICT_INTERVAL: Duration = Duration::from_millis(250);
@@ -219,11 +222,15 @@ impl Engine {
         result
     }
 
-    /// Waits until every request that was in flight on any open device has finished (I5).
-    pub fn read_barrier(&self) {
-        for device in self.shared.devices() {
-            device.read_barrier();
-        }
+    /// Waits until every request that was in flight on any open device has finished (I5), for this time at most. Returns what is open
+    /// and has requests that have not.
+    pub fn read_barrier(&self, wait_max: Duration) -> Vec<[u8; 16]> {
+        let started_at = Instant::now();
+        let mut hung: Vec<_> = self.shared.devices();
+        // Those that hang have the time together; the others are not held up by them.
+        hung.retain(|device| !device.read_barrier(wait_max.min(BARRIER_STEP)));
+        hung.retain(|device| !device.read_barrier(wait_max.saturating_sub(started_at.elapsed()).max(BARRIER_STEP.min(wait_max))));
+        hung.iter().map(|device| device.volume()).collect()
     }
 
     /// Listens on a Unix socket; see `Listener`.

@@ -10,8 +10,8 @@
 use crate::error::{layer_object, segment_object};
 use crate::random::Random;
 use crate::{
-    Extent, IoError, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreHealth, StoreLock,
-    StoreUsage,
+    Extent, IoError, JournalWriter, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreHealth,
+    StoreLock, StoreUsage,
 };
 use parking_lot::{Condvar, Mutex};
 use std::fs::File;
@@ -225,9 +225,17 @@ impl Store for FaultStore {
         self.inner.list_segments(layer)
     }
 
-    fn create_segment(&self, layer: LayerId, base_lsn: u64) -> Result<Arc<dyn SegmentIo>> {
+    fn claim_journal(&self, layer: LayerId, epoch: u64) -> Result<()> {
+        self.inner.claim_journal(layer, epoch)
+    }
+
+    fn journal_writer(&self, layer: LayerId) -> Result<Option<JournalWriter>> {
+        self.inner.journal_writer(layer)
+    }
+
+    fn create_segment(&self, layer: LayerId, base_lsn: u64, epoch: u64) -> Result<Arc<dyn SegmentIo>> {
         self.faults.check("create", Some(layer), || segment_object(layer, base_lsn))?;
-        Ok(self.segment(self.inner.create_segment(layer, base_lsn)?, layer, base_lsn))
+        Ok(self.segment(self.inner.create_segment(layer, base_lsn, epoch)?, layer, base_lsn))
     }
 
     fn open_segment(&self, layer: LayerId, base_lsn: u64) -> Result<Arc<dyn SegmentIo>> {
@@ -381,6 +389,14 @@ impl LayerIo for FaultLayer {
         self.inner.drop_cache()
     }
 
+    fn is_settled(&self) -> bool {
+        self.inner.is_settled()
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.inner.settle()
+    }
+
     fn prefetch(&self, offset_bytes: u64, length_bytes: u64) -> Result<()> {
         self.inner.prefetch(offset_bytes, length_bytes)
     }
@@ -400,8 +416,8 @@ impl FaultSegment {
 }
 
 impl SegmentIo for FaultSegment {
-    fn claim(&self) -> Result<()> {
-        self.inner.claim()
+    fn claim(&self, epoch: u64) -> Result<()> {
+        self.inner.claim(epoch)
     }
 
     fn read_all(&self) -> Result<Vec<u8>> {
@@ -541,7 +557,7 @@ mod tests {
     #[test]
     fn a_torn_append_leaves_a_beginning_and_never_all() {
         let (store, _) = store();
-        let segment = store.create_segment(LAYER, 1).unwrap();
+        let segment = store.create_segment(LAYER, 1, 1).unwrap();
         store.set_plan(FaultPlan { seed: 9, rules: vec![FaultRule { tear: true, errno: libc::ENOSPC, ..rule("append") }] });
         for _ in 0..100 {
             assert_eq!(segment.append(0, &[7; 50]).unwrap_err().code, IoErrorCode::NoSpace);

@@ -23,6 +23,6 @@ pub use rados::{RadosOptions, RadosStore};
 pub use ring::{ReadRing, RingRead, RingWaker, probe_ring};
 pub use split::split;
 pub use store::{
-    Begun, Ending, Extent, LayerEntry, LayerId, LayerIo, OpenMode, PROOF_TIME_MAX, SegmentIo, Store, StoreCapabilities, StoreHealth,
-    StoreLock, StoreUsage,
+    Begun, Ending, Extent, JournalWriter, LayerEntry, LayerId, LayerIo, OpenMode, PROOF_TIME_MAX, SegmentIo, Store, StoreCapabilities,
+    StoreHealth, StoreLock, StoreUsage,
 };

@@ -138,6 +138,15 @@ pub struct Extent {
     pub data: bool,
 }
 
+/// Who writes the journal of a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JournalWriter {
+    /// Epoch of the lease of the volume.
+    pub epoch: u64,
+    /// The text of who had the lock of the store.
+    pub owner: String,
+}
+
 /// The native half of a pool.
 pub trait Store: Send + Sync + 'static {
     /// What it can do. Constant.
@@ -171,9 +180,20 @@ pub trait Store: Send + Sync + 'static {
     }
     /// Base lsns of the journal segments of a layer, ascending.
     fn list_segments(&self, layer: LayerId) -> Result<Vec<u64>>;
-    /// Makes an empty segment; `Exists` if there is one. Its name is durable only after `SegmentIo::sync` of it.
-    fn create_segment(&self, layer: LayerId, base_lsn: u64) -> Result<Arc<dyn SegmentIo>>;
-    /// Opens a segment for reading, truncating and appending.
+    /// Notes beside the layer who writes its journal from now on, and under which epoch of the volume's lease: segments that are made
+    /// under an older one are refused from then on. After it `list_segments` shows all that were made before. `CatalogBehind` if a newer
+    /// epoch is there. Nothing by default: where nobody else can have the store open, nobody has to be refused.
+    fn claim_journal(&self, _layer: LayerId, _epoch: u64) -> Result<()> {
+        Ok(())
+    }
+    /// Who claimed the journal of a layer last; `None`: nobody, or the store keeps no note of it.
+    fn journal_writer(&self, _layer: LayerId) -> Result<Option<JournalWriter>> {
+        Ok(None)
+    }
+    /// Makes an empty segment; `Exists` if there is one, `CatalogBehind` if its journal was claimed under a newer epoch. Its name is
+    /// durable only after `SegmentIo::sync` of it.
+    fn create_segment(&self, layer: LayerId, base_lsn: u64, epoch: u64) -> Result<Arc<dyn SegmentIo>>;
+    /// Opens a segment for reading, and for changing it after `SegmentIo::claim`.
     fn open_segment(&self, layer: LayerId, base_lsn: u64) -> Result<Arc<dyn SegmentIo>>;
     /// Removes a segment; one that is not there is no error. Need not be durable: a segment that comes back after a crash holds
     /// only frames the catalog knows, or nothing that was ever acknowledged.
@@ -239,6 +259,15 @@ pub type Begun = std::result::Result<(), Box<dyn Ending>>;
 /// The bytes of one layer. Offsets and lengths are in bytes, any alignment. Calls may overlap in time; two calls that
 /// touch the same bytes at once leave any mixture of the two.
 pub trait LayerIo: Send + Sync + 'static {
+    /// Whether nothing is under way of a write that failed here: one that timed out may be carried out later.
+    fn is_settled(&self) -> bool {
+        true
+    }
+    /// Makes sure of it, however long that takes the backend, and fails if it does not answer. For who is about to let nobody write any
+    /// more. Waits for nothing where a call is over when it returns.
+    fn settle(&self) -> Result<()> {
+        Ok(())
+    }
     /// Fills all buffers from `offset_bytes` on; holes and everything past the end read as zeros.
     fn read(&self, offset_bytes: u64, buffers: &mut [IoSliceMut<'_>]) -> Result<()>;
     /// As `read` of one buffer, but only if nobody has to be waited for: false, with anything in the buffer, if a disk or a
@@ -289,8 +318,9 @@ pub trait LayerIo: Send + Sync + 'static {
 /// One journal segment: a byte string that is written from the front to the back. One caller at a time.
 pub trait SegmentIo: Send + Sync + 'static {
     /// After it nothing that was begun through another handle changes the segment any more: it has done so, or is refused. For who
-    /// is about to read what he goes on with. Nothing by default: where a call is over when it returns, nothing is under way.
-    fn claim(&self) -> Result<()> {
+    /// is about to read what he goes on with. `CatalogBehind` if it was claimed under a newer epoch. Nothing by default: where a call is
+    /// over when it returns, nothing is under way.
+    fn claim(&self, _epoch: u64) -> Result<()> {
         Ok(())
     }
     /// The whole content.

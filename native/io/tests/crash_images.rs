@@ -136,7 +136,7 @@ fn layers_and_records_are_there_or_gone_at_once() {
 #[test]
 fn a_new_segment_may_be_missing_until_it_is_synced() {
     let store = recording_with_layer();
-    let handle = store.create_segment(LAYER, 1).unwrap();
+    let handle = store.create_segment(LAYER, 1, 1).unwrap();
     handle.append(0, &[7; 2000]).unwrap();
     let unsynced = store.sequence();
     handle.sync().unwrap();
@@ -157,7 +157,7 @@ fn a_new_segment_may_be_missing_until_it_is_synced() {
 fn a_removed_segment_may_come_back_until_it_is_forgotten_replaced_or_its_layer_removed() {
     let store = recording_with_layer();
     for base_lsn in [1, 2] {
-        let handle = store.create_segment(LAYER, base_lsn).unwrap();
+        let handle = store.create_segment(LAYER, base_lsn, 1).unwrap();
         handle.append(0, &[base_lsn as u8; 100]).unwrap();
         handle.sync().unwrap();
     }
@@ -169,7 +169,7 @@ fn a_removed_segment_may_come_back_until_it_is_forgotten_replaced_or_its_layer_r
         let images: HashSet<_> = (0..50).map(|seed| segment(&store.crash_image(sequence, seed, ANY), 1)).collect();
         assert_eq!(images, HashSet::from([None, Some(vec![1; 100])]));
     }
-    let again = store.create_segment(LAYER, 1).unwrap();
+    let again = store.create_segment(LAYER, 1, 1).unwrap();
     again.append(0, &[9; 10]).unwrap();
     let recreated = store.sequence();
     again.sync().unwrap();
@@ -192,7 +192,7 @@ fn a_removed_segment_may_come_back_until_it_is_forgotten_replaced_or_its_layer_r
 #[test]
 fn a_cut_of_a_segment_may_be_undone_until_it_is_synced() {
     let store = recording_with_layer();
-    let handle = store.create_segment(LAYER, 1).unwrap();
+    let handle = store.create_segment(LAYER, 1, 1).unwrap();
     handle.append(0, &[7; 100]).unwrap();
     handle.sync().unwrap();
     handle.truncate(40).unwrap();
@@ -232,7 +232,7 @@ fn boundaries_are_the_events_after_which_something_is_certain() {
     let layer = store.open_layer(LAYER, OpenMode::ReadWrite).unwrap();
     write(&*layer, 0, &[1; 10]).unwrap(); // 2
     layer.sync().unwrap(); // 3
-    let handle = store.create_segment(LAYER, 1).unwrap(); // 4
+    let handle = store.create_segment(LAYER, 1, 1).unwrap(); // 4
     handle.append(0, &[1]).unwrap(); // 5
     handle.sync().unwrap(); // 6
     layer.punch(0, 4096).unwrap(); // 7
@@ -252,7 +252,7 @@ fn an_image_is_a_store_of_its_own_and_can_record_in_turn() {
     let store = recording_with_layer();
     let layer = store.open_layer(LAYER, OpenMode::ReadWrite).unwrap();
     write(&*layer, 0, &[1; 4096]).unwrap();
-    store.create_segment(LAYER, 1).unwrap().append(0, b"frame").unwrap();
+    store.create_segment(LAYER, 1, 1).unwrap().append(0, b"frame").unwrap();
     store.write_record("a", b"b").unwrap();
     let image = store.crash_image(store.sequence(), 1, ALL);
     assert_eq!(image.usage().unwrap().free_bytes, store.usage().unwrap().free_bytes);

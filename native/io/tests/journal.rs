@@ -71,7 +71,7 @@ fn bytes_of(store: &Arc<dyn Store>, base_lsn: u64) -> Vec<u8> {
 
 fn put_bytes(store: &Arc<dyn Store>, base_lsn: u64, bytes: &[u8]) {
     store.remove_segment(LAYER, base_lsn).unwrap();
-    let segment = store.create_segment(LAYER, base_lsn).unwrap();
+    let segment = store.create_segment(LAYER, base_lsn, 1).unwrap();
     segment.append(0, bytes).unwrap();
     segment.sync().unwrap();
 }
@@ -319,7 +319,7 @@ fn a_segment_of_another_layer_or_volume_is_refused() {
     let bytes = bytes_of(&store, 1);
     let other = JournalIdentity { volume: [9; 16], ..identity(1) };
     assert_eq!(code(Journal::replay(Arc::clone(&store), other, 0)), IoErrorCode::Corrupt);
-    let segment = store.create_segment(OTHER_LAYER, 1).unwrap();
+    let segment = store.create_segment(OTHER_LAYER, 1, 1).unwrap();
     segment.append(0, &bytes).unwrap();
     let other = JournalIdentity { layer: OTHER_LAYER, ..identity(1) };
     assert_eq!(code(Journal::replay(Arc::clone(&store), other, 0)), IoErrorCode::Corrupt);

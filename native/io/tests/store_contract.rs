@@ -375,11 +375,13 @@ fn ranges_outside_the_address_space_are_errors((store, _guard): Opened) {
 }
 
 fn segments_are_listed_in_order_by_layer((store, _guard): Opened) {
+    store.create_layer(LAYER).unwrap();
+    store.create_layer(OTHER_LAYER).unwrap();
     for base_lsn in [300, 2, u64::MAX, 10] {
-        store.create_segment(LAYER, base_lsn).unwrap();
+        store.create_segment(LAYER, base_lsn, 1).unwrap();
     }
-    store.create_segment(OTHER_LAYER, 5).unwrap();
-    assert_eq!(store.create_segment(LAYER, 10).err().unwrap().code, IoErrorCode::Exists);
+    store.create_segment(OTHER_LAYER, 5, 1).unwrap();
+    assert_eq!(store.create_segment(LAYER, 10, 1).err().unwrap().code, IoErrorCode::Exists);
     assert_eq!(store.list_segments(LAYER).unwrap(), [2, 10, 300, u64::MAX]);
     assert_eq!(store.list_segments(OTHER_LAYER).unwrap(), [5]);
     store.remove_segment(LAYER, 10).unwrap();
@@ -390,7 +392,8 @@ fn segments_are_listed_in_order_by_layer((store, _guard): Opened) {
 }
 
 fn a_segment_holds_what_was_appended((store, _guard): Opened) {
-    let segment = store.create_segment(LAYER, 1).unwrap();
+    store.create_layer(LAYER).unwrap();
+    let segment = store.create_segment(LAYER, 1, 1).unwrap();
     assert!(segment.read_all().unwrap().is_empty());
     segment.append(0, b"hello ").unwrap();
     segment.append(6, b"").unwrap();
@@ -403,6 +406,7 @@ fn a_segment_holds_what_was_appended((store, _guard): Opened) {
     segment.append(7, b"ide").unwrap();
     let second = store.open_segment(LAYER, 1).unwrap();
     assert_eq!(second.read_all().unwrap(), b"hello wide");
+    second.claim(1).unwrap();
     second.append(10, b"!").unwrap();
     second.sync().unwrap();
     assert_eq!(segment.length_bytes().unwrap(), 11);
@@ -412,10 +416,11 @@ fn a_segment_holds_what_was_appended((store, _guard): Opened) {
 
 fn removing_a_layer_removes_its_segments((store, _guard): Opened) {
     store.create_layer(LAYER).unwrap();
+    store.create_layer(OTHER_LAYER).unwrap();
     for base_lsn in 1..5 {
-        store.create_segment(LAYER, base_lsn).unwrap();
+        store.create_segment(LAYER, base_lsn, 1).unwrap();
     }
-    store.create_segment(OTHER_LAYER, 1).unwrap();
+    store.create_segment(OTHER_LAYER, 1, 1).unwrap();
     store.remove_layer(LAYER).unwrap();
     assert!(store.list_segments(LAYER).unwrap().is_empty());
     assert_eq!(store.list_segments(OTHER_LAYER).unwrap(), [1]);
@@ -488,7 +493,7 @@ fn calls_from_many_threads_do_not_disturb_each_other((store, _guard): Opened) {
         for thread in 0..4u8 {
             let layer = Arc::clone(&layer);
             scope.spawn(move || {
-                let segment = store.create_segment(LAYER, u64::from(thread) + 1).unwrap();
+                let segment = store.create_segment(LAYER, u64::from(thread) + 1, 1).unwrap();
                 for round in 0..100u64 {
                     let offset = (round * 4 + u64::from(thread)) * 5000;
                     write(&*layer, offset, &[thread + 1; 5000]).unwrap();
@@ -516,7 +521,7 @@ fn a_memory_store_is_full_at_its_capacity_and_free_again_after_a_punch() {
     assert_eq!(layer.zero_allocated(1 << 20, 3 * 4096).unwrap_err().code, IoErrorCode::NoSpace);
     write(&*layer, 0, &[2; 8 * 4096]).unwrap();
     assert_eq!(store.usage().unwrap().free_bytes, 2 * 4096);
-    let segment = store.create_segment(LAYER, 1).unwrap();
+    let segment = store.create_segment(LAYER, 1, 1).unwrap();
     assert_eq!(segment.append(0, &[0; 2 * 4096 + 1]).unwrap_err().code, IoErrorCode::NoSpace);
     segment.append(0, &[0; 2 * 4096]).unwrap();
     assert_eq!(store.write_record("a", b"b").unwrap_err().code, IoErrorCode::NoSpace);
@@ -537,7 +542,7 @@ fn a_file_store_finds_again_what_it_held_and_ignores_other_files() {
     {
         let store = FileStore::open(&root, true, 0).unwrap();
         write(&*layer(&store), 0, b"text").unwrap();
-        store.create_segment(LAYER, 0x1f).unwrap().sync().unwrap();
+        store.create_segment(LAYER, 0x1f, 1).unwrap().sync().unwrap();
         store.write_record("owner", b"me").unwrap();
     }
     let segment_name = format!("{LAYER}.000000000000001f.journal");
@@ -578,7 +583,7 @@ fn a_second_opener_sees_the_first_ones_text_and_after_it_the_first_ones_segments
     let error = second.lock("pid 4712").err().unwrap();
     assert_eq!(error.code, IoErrorCode::Locked);
     assert!(error.message.contains("pid 4711"), "{error}");
-    first.create_segment(LAYER, 1).unwrap();
+    first.create_segment(LAYER, 1, 1).unwrap();
     drop(lock);
     let _lock = second.lock("pid 4712").unwrap();
     assert_eq!(second.list_segments(LAYER).unwrap(), [1], "the index is read again when the lock is taken");

@@ -7,7 +7,8 @@
 //! - While the gate is closed nobody is let in; who waits, waits outside and holds nothing.
 //! - `barrier` returns only when everyone who was inside at the call has left (I5). Requests are counted under one of two
 //!   parities; a barrier flips the parity and waits for the old one. A request that counted itself under a parity that
-//!   had been flipped meanwhile takes itself back, so nobody is ever counted under a parity that is not current.
+//!   had been flipped meanwhile takes itself back, so nobody is ever counted under a parity that is not current. One that gave up
+//!   leaves its rest to the next one, which waits for that first: those whom it counted under the other parity are inside, too.
 //! - Lock order: `serial` (one closer or barrier at a time) before `sleepers`.
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -172,11 +173,15 @@ impl Gate {
         self.watch(None, || self.is_empty());
     }
 
-    /// Waits until everybody who is inside now has left; holds nobody up.
-    pub(super) fn barrier(&self) {
-        let _serial = self.serial.lock();
+    /// Waits until everybody who is inside now has left; holds nobody up. False: the deadline passed first.
+    pub(super) fn barrier(&self, deadline: Instant) -> bool {
+        let Some(_serial) = self.serial.try_lock_until(deadline) else { return false };
+        let left = 1 - (self.state.load(SeqCst) & PARITY) as usize;
+        if !self.watch(Some(deadline), || self.inside[left].0.load(SeqCst) == 0) {
+            return false;
+        }
         let old = (self.state.fetch_xor(PARITY, SeqCst) & PARITY) as usize;
-        self.watch(None, || self.inside[old].0.load(SeqCst) == 0);
+        self.watch(Some(deadline), || self.inside[old].0.load(SeqCst) == 0)
     }
 }
 
@@ -243,7 +248,7 @@ mod tests {
             assert!(closed.drain(Instant::now() + Duration::from_secs(300)));
             assert_eq!(inside.load(SeqCst), 0);
             drop(closed);
-            gate.barrier();
+            assert!(gate.barrier(Instant::now() + Duration::from_secs(300)));
         }
         stop.store(true, SeqCst);
         for worker in workers {
@@ -280,7 +285,7 @@ mod tests {
         let waiter = {
             let (gate, done) = (gate.clone(), done.clone());
             thread::spawn(move || {
-                gate.barrier();
+                assert!(gate.barrier(Instant::now() + Duration::from_secs(300)));
                 done.store(true, SeqCst);
             })
         };
@@ -292,6 +297,22 @@ mod tests {
         drop(pass);
         waiter.join().unwrap();
         assert!(done.load(SeqCst));
+    }
+
+    #[test]
+    fn a_barrier_past_its_deadline_says_so_and_no_later_one_forgets_whom_it_waited_for() {
+        let gate = Gate::default();
+        let soon = || Instant::now() + Duration::from_millis(5);
+        let first = gate.enter().unwrap();
+        assert!(!gate.barrier(soon()));
+        let second = gate.enter().unwrap();
+        for _ in 0..3 {
+            assert!(!gate.barrier(soon()), "the first is inside");
+        }
+        drop(first);
+        assert!(!gate.barrier(soon()), "the second is inside");
+        drop(second);
+        assert!(gate.barrier(Instant::now() + Duration::from_secs(300)));
     }
 
     #[test]

@@ -35,6 +35,7 @@ pub use types::{
 
 use crate::{Admission, EngineError, Latency, Result, Throttle, ThrottleLimits};
 use arc_swap::ArcSwap;
+use atoll_io::StoreHealth;
 use atoll_map::{Map, SLOT_BYTES};
 use batch_log::BatchLog;
 use checkpoint::Checkpoints;
@@ -116,6 +117,11 @@ impl Device {
         self.waits_for_network.load(Ordering::Relaxed)
     }
 
+    /// The volume, or whatever else is open.
+    pub fn volume(&self) -> [u8; 16] {
+        self.volume
+    }
+
     /// No writes are possible.
     pub fn is_read_only(&self) -> bool {
         self.layers.load().active.is_none()
@@ -154,9 +160,10 @@ impl Device {
         self.flush_completed()
     }
 
-    /// Waits until every request that was in flight at the call has finished; new ones are not held up (I5).
-    pub fn read_barrier(&self) {
-        self.gate.barrier();
+    /// Waits until every request that was in flight at the call has finished; new ones are not held up (I5). False: one has not
+    /// within this time.
+    pub fn read_barrier(&self, wait_max: Duration) -> bool {
+        self.gate.barrier(Instant::now() + wait_max)
     }
 
     /// Adds layers that a map may refer to from now on (replaces the handle of a known alias).
@@ -230,8 +237,8 @@ impl Device {
         self.poisoned.lock().is_some()
     }
 
-    /// New requests fail with `DEVICE_CLOSED` (ESHUTDOWN), those in flight are waited for, then everything is flushed (not if
-    /// poisoned: then the cached pages of the active layer are dropped, so that the next open sees what the backend has). Idempotent.
+    /// New requests fail with `DEVICE_CLOSED` (ESHUTDOWN), those in flight are waited for, then everything is flushed (`POOL_UNAVAILABLE` at
+    /// once if the backend is known to be silent; not if poisoned: then the cached pages of the active layer are dropped, so that the next open sees what the backend has). Idempotent.
     pub fn close(&self) -> Result<()> {
         if self.closed.swap(true, Ordering::SeqCst) {
             return Ok(());
@@ -251,8 +258,10 @@ impl Device {
 
     fn end_layers(&self) -> Result<()> {
         if !self.is_poisoned() {
-            // Nobody is answered by this: with nothing to write a backend that is away holds nothing up.
+            // Nobody is answered by this: with nothing to write a backend that is away holds nothing up, nor one that is silent with
+            // much. Then it is as after a kill: what was flushed is in the journal, and what was answered in the batch log.
             if !self.is_flushed() {
+                self.refuse_if_silent()?;
                 self.flush_completed()?;
             }
             return self.batch_log.as_ref().map_or(Ok(()), BatchLog::remove);
@@ -262,6 +271,19 @@ impl Device {
             layer.io.drop_cache()?;
         }
         Ok(())
+    }
+
+    fn refuse_if_silent(&self) -> Result<()> {
+        let layers = self.layers.load();
+        let Some(active) = &layers.active else { return Ok(()) };
+        match active.spec.store.health() {
+            Some(StoreHealth { silent_since: Some(_), .. }) => Err(EngineError::new(
+                "POOL_UNAVAILABLE",
+                libc::EIO,
+                format!("the backend of layer {} does not answer: the device is closed without a flush", active.spec.id),
+            )),
+            _ => Ok(()),
+        }
     }
 
     fn refuse_if_closed(&self) -> Result<()> {

@@ -81,8 +81,8 @@ impl Store for Slow {
     fn list_segments(&self, layer: atoll_io::LayerId) -> atoll_io::Result<Vec<u64>> {
         self.inner.list_segments(layer)
     }
-    fn create_segment(&self, layer: atoll_io::LayerId, base_lsn: u64) -> atoll_io::Result<Arc<dyn atoll_io::SegmentIo>> {
-        self.inner.create_segment(layer, base_lsn)
+    fn create_segment(&self, layer: atoll_io::LayerId, base_lsn: u64, epoch: u64) -> atoll_io::Result<Arc<dyn atoll_io::SegmentIo>> {
+        self.inner.create_segment(layer, base_lsn, epoch)
     }
     fn open_segment(&self, layer: atoll_io::LayerId, base_lsn: u64) -> atoll_io::Result<Arc<dyn atoll_io::SegmentIo>> {
         self.inner.open_segment(layer, base_lsn)

@@ -9,9 +9,13 @@ use crate::{EngineError, Result};
 use atoll_io::Extent;
 use atoll_map::{FrozenMap, HOLE, MAP_SLOTS, Run, SLOT_BYTES};
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 /// Slots locked at once while orphans are looked for (32 MiB).
 const ORPHAN_CHUNK_SLOTS: u64 = 8192;
+
+/// Requests that were let in under the old size are waited for this long.
+const SHRINK_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// A shrink under way.
 pub(super) struct Shrink {
@@ -56,8 +60,13 @@ impl Device {
             self.flush_completed()?;
             self.size_bytes.store(size_bytes, Ordering::SeqCst);
             // Who checked the old size is inside now; who comes later sees the new one.
-            self.gate.barrier();
-            if let Err(error) = self.flush_completed() {
+            let flushed = match self.gate.barrier(Instant::now() + SHRINK_WAIT_MAX) {
+                true => self.flush_completed(),
+                false => {
+                    Err(EngineError::new("DEVICE_BUSY", libc::EBUSY, "requests in flight did not end; nothing was changed, try again"))
+                }
+            };
+            if let Err(error) = flushed {
                 self.size_bytes.store(old_size_bytes, Ordering::SeqCst);
                 return Err(error);
             }

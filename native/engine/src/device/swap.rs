@@ -5,6 +5,7 @@
 //!   the change of the active layer happen under the batch lock, so a flush sees all of it or nothing.
 //! - The closing layer is made durable before any frame of its successor (`flush`), and no second swap comes before the
 //!   first is committed: an open never has to look further than the next layer.
+//! - A write that failed may still be carried out by its backend: what it was to change is not sealed before that is over (I2).
 //! - Several devices: gates are closed in the order of their volume ids, so that two group swaps cannot wait for each other.
 use super::checkpoint::{UncommittedSwap, busy_error};
 use super::layers::{ActiveLayer, LayerTable, ReadLayer};
@@ -15,6 +16,15 @@ use atoll_io::SealMark;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+
+fn unsettled_error(layer: &LayerSpec, why: &str) -> EngineError {
+    let message = format!(
+        "a write to layer {} that failed may still be carried out by its backend, so the layer cannot become unchangeable now ({why}); \
+         nothing was changed, try again",
+        layer.id
+    );
+    EngineError::new("DEVICE_BUSY", libc::EBUSY, message).with("layerId", layer.id)
+}
 
 impl Device {
     /// Freezes the maps and makes each `next` the active layer, at one point in time for all: gates closed, drained, swapped,
@@ -31,6 +41,11 @@ impl Device {
         for (device, next) in devices {
             device.refuse_if_closed()?;
             device.check_can_swap()?;
+            if let Some(active) = &device.layers.load_full().active
+                && let Err(error) = active.io.settle()
+            {
+                return Err(unsettled_error(&active.spec, &error.to_string()));
+            }
             let last_lsn = device.batch.lock().last_lsn;
             prepared.push(Arc::new(ActiveLayer::open_prepared(next, device.volume, device.epoch, last_lsn)?));
         }
@@ -53,6 +68,9 @@ impl Device {
         for (device, _) in devices {
             device.poison_check()?;
             device.check_can_swap()?;
+            if let Some(active) = device.layers.load().active.as_ref().filter(|active| !active.io.is_settled()) {
+                return Err(unsettled_error(&active.spec, "it failed just now"));
+            }
         }
         let mut reports: Vec<SwapReport> =
             devices.iter().zip(prepared).map(|((device, _), next)| device.swap_drained(next)).collect::<Result<_>>()?;

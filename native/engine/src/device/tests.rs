@@ -371,7 +371,7 @@ fn four_threads_snapshots_and_flushes_at_once_leave_every_thread_its_own_bytes_a
         snapshots.push((frozen.clone(), snapshot_content(&world, &frozen, size_bytes)));
         if round % 5 == 0 {
             world.checkpoint();
-            world.device.read_barrier();
+            assert!(world.device.read_barrier(Duration::from_secs(300)));
         }
     }
     stop.store(true, Ordering::SeqCst);

@@ -481,7 +481,7 @@ fn a_client_that_takes_no_answers_holds_up_no_snapshot() {
         let mut other = world.connect(|_| {});
         for index in 0..50 {
             // What a snapshot does first.
-            world.device.read_barrier();
+            assert!(world.device.read_barrier(Duration::from_secs(300)));
             other.write((index % 3) * 4096, &[5; 4096]);
         }
         let mut cookies: Vec<u64> = (0..120)

@@ -210,7 +210,7 @@ impl Store for FileStore {
         Ok(self.segments.lock().get(&layer).map(|bases| bases.iter().copied().collect()).unwrap_or_default())
     }
 
-    fn create_segment(&self, layer: LayerId, base_lsn: u64) -> Result<Arc<dyn SegmentIo>> {
+    fn create_segment(&self, layer: LayerId, base_lsn: u64, _epoch: u64) -> Result<Arc<dyn SegmentIo>> {
         let path = self.segment_path(layer, base_lsn);
         let file = new_file(&path)?;
         self.segments.lock().entry(layer).or_default().insert(base_lsn);

@@ -93,7 +93,7 @@ impl Store for RawFileStore {
         Ok(Vec::new())
     }
 
-    fn create_segment(&self, _layer: LayerId, _base_lsn: u64) -> Result<Arc<dyn SegmentIo>> {
+    fn create_segment(&self, _layer: LayerId, _base_lsn: u64, _epoch: u64) -> Result<Arc<dyn SegmentIo>> {
         self.read_only("create")
     }
 

@@ -136,11 +136,14 @@ fn read_segment(segment: &dyn SegmentIo, layer: LayerId, base_lsn: u64) -> Resul
 /// Every segment of a journal, found to belong together. `claims`: for who writes it from now on.
 fn scan_journal(store: &dyn Store, identity: &JournalIdentity, after_lsn: u64, claims: bool) -> Result<Vec<Scan>> {
     let mut scans = Vec::new();
+    if claims {
+        store.claim_journal(identity.layer, identity.epoch)?;
+    }
     for base_lsn in store.list_segments(identity.layer)? {
         let segment = store.open_segment(identity.layer, base_lsn)?;
         if claims {
             // An append that failed may still be on its way: behind what is read here it would lie where the next frame goes.
-            segment.claim()?;
+            segment.claim(identity.epoch)?;
         }
         let bytes = read_segment(&*segment, identity.layer, base_lsn)?;
         scans.push(scan_segment(&bytes, identity, base_lsn, after_lsn)?);
@@ -309,6 +312,7 @@ fn cut_tails(store: &dyn Store, identity: &JournalIdentity, scans: &[Scan]) -> R
         } else {
             cut_bytes += scan.length_bytes - scan.good_bytes;
             let segment = store.open_segment(identity.layer, scan.base_lsn)?;
+            segment.claim(identity.epoch)?;
             segment.truncate(scan.good_bytes)?;
             segment.sync()?;
         }

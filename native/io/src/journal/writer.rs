@@ -161,14 +161,18 @@ impl Journal {
         encode(&mut bytes, seed);
         let segment = match &self.open {
             Some(segment) => Arc::clone(segment),
-            None => self.store.open_segment(self.identity.layer, last.base_lsn)?,
+            None => {
+                let segment = self.store.open_segment(self.identity.layer, last.base_lsn)?;
+                segment.claim(self.identity.epoch)?;
+                segment
+            }
         };
         self.put_last(segment, bytes)
     }
 
     fn put_new(&mut self, base_lsn: u64, bytes: &[u8]) -> Result<()> {
         assert!(bytes.len() >= SEGMENT_HEADER_BYTES, "a segment begins with its header");
-        let segment = self.store.create_segment(self.identity.layer, base_lsn)?;
+        let segment = self.store.create_segment(self.identity.layer, base_lsn, self.identity.epoch)?;
         if let Err(error) = segment.append(0, bytes) {
             if error.code == IoErrorCode::NoSpace {
                 // The removal need not be durable: what may come back is a beginning, which a replay cuts.

@@ -281,7 +281,7 @@ impl Store for MemoryStore {
         Ok(names.segments.range((layer, 0)..=(layer, u64::MAX)).map(|((_, base_lsn), _)| *base_lsn).collect())
     }
 
-    fn create_segment(&self, layer: LayerId, base_lsn: u64) -> Result<Arc<dyn SegmentIo>> {
+    fn create_segment(&self, layer: LayerId, base_lsn: u64, _epoch: u64) -> Result<Arc<dyn SegmentIo>> {
         let mut names = self.shared.names.lock();
         if names.segments.contains_key(&(layer, base_lsn)) {
             let object = segment_object(layer, base_lsn);

@@ -1,7 +1,8 @@
 //! A connection to a cluster, and what can be asked of one pool of it. Everything goes through `Completion`s, so that many requests
 //! are in flight where there are many; each ends within the time of the options, however the cluster is.
 use super::library::{
-    CMPXATTR_EQ, CONNECTION_COUNT, CREATE_EXCLUSIVE, CREATE_IDEMPOTENT, ENDING_COUNT, FULL_FORCE, FULL_TRY, Handle, Library, library,
+    CMPXATTR_EQ, CMPXATTR_GT, CMPXATTR_GTE, CONNECTION_COUNT, CREATE_EXCLUSIVE, CREATE_IDEMPOTENT, ENDING_COUNT, FULL_FORCE, FULL_TRY,
+    Handle, Library, library,
 };
 use crate::{IoError, IoErrorCode, Result};
 use std::cell::Cell;
@@ -135,6 +136,8 @@ pub(super) struct Cluster {
     /// The pool has not answered for so long that nobody who manages waits for it (`watch.rs`).
     pub(super) is_silent: AtomicBool,
     begun: Arc<BegunTotal>,
+    /// Objects of layers with a write of which it is not known whether it is over (`layer.rs`).
+    pub(super) doubtful_count: AtomicUsize,
     pub(super) options: RadosOptions,
 }
 
@@ -206,8 +209,16 @@ impl Cluster {
         }
         // From here on dropping it ends the connection.
         CONNECTION_COUNT.fetch_add(1, Ordering::SeqCst);
-        let is_silent = AtomicBool::new(false);
-        let mut this = Cluster { library, cluster, io: null_mut(), full_io: null_mut(), is_silent, begun: Arc::default(), options };
+        let mut this = Cluster {
+            library,
+            cluster,
+            io: null_mut(),
+            full_io: null_mut(),
+            is_silent: AtomicBool::new(false),
+            begun: Arc::default(),
+            doubtful_count: AtomicUsize::new(0),
+            options,
+        };
         this.configure()?;
         // SAFETY: the handle is open and was configured.
         let code = unsafe { (library.connect)(cluster) };
@@ -580,8 +591,8 @@ impl Cluster {
         Ok(buffer)
     }
 
-    /// Runs `start` on every item, a bounded number of them at a time, and `finish` on each answer, in order. The first failure is
-    /// returned when everything that was started is done.
+    /// Runs `start` on every item, a bounded number of them at a time, and `finish` on each answer, in order. After the first failure
+    /// nothing is started any more; it is returned when `finish` was called for everything that was.
     pub(super) fn run_all<'a, T>(
         &'a self,
         items: impl IntoIterator<Item = T>,
@@ -590,28 +601,41 @@ impl Cluster {
     ) -> Result<()> {
         // The completion first: it is waited for before what it fills goes.
         let mut running: VecDeque<(Completion<'a>, T)> = VecDeque::new();
+        let mut end_one = |running: &mut VecDeque<(Completion<'a>, T)>| match running.pop_front() {
+            Some((completion, item)) => finish(item, completion.wait()),
+            None => Ok(()),
+        };
+        let mut outcome = Ok(());
         for mut item in items {
-            if running.len() == IN_FLIGHT_MAX
-                && let Some((completion, item)) = running.pop_front()
-            {
-                let code = completion.wait();
-                finish(item, code)?;
+            if running.len() == IN_FLIGHT_MAX {
+                outcome = end_one(&mut running);
             }
-            let completion = start(&mut item)?;
-            running.push_back((completion, item));
+            if outcome.is_ok() {
+                match start(&mut item) {
+                    Ok(completion) => running.push_back((completion, item)),
+                    Err(error) => outcome = Err(error),
+                }
+            }
+            if outcome.is_err() {
+                break;
+            }
         }
-        while let Some((completion, item)) = running.pop_front() {
-            let code = completion.wait();
-            finish(item, code)?;
+        while !running.is_empty() {
+            outcome = outcome.and(end_one(&mut running));
         }
-        Ok(())
+        outcome
     }
 
-    /// The keys of an index object that begin with `prefix`, ascending; none if there is no such object.
+    /// The keys of an index object, ascending; none if there is no such object.
     pub(super) fn index_keys(&self, name: &Name) -> Result<Vec<String>> {
+        self.index_keys_from(name, "")
+    }
+
+    /// Those that begin with `prefix`.
+    pub(super) fn index_keys_from(&self, name: &Name, prefix: &str) -> Result<Vec<String>> {
         let mut keys: Vec<String> = Vec::new();
         loop {
-            let after = c_string("key", keys.last().map_or("", String::as_str))?;
+            let after = c_string("key", keys.last().map_or(prefix, String::as_str))?;
             let (mut iterator, mut has_more, mut status) = (null_mut(), 0, 0);
             // SAFETY: takes nothing.
             let raw = unsafe { (self.library.create_read_op)() };
@@ -657,7 +681,9 @@ impl Cluster {
                 libc::ENOENT => return Ok(Vec::new()),
                 errno => return Err(self.error("list", name, 0, errno)),
             }
-            if has_more == 0 {
+            let is_past = keys.last().is_some_and(|key| !key.starts_with(prefix));
+            if has_more == 0 || is_past {
+                keys.retain(|key| key.starts_with(prefix));
                 return Ok(keys);
             }
         }
@@ -1028,10 +1054,24 @@ impl Change {
         unsafe { (self.library.write_op_create)(self.raw, how, null()) };
     }
 
+    fn compare_attribute(&mut self, attribute: &CStr, how: u8, value: &[u8]) {
+        // SAFETY: the operation is ours; texts are copied.
+        unsafe { (self.library.write_op_cmpxattr)(self.raw, attribute.as_ptr(), how, value.as_ptr().cast(), value.len()) };
+    }
+
     /// Fails with `ECANCELED` if the attribute is not this.
     pub(super) fn assert_attribute(&mut self, attribute: &CStr, value: &[u8]) {
-        // SAFETY: the operation is ours; texts are copied.
-        unsafe { (self.library.write_op_cmpxattr)(self.raw, attribute.as_ptr(), CMPXATTR_EQ, value.as_ptr().cast(), value.len()) };
+        self.compare_attribute(attribute, CMPXATTR_EQ, value);
+    }
+
+    /// Fails with `ECANCELED` if the attribute is greater than this, compared as text.
+    pub(super) fn assert_attribute_at_most(&mut self, attribute: &CStr, value: &[u8]) {
+        self.compare_attribute(attribute, CMPXATTR_GTE, value);
+    }
+
+    /// Fails with `ECANCELED` unless the attribute is less than this, compared as text.
+    pub(super) fn assert_attribute_less(&mut self, attribute: &CStr, value: &[u8]) {
+        self.compare_attribute(attribute, CMPXATTR_GT, value);
     }
 
     pub(super) fn set_attribute(&mut self, attribute: &CStr, value: &[u8]) {
@@ -1088,6 +1128,7 @@ impl Change {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use parking_lot::Mutex;
 
     #[test]
     fn what_is_under_way_is_bounded_by_its_count_and_by_its_bytes() {
@@ -1099,5 +1140,51 @@ mod tests {
         assert!(total.has_room(4096) && !total.has_room(4097));
         large.take();
         assert!(total.has_room(BEGUN_BYTES_MAX as u64));
+    }
+
+    static CALLS: Mutex<Vec<&str>> = Mutex::new(Vec::new());
+
+    extern "C" fn nothing(_: Handle) {}
+    extern "C" fn blocklist_add(_: Handle, _: *mut c_char, _: u32) -> c_int {
+        CALLS.lock().push("blocklist");
+        0
+    }
+    extern "C" fn wait_for_latest_osdmap(_: Handle) -> c_int {
+        CALLS.lock().push("wait for the map");
+        0
+    }
+    extern "C" fn break_lock(_: Handle, _: *const c_char, _: *const c_char, _: *const c_char, _: *const c_char) -> c_int {
+        CALLS.lock().push("break the lock");
+        0
+    }
+
+    #[test]
+    fn who_is_shut_out_is_on_the_blocklist_and_every_osd_knows_before_his_lock_is_broken() {
+        // Without the library there is nothing to put other functions into.
+        let Ok(real) = library() else { return };
+        let recording = Library { shutdown: nothing, blocklist_add, wait_for_latest_osdmap, break_lock, ..*real };
+        CONNECTION_COUNT.fetch_add(1, Ordering::SeqCst);
+        let cluster = Cluster {
+            library: Box::leak(Box::new(recording)),
+            cluster: null_mut(),
+            io: null_mut(),
+            full_io: null_mut(),
+            is_silent: AtomicBool::new(false),
+            begun: Arc::default(),
+            doubtful_count: AtomicUsize::new(0),
+            options: RadosOptions {
+                conf: None,
+                keyring: None,
+                user: "nobody".to_owned(),
+                pool: "none".to_owned(),
+                namespace: String::new(),
+                request_timeout: Duration::from_secs(60),
+                connect_timeout: Duration::from_secs(60),
+                create: false,
+            },
+        };
+        let locker = Locker { client: "client.1".to_owned(), cookie: "cookie".to_owned(), address: "v1:127.0.0.1:0/1".to_owned() };
+        cluster.fence(&Name::new(format_args!("lock")), c"atoll", &locker, 1).unwrap();
+        assert_eq!(*CALLS.lock(), ["blocklist", "wait for the map", "break the lock"]);
     }
 }

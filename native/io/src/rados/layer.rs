@@ -5,6 +5,9 @@
 //!   without a request, and the removal of a layer finds everything.
 //! - What is known of an object (`object.rs`) is never less than what is there: it changes in the order in which requests are handed
 //!   to the library, which carries out those of one object in that order. A request that failed leaves the attribute to the next one.
+//! - A write that timed out may be carried out later, as long as this client is let in. Its object is *doubtful* until a later change
+//!   of it was answered: the cluster carries out what one client asks of one object in order, and what was given up here is not sent
+//!   again. A layer is sealed only when none of its objects is (I2), and the lock is not given back while one of any layer is.
 //! - A layer that was removed is `NotFound`, never zeros (I2): the flag is set before the first object goes, and looked at after
 //!   every read that found nothing. An object of the index that is not there is a hole only if the layer's own object still is: with
 //!   the RADOS pool deleted, everything would be holes.
@@ -52,10 +55,12 @@ pub(super) struct Layer {
     pub(super) id: LayerId,
     cluster: Arc<Cluster>,
     shards: [Mutex<Shard>; SHARD_COUNT],
+    /// Objects with a write that timed out, and how many did.
+    doubtful: Mutex<HashMap<u32, u64>>,
     is_removed: AtomicBool,
 }
 
-fn head_name(id: LayerId) -> Name {
+pub(super) fn head_name(id: LayerId) -> Name {
     Name::new(format_args!("layer.{id}"))
 }
 
@@ -92,7 +97,8 @@ impl Layer {
 
     fn new(cluster: &Arc<Cluster>, id: LayerId) -> Arc<Layer> {
         let shards = std::array::from_fn(|_| Mutex::default());
-        Arc::new(Layer { id, cluster: Arc::clone(cluster), shards, is_removed: AtomicBool::new(false) })
+        let doubtful = Mutex::default();
+        Arc::new(Layer { id, cluster: Arc::clone(cluster), shards, doubtful, is_removed: AtomicBool::new(false) })
     }
 
     /// Reads the index. `NotFound` if there is no such layer, or its removal has begun and `going_too` is not asked for.
@@ -250,7 +256,53 @@ impl Layer {
         if tells && let Some(Some(object)) = self.shard(index).lock().get_mut(&index) {
             object.is_untold = true;
         }
+        if code == -libc::ETIMEDOUT {
+            self.note_doubtful(index);
+        }
         Err(self.error(operation, index, -code))
+    }
+
+    fn note_doubtful(&self, index: u32) {
+        let mut doubtful = self.doubtful.lock();
+        let count = doubtful.entry(index).or_insert_with(|| {
+            self.cluster.doubtful_count.fetch_add(1, Ordering::SeqCst);
+            0
+        });
+        *count += 1;
+    }
+
+    fn is_settled(&self) -> bool {
+        self.doubtful.lock().is_empty()
+    }
+
+    /// Changes each doubtful object, without a difference, and waits for the answers.
+    fn settle(&self) -> Result<()> {
+        let doubtful: Vec<(u32, u64)> = self.doubtful.lock().iter().map(|(index, count)| (*index, *count)).collect();
+        self.cluster.run_all(
+            doubtful,
+            |(index, _)| {
+                let (completion, _) = self.start_known(*index, |object, name| {
+                    let mut change = self.cluster.change();
+                    change.assert_exists();
+                    Layer::tell(&mut change, object);
+                    change.even_if_full();
+                    (self.cluster.start_change(name, change), true)
+                })?;
+                Ok(completion)
+            },
+            |(index, count), code| {
+                // An object that is not there was not made by the write, and is not made by it any more.
+                if code != -libc::ENOENT {
+                    self.finish("settle", index, true, code)?;
+                }
+                let mut doubtful = self.doubtful.lock();
+                if doubtful.get(&index) == Some(&count) {
+                    doubtful.remove(&index);
+                    self.cluster.doubtful_count.fetch_sub(1, Ordering::SeqCst);
+                }
+                Ok(())
+            },
+        )
     }
 
     fn tell(change: &mut Change, object: &Object) {
@@ -676,6 +728,14 @@ impl RadosLayer {
 }
 
 impl LayerIo for RadosLayer {
+    fn is_settled(&self) -> bool {
+        self.layer.is_settled()
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.layer.settle()
+    }
+
     fn read(&self, offset_bytes: u64, buffers: &mut [IoSliceMut<'_>]) -> Result<()> {
         self.layer.read(offset_bytes, buffers)
     }

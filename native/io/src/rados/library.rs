@@ -13,6 +13,10 @@ const FILE: &CStr = c"librados.so.2";
 
 /// `rados_cmpxattr`: equal.
 pub(super) const CMPXATTR_EQ: u8 = 1;
+/// `rados_cmpxattr`: what is given is not less than what is there, byte by byte; nothing there is less than anything.
+pub(super) const CMPXATTR_GTE: u8 = 4;
+/// `rados_cmpxattr`: what is given is greater.
+pub(super) const CMPXATTR_GT: u8 = 3;
 /// `rados_write_op_create`: an object that is there is an error.
 pub(super) const CREATE_EXCLUSIVE: c_int = 1;
 /// An object that is there is as good.

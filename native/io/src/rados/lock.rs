@@ -1,7 +1,8 @@
 //! The lock of a pool: an exclusive lock of RADOS on one object, without an end, whose cookie says who has it. A daemon that was
 //! killed leaves it behind. Whoever wants it then may break it, if the holder is known to be gone: a process of this machine that is
 //! no more, or if it is told to shut out whoever has it. Whether the holder lives does not matter for the data: the client is shut out
-//! of the cluster first, and no OSD takes anything of it from then on.
+//! of the cluster first, and no OSD takes anything of it from then on. Who has a write that timed out and may land yet does not give
+//! the lock back: he is shut out by the next one, as if he had been killed.
 use super::cluster::{Cluster, Name, c_string};
 use crate::store::PROOF_TIME_MAX;
 use crate::{IoError, IoErrorCode, Result};
@@ -61,6 +62,10 @@ pub(super) fn prove(cluster: &Cluster, cookie: &CStr) -> Result<()> {
 
 impl Drop for HeldLock {
     fn drop(&mut self) {
+        if self.cluster.doubtful_count.load(Ordering::SeqCst) > 0 || self.cluster.is_silent.load(Ordering::Relaxed) {
+            // Something of ours may land yet, unless whoever comes next shuts us out; or nobody would take the lock from us now.
+            return abandon(&self.cookie);
+        }
         match self.cluster.unlock(&lock_object(), LOCK, &self.cookie) {
             Ok(()) | Err(libc::ENOENT) => {}
             Err(_) => abandon(&self.cookie),

@@ -5,7 +5,7 @@
 //! | `head` | says that a pool of ours is here, and of which version |
 //! | `lock` | carries the lock |
 //! | `index.layers`, `index.segments`, `index.records` | names of what there is, as omap keys |
-//! | `layer.<uuid>` | stands for a layer; its omap keys are the indexes of its objects, 8 hex digits |
+//! | `layer.<uuid>` | stands for a layer; its omap keys are the indexes of its objects, 8 hex digits; who writes its journal (`claim.rs`) |
 //! | `<uuid>.<index, 8 hex digits>` | 4 MiB of a layer, or as much as was written of them |
 //! | `journal.<uuid>.<base lsn, 16 hex digits>` | a journal segment of that layer |
 //! | `record.<name>` | a small record |
@@ -16,6 +16,7 @@
 //! A request that was answered is durable, so that syncs cost nothing. Indexes that are kept in memory are true because the holder of
 //! the lock is the only one who changes them; they are read again when the lock is taken. One connection serves one store and is what
 //! a fence shuts out: all volumes of a pool at once, as its lock is one.
+mod claim;
 mod cluster;
 mod layer;
 mod layers;
@@ -28,8 +29,8 @@ mod watch;
 use crate::error::{layer_object, segment_object};
 use crate::store::is_record_name;
 use crate::{
-    IoError, IoErrorCode, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreHealth, StoreLock,
-    StoreUsage,
+    IoError, IoErrorCode, JournalWriter, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreHealth,
+    StoreLock, StoreUsage,
 };
 pub use cluster::RadosOptions;
 use cluster::{Cluster, Name};
@@ -58,6 +59,8 @@ pub struct RadosStore {
     watch: Watch,
     /// Cookie of the lock that was taken last.
     cookie: Mutex<Option<CString>>,
+    /// The text that it was taken with.
+    owner: Mutex<String>,
 }
 
 impl Drop for RadosStore {
@@ -143,7 +146,15 @@ impl RadosStore {
         find_head(&cluster, create)?;
         let watch = Watch::start(&cluster, head(), started_at.elapsed())?;
         let layers = Layers::new(&cluster);
-        let store = RadosStore { cluster, layers, segments: Mutex::default(), expected: Mutex::default(), watch, cookie: Mutex::default() };
+        let store = RadosStore {
+            cluster,
+            layers,
+            segments: Mutex::default(),
+            expected: Mutex::default(),
+            watch,
+            cookie: Mutex::default(),
+            owner: Mutex::default(),
+        };
         store.read_segments()?;
         Ok(store)
     }
@@ -261,25 +272,40 @@ impl Store for RadosStore {
         Ok(self.segments.lock().get(&layer).map(|bases| bases.iter().copied().collect()).unwrap_or_default())
     }
 
-    fn create_segment(&self, layer: LayerId, base_lsn: u64) -> Result<Arc<dyn SegmentIo>> {
+    /// Two requests: the claim, and which segments there are. The lock makes what is in memory true; this does not rely on it.
+    fn claim_journal(&self, layer: LayerId, epoch: u64) -> Result<()> {
+        claim::claim(&self.cluster, layer, epoch, &self.owner.lock().clone())?;
+        let keys = self.cluster.index_keys_from(&segments_index(), &format!("{layer}."))?;
+        let found: BTreeSet<u64> = keys.iter().filter_map(|key| parse_segment_key(key)).map(|(_, base_lsn)| base_lsn).collect();
+        let added: Vec<u64> = {
+            let segments = self.segments.lock();
+            let known = segments.get(&layer);
+            found.into_iter().filter(|base_lsn| !known.is_some_and(|bases| bases.contains(base_lsn))).collect()
+        };
+        for base_lsn in added {
+            // One that is not there was not made before the claim, and is never written.
+            if self.cluster.stat(&segment_name(layer, base_lsn))?.is_some() {
+                self.segments.lock().entry(layer).or_default().insert(base_lsn);
+            }
+        }
+        Ok(())
+    }
+
+    fn journal_writer(&self, layer: LayerId) -> Result<Option<JournalWriter>> {
+        claim::writer(&self.cluster, layer)
+    }
+
+    fn create_segment(&self, layer: LayerId, base_lsn: u64, epoch: u64) -> Result<Arc<dyn SegmentIo>> {
         let exists = || IoError::new(IoErrorCode::Exists, "create", segment_object(layer, base_lsn), 0, "the segment is there already");
         if self.segments.lock().get(&layer).is_some_and(|bases| bases.contains(&base_lsn)) {
             return Err(exists());
         }
         self.cluster.add_to_index_now(&segments_index(), &[segment_key(layer, base_lsn)])?;
         let name = segment_name(layer, base_lsn);
-        let made = match RadosSegment::create(&self.cluster, name) {
-            Err(error) if error.code == IoErrorCode::Exists && self.has_lock() => {
-                // What nobody lists is left of a making that timed out here and came to pass all the same: nobody has written it.
-                match self.cluster.start_remove(&name).wait() {
-                    code if code < 0 && code != -libc::ENOENT => return Err(self.cluster.error("remove", name, 0, -code)),
-                    _ => {}
-                }
-                RadosSegment::create(&self.cluster, name)
-            }
-            made => made,
-        };
-        let segment = made?;
+        let segment = RadosSegment::create(&self.cluster, name, epoch)?;
+        let owner = self.owner.lock().clone();
+        // If not, it stays, empty: whoever has the newer epoch may read it just now, and cuts it off.
+        claim::claim(&self.cluster, layer, epoch, &owner)?;
         self.segments.lock().entry(layer).or_default().insert(base_lsn);
         Ok(Arc::new(segment))
     }
@@ -380,11 +406,11 @@ impl Store for RadosStore {
     }
 
     fn lock(&self, owner: &str) -> Result<StoreLock> {
-        self.locked(lock::take(&self.cluster, owner, false)?)
+        self.locked(lock::take(&self.cluster, owner, false)?, owner)
     }
 
     fn lock_shutting_out(&self, owner: &str) -> Result<StoreLock> {
-        self.locked(lock::take(&self.cluster, owner, true)?)
+        self.locked(lock::take(&self.cluster, owner, true)?, owner)
     }
 
     /// One request to the object that carries the lock. Of a store that never took it, only whether the cluster still answers us.
@@ -412,20 +438,15 @@ impl Store for RadosStore {
 
 impl RadosStore {
     /// Whoever held the lock before may have changed everything since.
-    fn locked(&self, lock: lock::HeldLock) -> Result<StoreLock> {
+    fn locked(&self, lock: lock::HeldLock, owner: &str) -> Result<StoreLock> {
         *self.cookie.lock() = Some(lock.cookie().to_owned());
+        owner.clone_into(&mut self.owner.lock());
         // Whoever held the lock before may have changed everything since.
         self.expected.lock().clear();
         self.read_segments()?;
         self.drop_missing_segments()?;
         self.layers.start_anew()?;
         Ok(StoreLock { guard: Box::new(lock) })
-    }
-
-    /// Whether the cluster says now that the lock is ours: what is in memory is then what there is.
-    fn has_lock(&self) -> bool {
-        let cookie = self.cookie.lock().clone();
-        cookie.is_some_and(|cookie| lock::prove(&self.cluster, &cookie).is_ok())
     }
 
     /// Forgets segments that stand in the index alone: their making or removal ended half-way.

@@ -237,7 +237,48 @@ fn a_read_of_what_several_layers_have_is_under_way_in_all_of_them_at_once() {
     parts[1..].iter().for_each(|offset| store.end_at(*offset));
     store.lose_at(parts[0]);
     assert_eq!(client.answer(Some((offset, length as usize))).error, EIO);
-    world.device.read_barrier();
+    assert!(world.device.read_barrier(Duration::from_secs(300)));
+}
+
+#[test]
+fn a_layer_with_a_write_that_timed_out_and_may_land_yet_is_not_swapped_out_before_that_is_over() {
+    let (world, store) = postponed_world(None);
+    let mut client = world.connect(|_| {});
+    write_now(&mut client, &store, 0, 1);
+    send_write(&mut client, 0, 2);
+    store.wait_begun(1);
+    store.time_out_at(0);
+    assert_eq!(client.answer(None).error, EIO);
+    let id = LayerId([2; 16]);
+    store.create_layer(id).unwrap();
+    let next = LayerSpec { alias: 2, id, store: store.0.clone() };
+    let error = Device::swap(&[(world.device.clone(), next.clone())], LONG).err().unwrap();
+    assert_eq!(error.code, "DEVICE_BUSY");
+    assert!(error.message.contains("may still be carried out"), "{error}");
+    write_now(&mut client, &store, 1, 1);
+    store.speak();
+    let lsn = Device::swap(&[(world.device.clone(), next)], LONG).unwrap()[0].lsn;
+    world.device.flush().unwrap();
+    assert!(lsn > 0);
+    let sealed = on_device(&world, 0);
+    store.land_late();
+    assert_eq!(on_device(&world, 0), sealed, "nothing lands in a layer that a snapshot has");
+}
+
+#[test]
+fn a_barrier_past_its_deadline_says_so_and_a_swap_comes_all_the_same_when_all_have_ended() {
+    let (world, store) = postponed_world(None);
+    let mut client = world.connect(|_| {});
+    write_now(&mut client, &store, 0, 1);
+    client.send(READ, 0, 0, SLOT, &[]);
+    store.wait_begun(1);
+    assert!(!world.device.read_barrier(Duration::from_millis(5)));
+    assert!(!world.device.read_barrier(Duration::from_millis(5)), "it is under way still");
+    assert_eq!(world.engine.read_barrier(Duration::from_millis(5)), [world.device.volume()]);
+    store.end_at(0);
+    client.answer(Some((0, SLOT as usize)));
+    assert!(world.device.read_barrier(LONG));
+    assert!(world.engine.read_barrier(LONG).is_empty());
 }
 
 #[test]
@@ -247,7 +288,7 @@ fn a_barrier_and_the_end_of_a_device_wait_for_what_is_under_way() {
     write_now(&mut client, &store, 0, 1);
     let read = client.send(READ, 0, 0, SLOT, &[]);
     store.wait_begun(1);
-    comes_after(|| world.device.read_barrier(), || store.end_at(0));
+    comes_after(|| assert!(world.device.read_barrier(Duration::from_secs(300))), || store.end_at(0));
     assert_eq!(client.answer(Some((0, SLOT as usize))).cookie, read);
     let write = send_write(&mut client, 0, 2);
     store.wait_begun(1);
@@ -308,7 +349,7 @@ fn a_client_that_takes_no_answers_holds_nobody_up_but_itself() {
     let cookies: Vec<u64> = (0..60).map(|_| client.send(READ, DF, 0, length, &[])).collect();
     store.wait_begun(60);
     (0..60).for_each(|_| store.end_at(0));
-    world.device.read_barrier();
+    assert!(world.device.read_barrier(Duration::from_secs(300)));
     let mut other = world.connect(|_| {});
     write_now(&mut other, &store, 0, 9);
     let mut seen: Vec<u64> = (0..60)

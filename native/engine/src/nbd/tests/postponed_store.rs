@@ -16,10 +16,19 @@ struct Waiting {
     ending: Box<dyn Ending>,
 }
 
+struct LateWrite {
+    layer: Arc<dyn LayerIo>,
+    offset_bytes: u64,
+    data: Vec<u8>,
+}
+
 #[derive(Default)]
 struct Shared {
     waiting: Mutex<Vec<Waiting>>,
     changed: Condvar,
+    /// Writes that were answered as failed, and are carried out all the same.
+    late: Mutex<Vec<LateWrite>>,
+    is_silent: AtomicBool,
     is_abandoned: AtomicBool,
     is_fenced: AtomicBool,
     /// As much is under way as there should be.
@@ -70,6 +79,24 @@ impl PostponedStore {
         self.take(offset_bytes).ending.ended(Err(lost("lose")));
     }
 
+    /// A write is answered as failed, and may be carried out later: from now on the cluster is silent.
+    pub(super) fn time_out_at(&self, offset_bytes: u64) {
+        let Waiting { layer, offset_bytes, data, ending } = self.take(offset_bytes);
+        self.shared.late.lock().push(LateWrite { layer, offset_bytes, data: data.expect("it is a write") });
+        self.shared.is_silent.store(true, Ordering::SeqCst);
+        ending.ended(Err(lost("write")));
+    }
+
+    /// The cluster answers again who asks for what is late; that is carried out before.
+    pub(super) fn speak(&self) {
+        self.shared.is_silent.store(false, Ordering::SeqCst);
+    }
+
+    /// Whatever is late is carried out, whoever may see it.
+    pub(super) fn land_late(&self) {
+        self.shared.land_late();
+    }
+
     /// Any request ends well, soon. False: `is_over`, and there is none.
     pub(super) fn end_some(&self, choose: impl FnOnce(usize) -> usize, is_over: &AtomicBool) -> bool {
         let mut waiting = self.shared.waiting.lock();
@@ -118,6 +145,14 @@ impl PostponedStore {
     }
 }
 
+impl Shared {
+    fn land_late(&self) {
+        for LateWrite { layer, offset_bytes, data } in self.late.lock().drain(..) {
+            layer.write(offset_bytes, &[IoSlice::new(&data)]).unwrap();
+        }
+    }
+}
+
 fn end(Waiting { layer, offset_bytes, data, mut ending }: Waiting) {
     let result = match data {
         Some(data) => layer.write(offset_bytes, &[IoSlice::new(&data)]),
@@ -147,6 +182,19 @@ impl PostponedLayer {
 impl LayerIo for PostponedLayer {
     fn read(&self, offset_bytes: u64, buffers: &mut [IoSliceMut<'_>]) -> Result<()> {
         self.inner.read(offset_bytes, buffers)
+    }
+    fn is_settled(&self) -> bool {
+        self.shared.late.lock().is_empty()
+    }
+    fn settle(&self) -> Result<()> {
+        if self.is_settled() {
+            return Ok(());
+        }
+        if self.shared.is_silent.load(Ordering::SeqCst) {
+            return Err(lost("settle"));
+        }
+        self.shared.land_late();
+        Ok(())
     }
     fn read_now(&self, _offset_bytes: u64, _buffer: &mut [u8]) -> Result<bool> {
         Ok(false)
@@ -209,8 +257,8 @@ impl Store for PostponedStore {
     fn list_segments(&self, layer: LayerId) -> Result<Vec<u64>> {
         self.inner.list_segments(layer)
     }
-    fn create_segment(&self, layer: LayerId, base_lsn: u64) -> Result<Arc<dyn SegmentIo>> {
-        self.inner.create_segment(layer, base_lsn)
+    fn create_segment(&self, layer: LayerId, base_lsn: u64, epoch: u64) -> Result<Arc<dyn SegmentIo>> {
+        self.inner.create_segment(layer, base_lsn, epoch)
     }
     fn open_segment(&self, layer: LayerId, base_lsn: u64) -> Result<Arc<dyn SegmentIo>> {
         self.inner.open_segment(layer, base_lsn)
