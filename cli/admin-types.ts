@@ -9,6 +9,7 @@ import type {
   FileView,
   ImageView,
   JobView,
+  MovePlan,
   PoolAcceptView,
   PoolImportView,
   PoolsRead,
@@ -57,6 +58,12 @@ export type PoolImportDocument = PoolImportView
 export type PoolAcceptDocument = PoolAcceptView
 export type JobDocument = Document<JobView>
 export type CheckDocument = CheckResult
+/** What `migrate` and `pool drain` answer. */
+export interface MoveDocument {
+  readonly plan: MovePlan
+  /** null: it was only asked what would be moved. */
+  readonly job: JobDocument | null
+}
 export type BackupDocument = BackupInfo & { readonly path: string }
 export type RestoreDocument = RestoredCatalog
 
