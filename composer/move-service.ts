@@ -1,8 +1,7 @@
 /** Moves of volumes between pools: what is looked at before there is a job, and the jobs. */
-import { AtollError, type NewId, type PoolRow } from '@atoll/core'
+import { AtollError, type NewId } from '@atoll/core'
 import { drainKindName, type DrainParams } from './drain-job.ts'
 import type { JobView } from './job-kind.ts'
-import type { Jobs } from './jobs.ts'
 import { migrateKindName, type MigrateParams } from './migrate-job.ts'
 import type { MoveParams } from './move-job.ts'
 import type { DrainRequest, MovePlan, MoveRequest, Moves } from './moves.ts'
@@ -40,25 +39,16 @@ export class MoveService {
 
   /**
    * Starts to move a volume into another pool, with its snapshots unless these are to stay; it may be attached and is used on.
-   * @throws AtollError VOLUME_NOT_FOUND, NAME_AMBIGUOUS, POOL_NOT_FOUND, ARGUMENT_INVALID, SIZE_INVALID, VOLUME_IN_USE (a job works on it
-   * already), POOL_IN_USE, NO_SPACE, POOL_UNAVAILABLE and what else `Moves.plan` throws; then nothing was changed
+   * @throws AtollError VOLUME_NOT_FOUND, NAME_AMBIGUOUS, POOL_NOT_FOUND, SIZE_INVALID, MOVE_NEEDLESS, MOVE_RUNNING, POOL_DRAINING,
+   * NO_SPACE, POOL_UNAVAILABLE and what else the mapper's plan throws; then nothing was changed
    */
   async migrate(volume: string, options: ProjectScope & MoveOptions & { withSnapshots?: boolean }): Promise<StartedMove> {
-    const { catalog, jobs, locks, resolver } = this.context
+    const { catalog, locks, resolver } = this.context
     const limitBytesPerSecond = checkLimit(options.limitBytesPerSecond ?? null)
     const { id } = await resolver.resource('volume', volume, options)
     const target = await resolver.pool(options.to)
     return await locks.runAll([id, moveKey(target.id)], async () => {
       const row = await reread(catalog, id)
-      const jobId = jobs.subjects().get(id)
-      if (jobId !== undefined) {
-        throw new AtollError(
-          'VOLUME_IN_USE',
-          `volume ${row.name} (${id}) cannot be moved: job ${jobId} works on it; wait for the job or cancel it`,
-          { values: { id, job: jobId } },
-        )
-      }
-      requireUndrained(jobs, target)
       const params: MigrateParams = {
         targetPoolId: target.id,
         limitBytesPerSecond,
@@ -72,17 +62,15 @@ export class MoveService {
 
   /**
    * Starts to move everything that lies in a pool into another one; from then on nothing new is made in it, unless the job is cancelled.
-   * @throws AtollError POOL_NOT_FOUND, NAME_AMBIGUOUS, ARGUMENT_INVALID, SIZE_INVALID, POOL_IN_USE (it is drained already, or something
-   * is being moved into it), NO_SPACE, POOL_UNAVAILABLE and what else `Moves.plan` throws; then nothing was changed
+   * @throws AtollError POOL_NOT_FOUND, NAME_AMBIGUOUS, ARGUMENT_INVALID, SIZE_INVALID, MOVE_RUNNING, POOL_DRAINING, RESOURCE_STATUS,
+   * NO_SPACE, POOL_UNAVAILABLE and what else the mapper's plan throws; then nothing was changed
    */
   async drain(pool: string, options: MoveOptions): Promise<StartedMove> {
-    const { jobs, locks, resolver } = this.context
+    const { locks, resolver } = this.context
     const limitBytesPerSecond = checkLimit(options.limitBytesPerSecond ?? null)
     const source = await resolver.pool(pool)
     const target = await resolver.pool(options.to)
     return await locks.runAll([moveKey(source.id), moveKey(target.id)], async () => {
-      requireUnmoved(jobs, source, 'drained')
-      requireUndrained(jobs, target)
       const params: DrainParams = { targetPoolId: target.id, limitBytesPerSecond }
       const request: DrainRequest = { jobId: this.newId(), poolId: source.id, targetPoolId: target.id }
       return await this.start(request, {
@@ -110,28 +98,6 @@ export class MoveService {
     const totalBytes = plan.bytesToCopy + plan.bytesToOffload
     return { plan, job: await this.context.jobs.start({ id: request.jobId, projectId, kind, subject, params, totalBytes }) }
   }
-}
-
-/** Refuses a pool that is drained, or that something is being moved into. @throws AtollError POOL_IN_USE naming the job */
-export function requireUnmoved(jobs: Jobs, pool: PoolRow, what: string): void {
-  requireUndrained(jobs, pool, what)
-  const job = jobs.unfinishedOf(migrateKindName, drainKindName).find(({ params }) => params['targetPoolId'] === pool.id)
-  if (job !== undefined) throw inUse(pool, what, `job ${job.id} moves something into it`, job.id)
-}
-
-function requireUndrained(jobs: Jobs, pool: PoolRow, what = 'moved to'): void {
-  const job = jobs.unfinishedOf(drainKindName).find(({ subject }) => subject === pool.id)
-  if (job !== undefined) throw inUse(pool, what, `job ${job.id} moves everything out of it`, job.id)
-}
-
-function inUse(pool: PoolRow, what: string, why: string, jobId: string): AtollError {
-  return new AtollError(
-    'POOL_IN_USE',
-    `pool ${pool.name} (${pool.id}) cannot be ${what}: ${why}; wait for the job or cancel it`,
-    {
-      values: { pool: pool.id, job: jobId },
-    },
-  )
 }
 
 /** The key under which a job that names the pool is started: what is looked at before stays true until the job is recorded. */

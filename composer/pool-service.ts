@@ -13,7 +13,7 @@ import {
   type PoolSpace,
 } from '@atoll/mapper'
 import type { JobView } from './job-kind.ts'
-import { moveKey, requireUnmoved } from './move-service.ts'
+import { moveKey } from './move-service.ts'
 import type { ProjectScope } from './resolve.ts'
 import { viewSources, type ServiceContext } from './service-context.ts'
 import type { MoveView } from './views.ts'
@@ -206,14 +206,11 @@ export class PoolService {
     return await this.view(await this.context.resolver.pool(pool))
   }
 
-  /** @throws AtollError POOL_NOT_FOUND, POOL_NOT_EMPTY, POOL_IN_USE */
+  /** @throws AtollError POOL_NOT_FOUND, POOL_NOT_EMPTY, MOVE_RUNNING */
   async delete(pool: string): Promise<void> {
-    const { jobs, locks, resolver, mapper } = this.context
-    const row = await resolver.pool(pool)
-    await locks.run(moveKey(row.id), async () => {
-      requireUnmoved(jobs, row, 'deleted')
-      await mapper.pools.delete(row.id)
-    })
+    const { locks, resolver, mapper } = this.context
+    const { id } = await resolver.pool(pool)
+    await locks.run(moveKey(id), async () => mapper.pools.delete(id))
   }
 
   /**

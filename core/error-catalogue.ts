@@ -200,11 +200,6 @@ export const errorCatalogue = {
   ),
   POOL_LOCKED: entry(409, 'Another process has the pool open.', 'Stop the process that the message names.', true),
   POOL_NOT_EMPTY: entry(409, 'The pool still holds layers.', 'Delete or migrate what lies in it, then reclaim.'),
-  POOL_IN_USE: entry(
-    409,
-    'A job moves something into the pool, or everything out of it.',
-    'Wait for the job that the message names, or cancel it.',
-  ),
   POOL_CORRUPT: entry(
     500,
     'A record of the pool cannot be read.',
