@@ -22,7 +22,7 @@ import { assert, isAtollError, type CatalogTransaction } from '@atoll/core'
 import type { Checkpoint } from '@atoll/native'
 import type { MapperContext } from './context.ts'
 import type { Spare } from './layers.ts'
-import type { LayerName, OpenVolume } from './open-table.ts'
+import { type LayerName, type OpenVolume, poolsOf } from './open-table.ts'
 import { notePages } from './exporter.ts'
 import { reservedPagesMax } from './page-ids.ts'
 import { leaseLostError } from './rows.ts'
@@ -58,7 +58,8 @@ export async function checkpointLocked(
   const emergency = options.emergency ?? false
   let changed = false
   if (volume.swapUncommitted) {
-    const [spare] = await context.layers.take([volume.poolId])
+    // Where the layer lies that is the active one afterwards.
+    const [spare] = await context.layers.take([volume.next.poolId])
     assert(spare !== undefined, 'no spare')
     changed = await checkpointOnce(context, volume, spare, emergency)
   }
@@ -190,8 +191,13 @@ export async function commitCheckpoints(
     deletePagesLater(context, rest)
     if (options.share) part.volume.sharedBelowPage = sharedBelowPage
   }
-  const exported = await context.exporter.flushed(parts.map((part) => part.volume.poolId))
+  const exported = await context.exporter.flushed(parts.flatMap((part) => exportsOf(part)))
   for (const part of parts) await applyOne(context, part, exported)
+}
+
+/** The pools whose exports must have the checkpoint: also that of the layer which follows. */
+function exportsOf({ volume, spare }: PreparedCheckpoint): string[] {
+  return [...poolsOf(volume), ...(spare === null ? [] : [spare.poolId])]
 }
 
 function ownReplaced({ volume, staged }: PreparedCheckpoint): number[] {
@@ -271,7 +277,7 @@ async function sealClosed(context: MapperContext, volume: OpenVolume, closed: La
 async function punchBeyond(context: MapperContext, volume: OpenVolume): Promise<void> {
   try {
     // The shrink is in no journal: an export from before it names what lies beyond.
-    if (!(await context.exporter.flushedForPunch(volume.poolId))) {
+    if (!(await context.exporter.flushedForPunch(volume.writePoolId, [volume.poolId]))) {
       volume.orphansPossible = true
       return
     }

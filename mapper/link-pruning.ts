@@ -62,7 +62,7 @@ async function poolsNamed(context: MapperContext, poolId: string, step: () => vo
     }
     const aliases: number[] = []
     await eachInTurns(reach.layers(), (alias) => aliases.push(alias))
-    const homes = await layers.homesIfKnown(aliases)
+    const homes = await layers.homesIfKnown(aliases, poolId)
     return homes.length < aliases.length ? null : new Set(homes.map((home) => home.poolId))
   } catch (error) {
     if (!isMapUnreadable(error)) throw error

@@ -18,6 +18,11 @@ export interface LayerName {
   readonly id: string
 }
 
+/** A layer and the pool whose replica is meant. */
+export interface PlacedLayer extends LayerName {
+  readonly poolId: string
+}
+
 /** What the owner of an open resource is told. */
 export interface OpenEvent {
   /** poisoned: a sync failed (I6); flush-failed: no space, tried again; lease-lost: somebody else owns the volume now. */
@@ -31,7 +36,10 @@ export interface OpenVolume {
   readonly kind: 'writable'
   readonly id: string
   readonly projectId: string
+  /** Its home. */
   readonly poolId: string
+  /** The pool that it writes into, that of the active layer: the home unless it is being moved, or was in part. */
+  readonly writePoolId: string
   readonly device: Device
   readonly report: OpenReport
   /** Epoch of our lease: guards every transaction (I1). */
@@ -43,9 +51,9 @@ export interface OpenVolume {
   /** lsn that the durable map includes. */
   mapLsn: number
   sharedBelowPage: number
-  active: LayerName
-  next: LayerName
-  /** The pool's export is known to name `active` and `next`: without that there is no swap. */
+  active: PlacedLayer
+  next: PlacedLayer
+  /** The exports of `poolsOf` are known to name `active` and `next`: without that there is no swap. */
   nextExported: boolean
   /** The engine made a swap (`next` is the layer that is written) and the catalog does not have it yet. */
   swapUncommitted: boolean
@@ -59,10 +67,16 @@ export interface OpenVolume {
 export interface OpenReader {
   readonly kind: 'read-only'
   readonly id: string
+  /** Its home. */
   readonly poolId: string
   readonly device: Device
   readonly report: OpenReport
   readonly sizeBytes: number
+}
+
+/** The pools whose exports must have what a volume commits: its home, and those of its active and its next layer. */
+export function poolsOf(volume: Pick<OpenVolume, 'poolId' | 'active' | 'next'>): string[] {
+  return [...new Set([volume.poolId, volume.active.poolId, volume.next.poolId])]
 }
 
 export type OpenEntry = OpenVolume | OpenReader
