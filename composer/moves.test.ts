@@ -356,6 +356,8 @@ describe('a move whose backend', () => {
       }
       await expect(jobs.wait(id)).resolves.toMatchObject({ state: 'done', progressBytes: 40 })
       expect(moves.released).toEqual([])
+      // What failed was done again until it succeeded.
+      expect(moves.calls.filter((each) => each === call || each === `${call} 0`)).toHaveLength(13)
     },
   )
 
