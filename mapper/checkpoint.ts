@@ -22,7 +22,7 @@ import { assert, isAtollError, type CatalogTransaction } from '@atoll/core'
 import type { Checkpoint } from '@atoll/native'
 import type { MapperContext } from './context.ts'
 import type { Spare } from './layers.ts'
-import type { LayerName, OpenVolume } from './open-table.ts'
+import { type LayerName, type OpenVolume, poolsOf } from './open-table.ts'
 import { notePages } from './exporter.ts'
 import { reservedPagesMax } from './page-ids.ts'
 import { leaseLostError } from './rows.ts'
@@ -58,7 +58,7 @@ export async function checkpointLocked(
   const emergency = options.emergency ?? false
   let changed = false
   if (volume.swapUncommitted) {
-    const [spare] = await context.layers.take([volume.poolId])
+    const [spare] = await context.layers.take([volume.next.poolId])
     assert(spare !== undefined, 'no spare')
     changed = await checkpointOnce(context, volume, spare, emergency)
   }
@@ -190,7 +190,7 @@ export async function commitCheckpoints(
     deletePagesLater(context, rest)
     if (options.share) part.volume.sharedBelowPage = sharedBelowPage
   }
-  const exported = await context.exporter.flushed(parts.map((part) => part.volume.poolId))
+  const exported = await context.exporter.flushed(parts.flatMap((part) => poolsOf(part.volume)))
   for (const part of parts) await applyOne(context, part, exported)
 }
 
@@ -247,6 +247,7 @@ async function applyOne(context: MapperContext, part: PreparedCheckpoint, export
   }
   if (spare === null) return
   const closed = volume.active
+  volume.layers.add(closed.alias)
   volume.active = volume.next
   volume.next = spare
   volume.swapUncommitted = false
@@ -267,11 +268,16 @@ async function sealClosed(context: MapperContext, volume: OpenVolume, closed: La
   }
 }
 
+/** Whether the exports have what the volume gave up in the layer that it writes. */
+export async function flushedForOwnPunch(context: Pick<MapperContext, 'exporter'>, volume: OpenVolume): Promise<boolean> {
+  return (await context.exporter.flushed(poolsOf(volume))) && (await context.exporter.flushedForPunch(volume.active.poolId))
+}
+
 /** Frees what a committed shrink left beyond the end; what fails is found again as orphans. */
 async function punchBeyond(context: MapperContext, volume: OpenVolume): Promise<void> {
   try {
     // The shrink is in no journal: an export from before it names what lies beyond.
-    if (!(await context.exporter.flushedForPunch(volume.poolId))) {
+    if (!(await flushedForOwnPunch(context, volume))) {
       volume.orphansPossible = true
       return
     }

@@ -39,8 +39,8 @@ export async function takeLease(
   holder: string,
 ): Promise<TakenLease> {
   const { catalog, clock, layers } = context
-  const { next_alias: recordedNext } = await requireVolumeRow(catalog.db, volume.id)
-  const [spare]: (Spare | undefined)[] = recordedNext === null ? await layers.take([volume.poolId]) : []
+  const recorded = await requireVolumeRow(catalog.db, volume.id)
+  const spare = recorded.next_alias === null ? await nextFor(context, recorded.active_alias) : undefined
   try {
     // On a full disk, too: what was flushed can be read, and the volume detached and deleted.
     const emergency = { emergency: true }
@@ -83,6 +83,12 @@ export async function takeLease(
     if (spare !== undefined) layers.giveBack(spare)
     throw error
   }
+}
+
+/** A spare where the volume writes: its home, unless it is being moved. */
+async function nextFor({ layers }: Pick<MapperContext, 'layers'>, activeAlias: number): Promise<Spare | undefined> {
+  const [active] = await layers.homes([activeAlias])
+  return active === undefined ? undefined : (await layers.take([active.poolId]))[0]
 }
 
 /** Whether the batch logs under which the volume was opened last are those of this home. */

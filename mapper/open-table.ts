@@ -9,6 +9,7 @@
 import { AtollError } from '@atoll/core'
 import type { Device, OpenReport } from '@atoll/native'
 import { PoolTotals, type DeviceTotals } from './device-totals.ts'
+import type { Spare } from './layers.ts'
 
 /** A layer by its two names. */
 export interface LayerName {
@@ -31,9 +32,12 @@ export interface OpenVolume {
   readonly kind: 'writable'
   readonly id: string
   readonly projectId: string
-  readonly poolId: string
+  /** Its home. Where it writes says `active`: another pool while it is being moved. */
+  poolId: string
   readonly device: Device
   readonly report: OpenReport
+  /** Aliases of the layers that the device was given, but for the active and the next one. */
+  readonly layers: Set<number>
   /** Epoch of our lease: guards every transaction (I1). */
   readonly epoch: number
   readonly onEvent: (event: OpenEvent) => void
@@ -43,9 +47,9 @@ export interface OpenVolume {
   /** lsn that the durable map includes. */
   mapLsn: number
   sharedBelowPage: number
-  active: LayerName
-  next: LayerName
-  /** The pool's export is known to name `active` and `next`: without that there is no swap. */
+  active: Spare
+  next: Spare
+  /** The exports of its pools are known to name `active` and `next`: without that there is no swap. */
   nextExported: boolean
   /** The engine made a swap (`next` is the layer that is written) and the catalog does not have it yet. */
   swapUncommitted: boolean
@@ -59,13 +63,21 @@ export interface OpenVolume {
 export interface OpenReader {
   readonly kind: 'read-only'
   readonly id: string
-  readonly poolId: string
+  /** Its home. */
+  poolId: string
   readonly device: Device
   readonly report: OpenReport
+  /** Aliases of the layers that the device was given. */
+  readonly layers: ReadonlySet<number>
   readonly sizeBytes: number
 }
 
 export type OpenEntry = OpenVolume | OpenReader
+
+/** The pools whose exports say what is needed to open the volume: its home, and where it writes. */
+export function poolsOf(volume: Pick<OpenVolume, 'poolId' | 'active' | 'next'>): string[] {
+  return [...new Set([volume.poolId, volume.active.poolId, volume.next.poolId])]
+}
 
 export class OpenTable {
   readonly #entries = new Map<string, OpenEntry>()
@@ -73,6 +85,23 @@ export class OpenTable {
   readonly #failures = new Map<string, AtollError>()
   /** Volumes of which this process has seen that their journal and the catalog belong together. */
   readonly #compared = new Set<string>()
+  /** What is being opened, and may have asked already where its layers are. */
+  readonly #opening = new Set<string>()
+
+  /** Runs `fn`, which opens the resource. */
+  async opening<T>(id: string, fn: () => Promise<T>): Promise<T> {
+    this.#opening.add(id)
+    try {
+      return await fn()
+    } finally {
+      this.#opening.delete(id)
+    }
+  }
+
+  /** Everything that is open or being opened. */
+  idsAlsoOpening(): string[] {
+    return [...new Set([...this.#entries.keys(), ...this.#opening])]
+  }
 
   get(id: string): OpenEntry | undefined {
     return this.#entries.get(id)

@@ -16,13 +16,13 @@
  * Everything here is called by who holds the resource's lock.
  */
 import { AtollError, isAtollError, type ResourceRow } from '@atoll/core'
-import { mapBytesMax, type Device, type DeviceLimits, type FrozenMap, type OpenReport, type ThrottleLimits } from '@atoll/native'
+import { mapBytesMax, type Device, type DeviceLimits, type FrozenMap, type LayerRef, type OpenReport, type ThrottleLimits } from '@atoll/native'
 import { checkpointLocked } from './checkpoint.ts'
 import { closeLocked } from './close.ts'
 import type { MapperContext } from './context.ts'
 import { giveLogBack, isDirty, releaseLease, takeLease, type TakenLease } from './lease.ts'
 import { loadMap } from './maps.ts'
-import type { LayerName, OpenEntry, OpenEvent, OpenReader, OpenVolume } from './open-table.ts'
+import { type OpenEntry, type OpenEvent, type OpenReader, type OpenVolume, poolsOf } from './open-table.ts'
 import { namePools, readLinks, sourcesOf } from './pool-links.ts'
 import { rootOf } from './root.ts'
 import { aboutResource, leaseLostError, requireResource, requireVolumeRow } from './rows.ts'
@@ -56,9 +56,9 @@ export async function openLocked(context: MapperContext, resource: ResourceRow, 
   context.open.requireClosed(resource.id)
   try {
     context.olderCatalog.requireNewest(resource)
-    if (!options.readOnly) return await openWritable(context, resource, options)
+    if (!options.readOnly) return await context.open.opening(resource.id, async () => await openWritable(context, resource, options))
     if (resource.kind === 'volume') await settleLocked(context, resource.id)
-    return await openReader(context, resource.id, options)
+    return await context.open.opening(resource.id, async () => await openReader(context, resource.id, options))
   } catch (error) {
     const why = await whyElsewhere(context, resource, error)
     const failure = aboutResource(error, resource.id, `the ${resource.kind} "${resource.name}" cannot be opened${why}`)
@@ -106,9 +106,9 @@ async function openWritable(context: MapperContext, resource: ResourceRow, optio
     const row = await requireResource(context.catalog.db, resource.id)
     const map = await loadMap(context, resource.id, rootOf(row))
     const throttle = options.throttle ?? (await ownThrottle(context, resource.id))
-    const { layers, names } = await layersOf(context, map, [lease.activeAlias, lease.nextAlias])
-    const active = nameOf(names, lease.activeAlias)
-    const next = nameOf(names, lease.nextAlias)
+    const layers = await layersOf(context, map, [lease.activeAlias, lease.nextAlias])
+    const [active, next] = await context.layers.homes([lease.activeAlias, lease.nextAlias])
+    if (active === undefined || next === undefined) throw new AtollError('INTERNAL', `volume ${resource.id} has no layers`)
     opened = await context.engine.openDevice({
       volumeId: resource.id,
       sizeBytes: row.size_bytes,
@@ -131,6 +131,7 @@ async function openWritable(context: MapperContext, resource: ResourceRow, optio
       ...volume,
       device: opened.device,
       report: opened.report,
+      layers: new Set(layers.map((layer) => layer.alias)),
       epoch: lease.epoch,
       onEvent: options.onEvent ?? (() => undefined),
       sizeBytes: row.size_bytes,
@@ -179,7 +180,7 @@ async function replaceUsedNext(context: MapperContext, volume: OpenVolume): Prom
   const { store } = await layers.ref(used)
   const extents = await store.extents(used.id, 0, roundUpToSlot(volume.sizeBytes))
   if (!extents.some((extent) => extent.data)) return
-  const [spare] = await layers.take([volume.poolId])
+  const [spare] = await layers.take([used.poolId])
   if (spare === undefined) return
   try {
     await catalog.write(async (tx) => {
@@ -203,10 +204,10 @@ async function replaceUsedNext(context: MapperContext, volume: OpenVolume): Prom
 
 /** I1: what another machine may have written is not written on. Where that cannot be now, the volume serves all the same. */
 async function leaveActive(context: MapperContext, volume: OpenVolume): Promise<void> {
-  const { fence } = context.pools.handle(volume.poolId).capabilities
+  const { fence } = context.pools.handle(volume.active.poolId).capabilities
   if (fence === 'lock' || fence === 'none') return
   // As before any swap (share.ts).
-  if (!(await context.exporter.flushed([volume.poolId]))) return
+  if (!(await context.exporter.flushed(poolsOf(volume)))) return
   volume.nextExported = true
   try {
     const next = await context.layers.ref(volume.next)
@@ -221,7 +222,7 @@ async function leaveActive(context: MapperContext, volume: OpenVolume): Promise<
 async function openReader(context: MapperContext, resourceId: string, options: OpenOptions): Promise<OpenReader> {
   const row = await requireResource(context.catalog.db, resourceId)
   const map = await loadMap(context, resourceId, rootOf(row))
-  const { layers } = await layersOf(context, map, [])
+  const layers = await layersOf(context, map, [])
   const { device, report } = await context.engine.openDevice({
     volumeId: resourceId,
     sizeBytes: row.size_bytes,
@@ -243,6 +244,7 @@ async function openReader(context: MapperContext, resourceId: string, options: O
     poolId: row.home_pool_id,
     device,
     report,
+    layers: new Set(layers.map((layer) => layer.alias)),
     sizeBytes: row.size_bytes,
   }
   context.open.add(reader)
@@ -253,7 +255,7 @@ async function openReader(context: MapperContext, resourceId: string, options: O
  * Every layer that a map refers to, also beyond the present size (it may grow while it is open), and the ones named; each of
  * them is there. @throws AtollError LAYER_MISSING naming the layer
  */
-async function layersOf(context: MapperContext, map: FrozenMap, more: readonly number[]) {
+async function layersOf(context: MapperContext, map: FrozenMap, more: readonly number[]): Promise<LayerRef[]> {
   const aliases = [...new Set([...map.layers(mapBytesMax), ...more])]
   const layers = await context.layers.refs(aliases)
   for (const [store, refs] of Map.groupBy(layers, (layer) => layer.store)) {
@@ -267,14 +269,7 @@ async function layersOf(context: MapperContext, map: FrozenMap, more: readonly n
       })
     }
   }
-  const names = new Map(layers.map((layer): [number, LayerName] => [layer.alias, { alias: layer.alias, id: layer.id }]))
-  return { layers, names }
-}
-
-function nameOf(names: ReadonlyMap<number, LayerName>, alias: number): LayerName {
-  const name = names.get(alias)
-  if (name === undefined) throw new AtollError('LAYER_MISSING', `layer ${alias} is not in the catalog`, { values: { alias } })
-  return name
+  return layers
 }
 
 async function ownThrottle(context: MapperContext, volumeId: string): Promise<ThrottleLimits | undefined> {

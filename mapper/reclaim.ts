@@ -204,7 +204,7 @@ export class Reclaimer {
           const volume = open.volume(id)
           if (volume === undefined || volume.leaseLost || volume.device.isPoisoned()) return
           const checkpoint = async () => await checkpointLocked(this.#context, volume, { emergency: true })
-          const pool = pools.find(volume.poolId)
+          const pool = pools.find(volume.active.poolId)
           await (pool === undefined ? checkpoint() : withReserve(pool, checkpoint))
         })
       } catch (error) {

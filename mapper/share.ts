@@ -14,7 +14,7 @@
  *
  * Called by who holds the locks of all the volumes.
  */
-import { AtollError, isAtollError, type CatalogTransaction, type ResourceRow, type VolumeRow } from '@atoll/core'
+import { assert, AtollError, isAtollError, type CatalogTransaction, type ResourceRow, type VolumeRow } from '@atoll/core'
 import type { RootRef } from '@atoll/native'
 import {
   abortCheckpoints,
@@ -25,7 +25,7 @@ import {
 } from './checkpoint.ts'
 import type { MapperContext } from './context.ts'
 import type { Spare } from './layers.ts'
-import type { LayerName, OpenVolume } from './open-table.ts'
+import { type OpenVolume, poolsOf } from './open-table.ts'
 import { settleLocked } from './open.ts'
 import { rootMayReferTo, rootOf } from './root.ts'
 import { leaseLostError, requireAvailable, requireKind, requireVolumeRow } from './rows.ts'
@@ -43,7 +43,7 @@ export interface SharedRoot {
 interface ClosedVolume {
   readonly row: ResourceRow
   readonly volume: VolumeRow
-  readonly active: LayerName
+  readonly active: Spare
   /** The layer that becomes the active one; null if the present one has nothing in the map. */
   readonly spare: Spare | null
 }
@@ -73,15 +73,15 @@ export async function shareVolumes(
   }
   const unnamed = open.filter((volume) => !volume.nextExported)
   if (unnamed.length > 0) {
-    const exported = await context.exporter.flushed(unnamed.map((volume) => volume.poolId))
+    const exported = await context.exporter.flushed(unnamed.flatMap(poolsOf))
     for (const volume of unnamed) volume.nextExported = exported
   }
   const closed = await findClosed(context, volumeIds, rows)
 
   // Everything that can fail for want of space is in hand before the first gate closes.
   const spares = await context.layers.take([
-    ...open.map((volume) => volume.poolId),
-    ...closed.map((volume) => volume.row.home_pool_id),
+    ...open.map((volume) => volume.next.poolId),
+    ...closed.map((volume) => volume.active.poolId),
   ])
   const following = open.map((volume, index) => ({ volume, spare: spares[index] as Spare }))
   const replacing = closed.map((part, index) => withSpare(context, part, spares[open.length + index] as Spare))
@@ -128,8 +128,9 @@ async function findClosed(
   for (const id of volumeIds) {
     if (context.open.volume(id) !== undefined) continue
     const volume = await requireVolumeRow(context.catalog.db, id)
-    const active = await context.layers.ref({ alias: volume.active_alias, id: '' })
-    closed.push({ row: rows.get(id) as ResourceRow, volume, active: { alias: active.alias, id: active.id }, spare: null })
+    const [active] = await context.layers.homes([volume.active_alias])
+    assert(active !== undefined, `no home of layer ${volume.active_alias}`)
+    closed.push({ row: rows.get(id) as ResourceRow, volume, active, spare: null })
   }
   return closed
 }
@@ -141,7 +142,8 @@ function withSpare(context: MapperContext, part: ClosedVolume, spare: Spare): Cl
   return part
 }
 
-async function swap(
+/** Swaps the volumes onto their next layers, all at one point in time; if that fails, the spares are given back. Returns the pause in ms. */
+export async function swap(
   context: MapperContext,
   parts: readonly { volume: OpenVolume; spare: Spare }[],
   deadlineMs: number,
@@ -198,11 +200,14 @@ async function shareClosed(context: MapperContext, tx: CatalogTransaction, part:
 }
 
 /** As after a swap: a layer that cannot be sealed now stays `closing` until the next start. */
-async function sealReplaced(context: MapperContext, { row, volume, active, spare }: ClosedVolume): Promise<void> {
+export async function sealReplaced(
+  context: MapperContext,
+  { row, volume, active, spare }: Pick<ClosedVolume, 'row' | 'volume' | 'active' | 'spare'>,
+): Promise<void> {
   if (spare === null) return
   try {
     const seal = { volumeId: row.id, epoch: volume.epoch, finalLsn: volume.map_lsn, successor: spare.id }
-    await context.pools.handle(spare.poolId).sealLayer(active.id, seal)
+    await context.pools.handle(active.poolId).sealLayer(active.id, seal)
     await context.catalog.write(async (tx) => await context.layers.move(tx, active.alias, ['closing'], 'sealed'), {
       durable: false,
     })
