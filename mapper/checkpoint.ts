@@ -58,6 +58,7 @@ export async function checkpointLocked(
   const emergency = options.emergency ?? false
   let changed = false
   if (volume.swapUncommitted) {
+    // Where the layer lies that is the active one afterwards.
     const [spare] = await context.layers.take([volume.next.poolId])
     assert(spare !== undefined, 'no spare')
     changed = await checkpointOnce(context, volume, spare, emergency)
@@ -190,8 +191,13 @@ export async function commitCheckpoints(
     deletePagesLater(context, rest)
     if (options.share) part.volume.sharedBelowPage = sharedBelowPage
   }
-  const exported = await context.exporter.flushed(parts.flatMap((part) => poolsOf(part.volume)))
+  const exported = await context.exporter.flushed(parts.flatMap((part) => exportsOf(part)))
   for (const part of parts) await applyOne(context, part, exported)
+}
+
+/** The pools whose exports must have the checkpoint: also that of the layer which follows. */
+function exportsOf({ volume, spare }: PreparedCheckpoint): string[] {
+  return [...poolsOf(volume), ...(spare === null ? [] : [spare.poolId])]
 }
 
 function ownReplaced({ volume, staged }: PreparedCheckpoint): number[] {
@@ -268,16 +274,11 @@ async function sealClosed(context: MapperContext, volume: OpenVolume, closed: La
   }
 }
 
-/** Whether the exports have what the volume gave up in the layer that it writes. */
-export async function flushedForOwnPunch(context: Pick<MapperContext, 'exporter'>, volume: OpenVolume): Promise<boolean> {
-  return (await context.exporter.flushed(poolsOf(volume))) && (await context.exporter.flushedForPunch(volume.active.poolId))
-}
-
 /** Frees what a committed shrink left beyond the end; what fails is found again as orphans. */
 async function punchBeyond(context: MapperContext, volume: OpenVolume): Promise<void> {
   try {
     // The shrink is in no journal: an export from before it names what lies beyond.
-    if (!(await flushedForOwnPunch(context, volume))) {
+    if (!(await context.exporter.flushedForPunch(volume.writePoolId, [volume.poolId]))) {
       volume.orphansPossible = true
       return
     }

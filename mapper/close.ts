@@ -10,7 +10,7 @@
  *
  * Called by who holds the resource's lock.
  */
-import { checkpointLocked, flushedForOwnPunch } from './checkpoint.ts'
+import { checkpointLocked } from './checkpoint.ts'
 import type { MapperContext } from './context.ts'
 import { releaseLease } from './lease.ts'
 import type { OpenEntry, OpenVolume } from './open-table.ts'
@@ -62,7 +62,7 @@ export async function punchOrphansLocked(context: MapperContext, volume: OpenVol
   try {
     if (volume.pendingSizeBytes !== null) await checkpointLocked(context, volume)
     // They may be what a shrink left, which an export from before it still names.
-    if (!(await flushedForOwnPunch(context, volume))) return 0
+    if (!(await context.exporter.flushedForPunch(volume.writePoolId, [volume.poolId]))) return 0
     const freedBytes = await volume.device.punchOrphans()
     volume.orphansPossible = false
     return freedBytes

@@ -377,11 +377,11 @@ export class Exporter {
     return all
   }
 
-  /** As `flushed`, also for the pools that read from it; false while one of them is not in this catalog. */
-  async flushedForPunch(poolId: string): Promise<boolean> {
+  /** As `flushed`, also for the pools that read from it, and for `also`; false while one of the readers is not in this catalog. */
+  async flushedForPunch(poolId: string, also: Iterable<string> = []): Promise<boolean> {
     const readers = readersOf(await readLinks(this.#context.catalog.db), poolId)
     if (readers.some((pool) => pool.isAbsent)) return false
-    return await this.flushed([poolId, ...readers.map((pool) => pool.id)])
+    return await this.flushed([poolId, ...readers.map((pool) => pool.id), ...also])
   }
 
   /** A flush that begins after the call; callers that wait for the same one share it. */

@@ -30,8 +30,8 @@ export interface TakenLease {
 }
 
 /**
- * Raises the epoch and takes the lease; a volume without a next layer gets one in the same transaction.
- * @throws AtollError VOLUME_NOT_FOUND, POOL_UNAVAILABLE, NO_SPACE
+ * Raises the epoch and takes the lease; a volume without a next layer gets one in the same transaction, where its active one is.
+ * @throws AtollError VOLUME_NOT_FOUND, LAYER_MISSING, POOL_UNAVAILABLE, NO_SPACE
  */
 export async function takeLease(
   context: MapperContext,
@@ -40,7 +40,8 @@ export async function takeLease(
 ): Promise<TakenLease> {
   const { catalog, clock, layers } = context
   const recorded = await requireVolumeRow(catalog.db, volume.id)
-  const spare = recorded.next_alias === null ? await nextFor(context, recorded.active_alias) : undefined
+  const [active] = recorded.next_alias === null ? await layers.homes([recorded.active_alias], volume.poolId) : []
+  const [spare]: (Spare | undefined)[] = active === undefined ? [] : await layers.take([active.poolId])
   try {
     // On a full disk, too: what was flushed can be read, and the volume detached and deleted.
     const emergency = { emergency: true }
@@ -83,12 +84,6 @@ export async function takeLease(
     if (spare !== undefined) layers.giveBack(spare)
     throw error
   }
-}
-
-/** A spare where the volume writes: its home, unless it is being moved. */
-async function nextFor({ layers }: Pick<MapperContext, 'layers'>, activeAlias: number): Promise<Spare | undefined> {
-  const [active] = await layers.homes([activeAlias])
-  return active === undefined ? undefined : (await layers.take([active.poolId]))[0]
 }
 
 /** Whether the batch logs under which the volume was opened last are those of this home. */

@@ -42,7 +42,7 @@ export async function pruneLinks(context: MapperContext, step: () => void): Prom
   if (isReplaced) log.info({ readers: fewer, links: after }, 'pools are read by fewer others than before')
 }
 
-/** The pools of the layers that the maps of a pool's resources name; null: not known. */
+/** The pools of the layers that the maps of a pool's resources name, and that its volumes write; null: not known. */
 async function poolsNamed(context: MapperContext, poolId: string, step: () => void): Promise<ReadonlySet<string> | null> {
   const { catalog, engine, layers } = context
   const rows = await catalog.read(async (tx) => {
@@ -62,7 +62,15 @@ async function poolsNamed(context: MapperContext, poolId: string, step: () => vo
     }
     const aliases: number[] = []
     await eachInTurns(reach.layers(), (alias) => aliases.push(alias))
-    const homes = await layers.homesIfKnown(aliases)
+    // No map may name yet what is written in another pool.
+    const volumes = await catalog.db
+      .selectFrom('volumes')
+      .innerJoin('resources', 'resources.id', 'volumes.id')
+      .select(['volumes.active_alias', 'volumes.next_alias'])
+      .where('resources.home_pool_id', '=', poolId)
+      .execute()
+    for (const { active_alias: active, next_alias: next } of volumes) aliases.push(active, ...(next === null ? [] : [next]))
+    const homes = await layers.homesIfKnown(aliases, poolId)
     return homes.length < aliases.length ? null : new Set(homes.map((home) => home.poolId))
   } catch (error) {
     if (!isMapUnreadable(error)) throw error

@@ -107,7 +107,7 @@ async function freezeClosed(context: MapperContext, row: ResourceRow, poolId: st
   const { catalog, layers } = context
   const volume = await requireVolumeRow(catalog.db, row.id)
   const aliases = [volume.active_alias, ...(volume.next_alias === null ? [] : [volume.next_alias])]
-  const [active, next] = await layers.homes(aliases)
+  const [active, next] = await layers.homes(aliases, row.home_pool_id)
   assert(active !== undefined, `no home of layer ${volume.active_alias}`)
   // The next open gives it one where it writes.
   const dropNext = next !== undefined && next.poolId !== poolId

@@ -37,7 +37,7 @@ export interface DrainRequest {
 export type Mover = Pick<ResourceRow, 'id' | 'kind' | 'name' | 'size_bytes' | 'root_word' | 'root_crc' | 'home_pool_id' | 'volume_id' | 'status'>
 
 /** A layer and where its bytes are. */
-export interface PlacedLayer {
+export interface LayerPlaces {
   readonly alias: number
   readonly id: string
   readonly state: LayerState
@@ -57,7 +57,7 @@ export interface NeededPart {
 }
 
 export interface NeededLayer {
-  readonly layer: PlacedLayer
+  readonly layer: LayerPlaces
   /** There is none in the target yet; else the one that is there lacks something. */
   readonly isNew: boolean
 }
@@ -74,9 +74,9 @@ export class MoveNeeds {
   /** By alias: what the target has to get. */
   readonly layers: readonly NeededLayer[]
   /** What movers read in the target already. */
-  readonly present: readonly PlacedLayer[]
+  readonly present: readonly LayerPlaces[]
   /** What movers name that is not sealed, and not in the target: it cannot be copied yet. */
-  readonly unsealed: readonly PlacedLayer[]
+  readonly unsealed: readonly LayerPlaces[]
   /** Every layer that movers name. */
   readonly named: ReadonlySet<number>
   readonly #targetPoolId: string
@@ -131,7 +131,7 @@ export class MoveNeeds {
         const asked = new Set(named)
         for (const [poolId, reach] of groups.byPool)
           if (poolId !== targetPoolId) await eachInTurns(reach.layers(), (alias) => asked.add(alias))
-        const found = { layers: [] as NeededLayer[], present: [] as PlacedLayer[], unsealed: [] as PlacedLayer[] }
+        const found = { layers: [] as NeededLayer[], present: [] as LayerPlaces[], unsealed: [] as LayerPlaces[] }
         const needs = new MoveNeeds({ ...found, fromPoolId, movers, named }, targetPoolId, isDrain, groups)
         for (const layer of await placedLayers(context, [...asked].toSorted((a, b) => a - b))) {
           if (layer.state !== 'sealed') {
@@ -152,7 +152,7 @@ export class MoveNeeds {
   }
 
   /** What a sealed layer lacks in the target, by the pool it is read from, in the order of their ids. */
-  async partsOf(layer: PlacedLayer): Promise<NeededPart[]> {
+  async partsOf(layer: LayerPlaces): Promise<NeededPart[]> {
     const parts = new Map<string, Float64Array>()
     const add = (sourcePoolId: string, runs: Float64Array): void => {
       if (runs.length > 0) parts.set(sourcePoolId, unionOfRuns(parts.get(sourcePoolId) ?? noRuns, runs, layer.alias))
@@ -186,7 +186,7 @@ export class MoveNeeds {
   }
 
   /** Slots of a layer that have to be copied. */
-  async slotCount(layer: PlacedLayer): Promise<number> {
+  async slotCount(layer: LayerPlaces): Promise<number> {
     return (await this.partsOf(layer)).reduce((sum, part) => sum + slotCountOf(part.runs), 0)
   }
 
@@ -217,12 +217,12 @@ function homeOf(rows: readonly Mover[], volumeId: string): string {
 }
 
 /** The pool in which there is a complete replica, if it is this one. */
-export function completeIn(layer: PlacedLayer, poolId: string): string | undefined {
+export function completeIn(layer: LayerPlaces, poolId: string): string | undefined {
   return layer.replicas.find((replica) => replica.poolId === poolId && replica.state === 'complete')?.poolId
 }
 
 /** The pool where a resource of this home reads the layer. @throws AtollError LAYER_MISSING */
-export function readIn(layer: PlacedLayer, homePoolId: string): string {
+export function readIn(layer: LayerPlaces, homePoolId: string): string {
   const found =
     completeIn(layer, homePoolId) ??
     layer.replicas.find((replica) => replica.isPrimary && replica.state === 'complete')?.poolId
@@ -258,8 +258,8 @@ async function mark(context: MapperContext, reach: Reach, rows: readonly Mover[]
 export async function placedLayers(
   { catalog }: Pick<MapperContext, 'catalog'>,
   aliases: readonly number[],
-): Promise<PlacedLayer[]> {
-  const found: PlacedLayer[] = []
+): Promise<LayerPlaces[]> {
+  const found: LayerPlaces[] = []
   for (let start = 0; start < aliases.length; start += layersAtOnce) {
     const rows = await catalog.db
       .selectFrom('layers')

@@ -4,7 +4,7 @@
 import { AtollError, formatSize, type PoolRow, type ResourceKind } from '@atoll/core'
 import type { PoolHandle } from '@atoll/southbound'
 import type { MapperContext } from './context.ts'
-import { type DrainRequest, MoveNeeds, type MoveRequest, type PlacedLayer } from './move-needs.ts'
+import { type DrainRequest, MoveNeeds, type MoveRequest, type LayerPlaces } from './move-needs.ts'
 import { readersOf, readLinks, namePools } from './pool-links.ts'
 import { requireNotDraining } from './pool-settings.ts'
 import { requireAvailable, requireKind, requireVolumeRow } from './rows.ts'
@@ -138,7 +138,7 @@ export async function requireNothingUnfinished(
 async function isNeedless(context: MapperContext, { volumeId, targetPoolId }: MoveRequest, needs: MoveNeeds): Promise<boolean> {
   if (needs.fromPoolId !== targetPoolId || needs.layers.length + needs.unsealed.length > 0) return false
   const { active_alias: activeAlias } = await requireVolumeRow(context.catalog.db, volumeId)
-  const [active] = await context.layers.homes([activeAlias])
+  const [active] = await context.layers.homes([activeAlias], targetPoolId)
   return active?.poolId === targetPoolId
 }
 
@@ -186,7 +186,7 @@ class Allocated {
     this.#context = context
   }
 
-  async of(layer: Pick<PlacedLayer, 'id'>, poolId: string): Promise<number> {
+  async of(layer: Pick<LayerPlaces, 'id'>, poolId: string): Promise<number> {
     const [bytes = 0] = await this.#context.pools.handle(poolId).store.allocatedBytes([layer.id])
     return Math.max(0, bytes)
   }

@@ -9,7 +9,6 @@
 import { AtollError } from '@atoll/core'
 import type { Device, OpenReport } from '@atoll/native'
 import { PoolTotals, type DeviceTotals } from './device-totals.ts'
-import type { Spare } from './layers.ts'
 
 /** A layer by its two names. */
 export interface LayerName {
@@ -17,6 +16,11 @@ export interface LayerName {
   readonly alias: number
   /** The UUID of its files. */
   readonly id: string
+}
+
+/** A layer and the pool whose replica is meant. */
+export interface PlacedLayer extends LayerName {
+  readonly poolId: string
 }
 
 /** What the owner of an open resource is told. */
@@ -32,11 +36,13 @@ export interface OpenVolume {
   readonly kind: 'writable'
   readonly id: string
   readonly projectId: string
-  /** Its home. Where it writes says `active`: another pool while it is being moved. */
+  /** Its home; changed by a move. */
   poolId: string
+  /** The pool that it writes into, that of the active layer: the home unless it is being moved, or was in part. */
+  readonly writePoolId: string
   readonly device: Device
   readonly report: OpenReport
-  /** Aliases of the layers that the device was given, but for the active and the next one. */
+  /** Aliases of the layers that the device knows, but for the active and the next one. */
   readonly layers: Set<number>
   /** Epoch of our lease: guards every transaction (I1). */
   readonly epoch: number
@@ -47,9 +53,9 @@ export interface OpenVolume {
   /** lsn that the durable map includes. */
   mapLsn: number
   sharedBelowPage: number
-  active: Spare
-  next: Spare
-  /** The exports of its pools are known to name `active` and `next`: without that there is no swap. */
+  active: PlacedLayer
+  next: PlacedLayer
+  /** The exports of `poolsOf` are known to name `active` and `next`: without that there is no swap. */
   nextExported: boolean
   /** The engine made a swap (`next` is the layer that is written) and the catalog does not have it yet. */
   swapUncommitted: boolean
@@ -63,21 +69,21 @@ export interface OpenVolume {
 export interface OpenReader {
   readonly kind: 'read-only'
   readonly id: string
-  /** Its home. */
+  /** Its home; changed by a move. */
   poolId: string
   readonly device: Device
   readonly report: OpenReport
-  /** Aliases of the layers that the device was given. */
+  /** Aliases of the layers that the device knows. */
   readonly layers: ReadonlySet<number>
   readonly sizeBytes: number
 }
 
-export type OpenEntry = OpenVolume | OpenReader
-
-/** The pools whose exports say what is needed to open the volume: its home, and where it writes. */
+/** The pools whose exports must have what a volume commits: its home, and those of its active and its next layer. */
 export function poolsOf(volume: Pick<OpenVolume, 'poolId' | 'active' | 'next'>): string[] {
   return [...new Set([volume.poolId, volume.active.poolId, volume.next.poolId])]
 }
+
+export type OpenEntry = OpenVolume | OpenReader
 
 export class OpenTable {
   readonly #entries = new Map<string, OpenEntry>()

@@ -204,7 +204,7 @@ export class Reclaimer {
           const volume = open.volume(id)
           if (volume === undefined || volume.leaseLost || volume.device.isPoisoned()) return
           const checkpoint = async () => await checkpointLocked(this.#context, volume, { emergency: true })
-          const pool = pools.find(volume.active.poolId)
+          const pool = pools.find(volume.writePoolId)
           await (pool === undefined ? checkpoint() : withReserve(pool, checkpoint))
         })
       } catch (error) {
@@ -216,14 +216,25 @@ export class Reclaimer {
     }
   }
 
-  /** Whether the pool of a volume answers nobody at present: the volume is left as it is, as if its disk were full. */
+  /** Whether a pool that a volume writes answers nobody at present: the volume is left as it is, as if its disk were full. */
   async #isStalled(volumeId: string): Promise<boolean> {
-    const { catalog, log, pools } = this.#context
-    const row = await catalog.db.selectFrom('resources').select('home_pool_id').where('id', '=', volumeId).executeTakeFirst()
-    const health = row === undefined ? undefined : pools.find(row.home_pool_id)?.health()
-    if (health === undefined || !isStalled(health)) return false
-    log.warn({ volumeId, poolId: row?.home_pool_id }, 'a reclaim leaves out a volume whose pool does not answer, or is full')
-    return true
+    const { catalog, layers, log, pools } = this.#context
+    const row = await catalog.db
+      .selectFrom('resources')
+      .innerJoin('volumes', 'volumes.id', 'resources.id')
+      .select(['resources.home_pool_id', 'volumes.active_alias', 'volumes.next_alias'])
+      .where('resources.id', '=', volumeId)
+      .executeTakeFirst()
+    if (row === undefined) return false
+    const aliases = [row.active_alias, row.next_alias].filter((alias) => alias !== null)
+    const written = (await layers.homesIfKnown(aliases, row.home_pool_id)).map((home) => home.poolId)
+    for (const poolId of new Set([row.home_pool_id, ...written])) {
+      const health = pools.find(poolId)?.health()
+      if (health === undefined || !isStalled(health)) continue
+      log.warn({ volumeId, poolId }, 'a reclaim leaves out a volume whose pool does not answer, or is full')
+      return true
+    }
+    return false
   }
 
   async #sealedLayers(poolIds: readonly string[]): Promise<SealedLayer[]> {

@@ -287,7 +287,10 @@ async function removeAll(context: MapperContext, pool: PoolHandle, rows: readonl
           'a layer could not be removed; it is tried again later',
         )
     }
-    await context.layers.forget(gone.map((row) => row.alias))
+    await context.layers.forgetReplicas(
+      pool.poolId,
+      gone.map((row) => row.alias),
+    )
     removed.push(...gone)
   }
   return removed

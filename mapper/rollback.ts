@@ -3,7 +3,8 @@
  *
  * Rules:
  * - Only a closed volume: nobody may hold bytes of the content that goes.
- * - The volume gets a new active layer; the old one is named by no root any more and is condemned in the same transaction.
+ * - The volume gets a new active layer, where the old one is; that is named by no root any more and is condemned in the same
+ *   transaction.
  *   That of a dirty volume is not replayed first, since its content goes anyway, and a volume whose journal is damaged can
  *   be brought back this way; its next layer, which a crash may have written, goes too.
  * - The epoch is raised: a lost owner of the volume changes nothing after this (I1).
@@ -24,7 +25,10 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
     requireAvailable(volume)
     if (context.open.get(volumeId) !== undefined) throw inUseError(volume, 'detach it before it is rolled back')
     const dirty = await isDirty(context, volumeId)
-    const [spare] = await layers.take([volume.home_pool_id])
+    const { active_alias: oldAlias } = await requireVolumeRow(catalog.db, volumeId)
+    // One whose row is lost is gone anyway.
+    const [old] = await layers.homesIfKnown([oldAlias], volume.home_pool_id)
+    const [spare] = await layers.take([old?.poolId ?? volume.home_pool_id])
     assert(spare !== undefined, 'no spare was given')
     try {
       const row = await catalog.write(async (tx) => {
@@ -75,7 +79,7 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
       context.open.forget(volumeId)
       context.olderCatalog.forget(volume)
       // Before the lock is let go: nobody writes into an active layer that the export does not name.
-      await context.exporter.flushed([row.home_pool_id])
+      await context.exporter.flushed([row.home_pool_id, spare.poolId])
       return row
     } catch (error) {
       layers.giveBack(spare)

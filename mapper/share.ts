@@ -9,7 +9,7 @@
  *   open finds the frames of the next layer and commits the swap without it.
  * - Several volumes are one point in time: the engine closes all gates before it opens one, and closed volumes have no
  *   writer while their lock is held. All of them are in the one transaction, or none is.
- * - No swap before the export names the volume's active and next layer: an import finds frames in no layer but these.
+ * - No swap before the exports of its pools name the volume's active and next layer: an import finds frames in no layer but these.
  * - A closed volume needs no engine: its durable root is its content. Its active layer is sealed if the root may refer to it.
  *
  * Called by who holds the locks of all the volumes.
@@ -25,7 +25,7 @@ import {
 } from './checkpoint.ts'
 import type { MapperContext } from './context.ts'
 import type { Spare } from './layers.ts'
-import { type OpenVolume, poolsOf } from './open-table.ts'
+import { type OpenVolume, type PlacedLayer, poolsOf } from './open-table.ts'
 import { settleLocked } from './open.ts'
 import { rootMayReferTo, rootOf } from './root.ts'
 import { leaseLostError, requireAvailable, requireKind, requireVolumeRow } from './rows.ts'
@@ -40,10 +40,10 @@ export interface SharedRoot {
   readonly sizeBytes: number
 }
 
-interface ClosedVolume {
+export interface ClosedVolume {
   readonly row: ResourceRow
   readonly volume: VolumeRow
-  readonly active: Spare
+  readonly active: PlacedLayer
   /** The layer that becomes the active one; null if the present one has nothing in the map. */
   readonly spare: Spare | null
 }
@@ -80,6 +80,7 @@ export async function shareVolumes(
 
   // Everything that can fail for want of space is in hand before the first gate closes.
   const spares = await context.layers.take([
+    // Where the layer lies that is the active one afterwards.
     ...open.map((volume) => volume.next.poolId),
     ...closed.map((volume) => volume.active.poolId),
   ])
@@ -114,7 +115,8 @@ export async function shareVolumes(
     throw error
   }
   // Also what `makeRows` has made is exported before the locks are let go.
-  const exported = await context.exporter.flushed(shared.map(({ volume }) => volume.home_pool_id))
+  const pools = [...shared.map(({ volume }) => volume.home_pool_id), ...spares.map((spare) => spare.poolId)]
+  const exported = await context.exporter.flushed(pools)
   if (exported) for (const part of replacing) await sealReplaced(context, part)
   return { pauseMs }
 }
@@ -128,9 +130,10 @@ async function findClosed(
   for (const id of volumeIds) {
     if (context.open.volume(id) !== undefined) continue
     const volume = await requireVolumeRow(context.catalog.db, id)
-    const [active] = await context.layers.homes([volume.active_alias])
-    assert(active !== undefined, `no home of layer ${volume.active_alias}`)
-    closed.push({ row: rows.get(id) as ResourceRow, volume, active, spare: null })
+    const row = rows.get(id) as ResourceRow
+    const [active] = await context.layers.homes([volume.active_alias], row.home_pool_id)
+    assert(active !== undefined, `no place of layer ${volume.active_alias}`)
+    closed.push({ row, volume, active, spare: null })
   }
   return closed
 }
@@ -151,7 +154,7 @@ export async function swap(
   if (parts.length === 0) return 0
   try {
     const devices = await Promise.all(
-      parts.map(async ({ volume }) => ({ device: volume.device, next: await context.layers.ref(volume.next) })),
+      parts.map(async ({ volume }) => ({ device: volume.device, next: await context.layers.ref(volume.next, volume.poolId) })),
     )
     const reports = await context.engine.swap(devices, deadlineMs)
     for (const { volume } of parts) volume.swapUncommitted = true
@@ -200,10 +203,7 @@ async function shareClosed(context: MapperContext, tx: CatalogTransaction, part:
 }
 
 /** As after a swap: a layer that cannot be sealed now stays `closing` until the next start. */
-export async function sealReplaced(
-  context: MapperContext,
-  { row, volume, active, spare }: Pick<ClosedVolume, 'row' | 'volume' | 'active' | 'spare'>,
-): Promise<void> {
+export async function sealReplaced(context: MapperContext, { row, volume, active, spare }: ClosedVolume): Promise<void> {
   if (spare === null) return
   try {
     const seal = { volumeId: row.id, epoch: volume.epoch, finalLsn: volume.map_lsn, successor: spare.id }

@@ -31,6 +31,7 @@ const codecByColumn: ReadonlyMap<string, Codec> = new Map<string, Codec>([
   ['versioned', 'boolean'],
   ['is_current', 'boolean'],
   ['delete_marker', 'boolean'],
+  ['is_primary', 'boolean'],
   ['options', 'json'],
   ['throttle', 'json'],
   ['params', 'json'],

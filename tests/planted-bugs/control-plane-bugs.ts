@@ -25,7 +25,7 @@ export const controlPlaneBugs: PlantedBug[] = [
     edits: [
       {
         file: 'mapper/checkpoint.ts',
-        find: 'const exported = await context.exporter.flushed(parts.map((part) => part.volume.poolId))',
+        find: 'const exported = await context.exporter.flushed(parts.flatMap((part) => exportsOf(part)))',
         replace: 'const exported = true',
       },
     ],
@@ -52,7 +52,7 @@ export const controlPlaneBugs: PlantedBug[] = [
     edits: [
       {
         file: 'mapper/exporter.ts',
-        find: 'return await this.flushed([poolId, ...readers.map((pool) => pool.id)])',
+        find: 'return await this.flushed([poolId, ...readers.map((pool) => pool.id), ...also])',
         replace: 'return await this.flushed([poolId])',
       },
     ],
