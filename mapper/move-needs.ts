@@ -17,7 +17,7 @@ import { mapBytesMax, type Reach } from '@atoll/native'
 import type { MapperContext } from './context.ts'
 import { feedReach } from './maps.ts'
 import { rootOf } from './root.ts'
-import { noRuns, slotCountOf, subtractRuns, unionOfRuns } from './runs.ts'
+import { noRuns, subtractRuns, unionOfRuns } from './runs.ts'
 import { eachInTurns, inPieces } from './turns.ts'
 
 export interface MoveRequest {
@@ -42,6 +42,7 @@ export interface LayerPlaces {
   readonly id: string
   readonly state: LayerState
   readonly volumeId: string | null
+  readonly projectId: string
   readonly replicas: readonly {
     readonly poolId: string
     readonly state: 'complete' | 'filling' | 'condemned'
@@ -178,16 +179,12 @@ export class MoveNeeds {
     return [...parts].map(([sourcePoolId, runs]) => ({ sourcePoolId, runs })).toSorted(bySource)
   }
 
-  /** Everything that the target will have of a layer for its readers, wherever it comes from now. */
-  async runsOf(alias: number): Promise<Float64Array> {
-    let runs = await this.#groups.movers.runs(alias)
-    for (const reach of this.#groups.byPool.values()) runs = unionOfRuns(runs, await reach.runs(alias), alias)
+  /** Everything that the target has of a layer for its readers when the move has filled it. */
+  async coveredRuns(layer: LayerPlaces): Promise<Float64Array> {
+    const residents = await this.#groups.byPool.get(this.#targetPoolId)?.runs(layer.alias)
+    let runs = completeIn(layer, this.#targetPoolId) === undefined ? noRuns : (residents ?? noRuns)
+    for (const part of await this.partsOf(layer)) runs = unionOfRuns(runs, part.runs, layer.alias)
     return runs
-  }
-
-  /** Slots of a layer that have to be copied. */
-  async slotCount(layer: LayerPlaces): Promise<number> {
-    return (await this.partsOf(layer)).reduce((sum, part) => sum + slotCountOf(part.runs), 0)
   }
 
   clear(): void {
@@ -264,7 +261,7 @@ export async function placedLayers(
     const rows = await catalog.db
       .selectFrom('layers')
       .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
-      .select(['layers.alias', 'layers.id', 'layers.state', 'layers.volume_id', 'replicas.pool_id'])
+      .select(['layers.alias', 'layers.id', 'layers.state', 'layers.volume_id', 'layers.project_id', 'replicas.pool_id'])
       .select(['replicas.state as replicaState', 'replicas.is_primary', 'replicas.filling_job'])
       .where('layers.alias', 'in', aliases.slice(start, start + layersAtOnce))
       .orderBy('layers.alias')
@@ -278,7 +275,7 @@ export async function placedLayers(
         isPrimary: row.is_primary,
         fillingJob: row.filling_job,
       }))
-      found.push({ alias, id: first.id, state: first.state, volumeId: first.volume_id, replicas })
+      found.push({ alias, id: first.id, state: first.state, volumeId: first.volume_id, projectId: first.project_id, replicas })
     }
   }
   return found

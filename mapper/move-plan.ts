@@ -8,6 +8,7 @@ import { type DrainRequest, MoveNeeds, type MoveRequest, type LayerPlaces } from
 import { readersOf, readLinks, namePools } from './pool-links.ts'
 import { requireNotDraining } from './pool-settings.ts'
 import { requireAvailable, requireKind, requireVolumeRow } from './rows.ts'
+import { slotCountOf } from './runs.ts'
 import { requireNoMoveOf, requireNotMoving, runningMoves } from './running-moves.ts'
 
 export interface MovePlan {
@@ -88,7 +89,11 @@ async function requireMovable(context: MapperContext, { jobId, volumeId }: MoveR
   const volume = await requireKind(context.catalog.db, volumeId, 'volume')
   requireAvailable(volume)
   context.olderCatalog.requireNewest(volume)
-  await requireNotMoving(context.catalog.db, volume, { what: 'it is not moved a second time', exceptJobId: jobId })
+  await requireNotMoving(context.catalog.db, volume, {
+    what: 'it is not moved a second time',
+    exceptJobId: jobId,
+    orDrained: true,
+  })
   context.pools.handle(volume.home_pool_id)
 }
 
@@ -148,7 +153,6 @@ export async function describe(context: MapperContext, needs: MoveNeeds, target:
   let bytesToOffload = 0
   let bytesThere = 0
   const { offloadDomain } = target.capabilities
-  const allocated = new Allocated(context)
   const count = (poolId: string, bytes: number): void => {
     const canOffload = offloadDomain !== null && context.pools.find(poolId)?.capabilities.offloadDomain === offloadDomain
     if (canOffload) bytesToOffload += bytes
@@ -156,17 +160,15 @@ export async function describe(context: MapperContext, needs: MoveNeeds, target:
   }
   for (const { layer } of needs.layers) {
     for (const { sourcePoolId, runs } of await needs.partsOf(layer)) {
-      let slotCount = 0
-      for (let at = 1; at < runs.length; at += 3) slotCount += runs[at] ?? 0
-      count(sourcePoolId, Math.min(slotCount * slotBytes, await allocated.of(layer, sourcePoolId)))
+      count(sourcePoolId, Math.min(slotCountOf(runs) * slotBytes, await allocatedIn(context, layer, sourcePoolId)))
     }
   }
   // What a volume writes now becomes such a layer.
   for (const layer of needs.unsealed) {
     const poolId = layer.replicas[0]?.poolId
-    if (poolId !== undefined) count(poolId, await allocated.of(layer, poolId))
+    if (poolId !== undefined) count(poolId, await allocatedIn(context, layer, poolId))
   }
-  for (const layer of needs.present) bytesThere += await allocated.of(layer, target.poolId)
+  for (const layer of needs.present) bytesThere += await allocatedIn(context, layer, target.poolId)
   const { freeBytes } = await target.usage()
   return {
     resources: needs.movers.map(({ id, kind, name, size_bytes: sizeBytes }) => ({ id, kind, name, sizeBytes })),
@@ -178,16 +180,8 @@ export async function describe(context: MapperContext, needs: MoveNeeds, target:
   }
 }
 
-/** What layers have allocated; a hint (I4), which is what an estimate wants: a fresh map names far more than was ever written. */
-class Allocated {
-  readonly #context: MapperContext
-
-  constructor(context: MapperContext) {
-    this.#context = context
-  }
-
-  async of(layer: Pick<LayerPlaces, 'id'>, poolId: string): Promise<number> {
-    const [bytes = 0] = await this.#context.pools.handle(poolId).store.allocatedBytes([layer.id])
-    return Math.max(0, bytes)
-  }
+/** What a layer has allocated; a hint (I4), which is what an estimate wants: a fresh map names far more than was ever written. */
+async function allocatedIn({ pools }: MapperContext, layer: Pick<LayerPlaces, 'id'>, poolId: string): Promise<number> {
+  const [bytes = 0] = await pools.handle(poolId).store.allocatedBytes([layer.id])
+  return Math.max(0, bytes)
 }
