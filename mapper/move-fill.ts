@@ -208,7 +208,7 @@ export async function fillPieces(
   const done = { copiedBytes: 0, offloadedBytes: 0, skippedBytes: 0 }
   let position = cursor as unknown as Position | null
   const limit = options.limitBytesPerSecond
-  const bytesMax = limit === null ? pieceBytesMax : Math.max(slotBytes, Math.min(pieceBytesMax, limit))
+  const bytesMax = limit === null ? pieceBytesMax : Math.max(slotBytes, Math.min(pieceBytesMax, Math.ceil(limit)))
   for (const { layer } of claimed) {
     if (position !== null && layer.alias < position.alias) continue
     for (const { sourcePoolId, runs } of await needs.partsOf(layer)) {
@@ -226,7 +226,7 @@ export async function fillPieces(
           return await fillRuns(context, { layer, sourcePoolId, targetPoolId, runs }, {
             fromSlot,
             maxBytes: leftBytes,
-            maxMilliseconds: Math.max(1, pieceMsMax - spentMs),
+            maxMilliseconds: Math.max(1, Math.ceil(pieceMsMax - spentMs)),
             ...(limit === null ? {} : { throttle: limit }),
           })
         })
