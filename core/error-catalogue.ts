@@ -336,6 +336,12 @@ export const errorCatalogue = {
     'Space was to be freed for a shrink that was not committed.',
     'This is a defect: report it with the log.',
   ),
+  VERIFY_FAILED: entry(
+    500,
+    'What was copied into a pool is not what the pool returns when it is read back. Nobody reads the copy.',
+    'Look at the disks, the memory and the network of the machines involved, then start the copy again.',
+    true,
+  ),
   SOURCE_CHANGED: entry(
     409,
     'The source of a copy changed while it was read.',

@@ -6,7 +6,7 @@ import { randomUUID } from 'node:crypto'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { adminProject, openCatalog, type Catalog, type ResourceRow } from '@atoll/core'
+import { adminProject, openCatalog, volumeSizeMaxBytes, type Catalog, type ResourceRow } from '@atoll/core'
 import { Engine, mapBytesMax, type Device, type FaultRule, type Reach, type Store } from '@atoll/native'
 import { type Driver, makeMemoryDriver } from '@atoll/southbound'
 import type { MapperLog } from './context.ts'
@@ -285,6 +285,93 @@ export class Bench {
   async layers(state: string): Promise<{ alias: number; id: string; volume_id: string | null }[]> {
     const rows = await this.inner.db.selectFrom('layers').selectAll().execute()
     return rows.filter((row) => row.state === state)
+  }
+
+  /**
+   * Makes a secondary replica of a sealed layer, as a job does it: with what the resources of the pool refer to, and those named. A new
+   * process then opens all of it.
+   */
+  async addReplica(alias: number, poolId: string, alsoFor: readonly string[] = []): Promise<void> {
+    const rows = await this.inner.db.selectFrom('resources').selectAll().execute()
+    const readers = rows.filter((row) => row.home_pool_id === poolId || alsoFor.includes(row.id))
+    const layer = await this.inner.db.selectFrom('layers').selectAll().where('alias', '=', alias).executeTakeFirstOrThrow()
+    const reach = await this.#reachOf(readers, () => mapBytesMax)
+    await this.#copyInto(alias, layer.id, poolId, await reach.runs(alias))
+    await this.inner.write(async (tx) => {
+      await tx
+        .insertInto('replicas')
+        .values({ layer_alias: alias, pool_id: poolId, project_id: adminProject.id, state: 'complete', is_primary: false })
+        .execute()
+    })
+    await this.restart()
+  }
+
+  /** Copies the runs of a layer from its primary replica into a pool, where its file is made. */
+  async #copyInto(alias: number, id: string, poolId: string, runs: Float64Array): Promise<void> {
+    const primary = await this.inner.db
+      .selectFrom('replicas')
+      .select('pool_id')
+      .where('layer_alias', '=', alias)
+      .where('is_primary', '=', true)
+      .executeTakeFirstOrThrow()
+    const { store } = this.place(poolId)
+    if (!(await store.layerExists(id))) await store.createLayer(id)
+    const map = this.engine.uniformMap(alias)
+    const spec = { sizeBytes: volumeSizeMaxBytes, epoch: 0, map, mapLsn: 0, next: null }
+    const open = async (from: Store, active: number | null) =>
+      (await this.engine.openDevice({ ...spec, volumeId: randomUUID(), layers: [{ alias, id, store: from }], active })).device
+    const [source, target] = [await open(this.place(primary.pool_id).store, null), await open(store, alias)]
+    const isWanted = slotsOf(runs)
+    // Of a fresh volume's first layer everything is referred to, whatever was written.
+    for (const { data, offsetBytes, lengthBytes } of await this.place(primary.pool_id).store.extents(id, 0, 8 * leaf)) {
+      for (let at = offsetBytes; data && at < offsetBytes + lengthBytes; at += slot)
+        if (isWanted(at / slot)) await target.write(at, await source.read(at, slot))
+    }
+    await target.flush()
+    await source.close()
+    await target.close()
+  }
+
+  /** The pools in which a layer lies, by the state of the replica there; the primary is marked. */
+  async replicas(alias: number): Promise<Record<string, string>> {
+    const rows = await this.inner.db.selectFrom('replicas').selectAll().where('layer_alias', '=', alias).execute()
+    return Object.fromEntries(rows.map((row) => [row.pool_id, row.is_primary ? `${row.state}, primary` : row.state]))
+  }
+
+  /** Bytes that a layer has allocated in a pool; -1: its file is not there. */
+  async allocatedIn(alias: number, poolId: string): Promise<number> {
+    const { id } = await this.inner.db.selectFrom('layers').select('id').where('alias', '=', alias).executeTakeFirstOrThrow()
+    return (await this.place(poolId).store.allocatedBytes([id]))[0] ?? -1
+  }
+
+  /**
+   * What a replica lacks of what the resources that read it refer to, or holds beyond that: a sentence, or null. A slot that its own
+   * layer never had is no slot that is lacked: `model` says what each resource reads.
+   */
+  async findSurplus(): Promise<string | null> {
+    const rows = await this.inner.db.selectFrom('resources').selectAll().execute()
+    const layers = await this.inner.db.selectFrom('layers').selectAll().where('state', '=', 'sealed').execute()
+    const replicas = await this.inner.db.selectFrom('replicas').selectAll().where('state', '=', 'complete').execute()
+    const reaches = new Map<string, Reach>()
+    for (const [poolId, ofPool] of Map.groupBy(rows, (row) => row.home_pool_id))
+      reaches.set(poolId, await this.#reachOf(ofPool, () => mapBytesMax))
+    for (const { alias, id } of layers) {
+      const ofLayer = replicas.filter((replica) => replica.layer_alias === alias)
+      const pools = ofLayer.map((replica) => replica.pool_id)
+      for (const { pool_id: poolId, is_primary: isPrimary } of ofLayer) {
+        const readers = [...reaches].filter(([home]) => home === poolId || (isPrimary && !pools.includes(home)))
+        const runs = await Promise.all(readers.map(async ([, reach]) => await reach.runs(alias)))
+        if (runs.every((each) => each.length === 0)) return `layer ${alias} has a replica in ${poolId} that nobody reads`
+        const has = runs.map(slotsOf)
+        const { store } = this.place(poolId)
+        for (const extent of await store.extents(id, 0, 4 * leaf)) {
+          if (!extent.data) continue
+          for (let at = extent.offsetBytes / slot; at * slot < extent.offsetBytes + extent.lengthBytes; at += 1)
+            if (!has.some((isRead) => isRead(at))) return `layer ${alias} holds slot ${at} in ${poolId} for nobody`
+        }
+      }
+    }
+    return null
   }
 
   async row(id: string): Promise<ResourceRow> {
