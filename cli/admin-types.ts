@@ -1,5 +1,6 @@
 // The documents that the admin socket carries and `--json` prints. Only types: both sides import them without cost.
 // They are the composer's views with times as ISO 8601 text.
+import type { MovePlan } from '@atoll/mapper'
 import type { BackupInfo, RestoredCatalog } from '@atoll/core'
 import type {
   Activity,
@@ -9,7 +10,6 @@ import type {
   FileView,
   ImageView,
   JobView,
-  MovePlan,
   PoolAcceptView,
   PoolImportView,
   PoolsRead,

@@ -1,9 +1,7 @@
 /** The job that moves everything that lies in a pool into another one; nothing new is made in the pool meanwhile and afterwards. */
-import { detailsOf, progressOf, runMove, type MoveParams } from './move-job.ts'
+import { drainKindName, type DrainRequest } from '@atoll/mapper'
 import type { JobKind } from './job-kind.ts'
-import type { DrainRequest, Moves } from './moves.ts'
-
-export const drainKindName = 'drain'
+import { detailsOf, progressOf, runMove, type MoveParams, type Moves } from './move-job.ts'
 
 /** The subject is the pool. */
 export type DrainParams = MoveParams

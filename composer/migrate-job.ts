@@ -1,9 +1,7 @@
 /** The job that moves a volume, and its snapshots if that is wanted, into another pool while it is in use. */
-import { detailsOf, progressOf, runMove, type MoveParams } from './move-job.ts'
+import { migrateKindName, type MoveRequest } from '@atoll/mapper'
 import type { JobKind } from './job-kind.ts'
-import type { MoveRequest, Moves } from './moves.ts'
-
-export const migrateKindName = 'migrate'
+import { detailsOf, progressOf, runMove, type MoveParams, type Moves } from './move-job.ts'
 
 /** The subject is the volume. */
 export interface MigrateParams extends MoveParams {

@@ -11,8 +11,11 @@
  *   where the map finds it.
  */
 import { AtollError, toAtollError, type JsonObject } from '@atoll/core'
+import type { DrainRequest, Mapper, MoveRequest } from '@atoll/mapper'
 import { JobInterrupted, JobPostponed, type JobContext } from './job-kind.ts'
-import type { DrainRequest, MoveRequest, Moves } from './moves.ts'
+
+/** What a move asks of the mapper. */
+export type Moves = Pick<Mapper['moves'], 'plan' | 'freeze' | 'claim' | 'fillNext' | 'home' | 'drop' | 'release'>
 
 export type MovePhase = 'freeze' | 'fill' | 'home' | 'drop'
 

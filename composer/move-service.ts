@@ -1,10 +1,10 @@
 /** Moves of volumes between pools: what is looked at before there is a job, and the jobs. */
 import { AtollError, type NewId } from '@atoll/core'
-import { drainKindName, type DrainParams } from './drain-job.ts'
+import { drainKindName, migrateKindName, type DrainRequest, type MovePlan, type MoveRequest } from '@atoll/mapper'
+import type { DrainParams } from './drain-job.ts'
 import type { JobView } from './job-kind.ts'
-import { migrateKindName, type MigrateParams } from './migrate-job.ts'
-import type { MoveParams } from './move-job.ts'
-import type { DrainRequest, MovePlan, MoveRequest, Moves } from './moves.ts'
+import type { MigrateParams } from './migrate-job.ts'
+import type { MoveParams, Moves } from './move-job.ts'
 import type { ProjectScope } from './resolve.ts'
 import { reread, type ServiceContext } from './service-context.ts'
 

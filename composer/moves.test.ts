@@ -10,13 +10,13 @@ import {
   type ErrorCode,
   type JsonObject,
 } from '@atoll/core'
+import type { DrainRequest, MovePlan, MoveRequest } from '@atoll/mapper'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { drainKind } from './drain-job.ts'
 import type { JobView } from './job-kind.ts'
 import { Jobs } from './jobs.ts'
 import { migrateKind } from './migrate-job.ts'
-import { freezeDeadlinesMs, type MovePhase } from './move-job.ts'
-import type { DrainRequest, MovePlan, MoveRequest, Moves } from './moves.ts'
+import { freezeDeadlinesMs, type MovePhase, type Moves } from './move-job.ts'
 import { ManualTimers, until } from './testing.ts'
 
 type Call = 'freeze' | 'claim' | 'fill' | 'home' | 'drop' | 'release'

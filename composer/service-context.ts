@@ -8,14 +8,12 @@ import {
   type ResourceKind,
   type ResourceRow,
 } from '@atoll/core'
-import { isMapUnreadable, type Mapper } from '@atoll/mapper'
+import { drainKindName, isMapUnreadable, migrateKindName, type Mapper } from '@atoll/mapper'
 import type { ActivityMonitor } from './activity.ts'
 import type { Attachments } from './attachments.ts'
-import { drainKindName } from './drain-job.ts'
 import type { HealthMonitor } from './health-monitor.ts'
 import type { Jobs } from './jobs.ts'
 import type { KeyedLock } from './keyed-lock.ts'
-import { migrateKindName } from './migrate-job.ts'
 import type { MoveParams, MovePhase } from './move-job.ts'
 import type { OpenDevices } from './open-devices.ts'
 import type { ReclaimScheduler } from './reclaim-job.ts'
