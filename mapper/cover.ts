@@ -46,9 +46,7 @@ export class Cover {
   async into<T>(poolId: string, fromId: string, fn: () => Promise<T>): Promise<T> {
     const source = await requireResource(this.#context.catalog.db, fromId)
     if (source.home_pool_id === poolId) return await fn()
-    const plain = await this.#lock.shared(async () =>
-      (await this.#hasSeveral()) ? null : { value: await fn() },
-    )
+    const plain = await this.#lock.shared(async () => ((await this.#hasSeveral()) ? null : { value: await fn() }))
     if (plain !== null) return plain.value
     return await this.#reclaimer.alone(
       async () =>
@@ -61,7 +59,10 @@ export class Cover {
 
   async #hasSeveral(): Promise<boolean> {
     const { db } = this.#context.catalog
-    return (await db.selectFrom('replicas').select('layer_alias').where('is_primary', '=', false).limit(1).executeTakeFirst()) !== undefined
+    return (
+      (await db.selectFrom('replicas').select('layer_alias').where('is_primary', '=', false).limit(1).executeTakeFirst()) !==
+      undefined
+    )
   }
 }
 
@@ -121,9 +122,7 @@ async function movesFilling(
 }
 
 function requestOf({ jobId, kind, subject, targetPoolId, withSnapshots }: RunningMove): MoveRequest | DrainRequest {
-  return kind === 'drain'
-    ? { jobId, poolId: subject, targetPoolId }
-    : { jobId, volumeId: subject, targetPoolId, withSnapshots }
+  return kind === 'drain' ? { jobId, poolId: subject, targetPoolId } : { jobId, volumeId: subject, targetPoolId, withSnapshots }
 }
 
 /** What resources name, found once. */

@@ -172,9 +172,13 @@ export function requireSealed(needs: Pick<MoveNeeds, 'unsealed'>): void {
       { values },
     )
   }
-  throw new AtollError('RESOURCE_STATUS', `layer ${layer.id} is still written by ${layer.volumeId}: that is not in the target yet`, {
-    values,
-  })
+  throw new AtollError(
+    'RESOURCE_STATUS',
+    `layer ${layer.id} is still written by ${layer.volumeId}: that is not in the target yet`,
+    {
+      values,
+    },
+  )
 }
 
 function strayFileError(layer: LayerPlaces, poolId: string): AtollError {
@@ -223,12 +227,16 @@ export async function fillPieces(
         }
         const fromSlot: number = slot
         const report = await context.fillTurns.run([layer.id], async () => {
-          return await fillRuns(context, { layer, sourcePoolId, targetPoolId, runs }, {
-            fromSlot,
-            maxBytes: leftBytes,
-            maxMilliseconds: Math.max(1, Math.ceil(pieceMsMax - spentMs)),
-            ...(limit === null ? {} : { throttle: limit }),
-          })
+          return await fillRuns(
+            context,
+            { layer, sourcePoolId, targetPoolId, runs },
+            {
+              fromSlot,
+              maxBytes: leftBytes,
+              maxMilliseconds: Math.max(1, Math.ceil(pieceMsMax - spentMs)),
+              ...(limit === null ? {} : { throttle: limit }),
+            },
+          )
         })
         done.copiedBytes += report.copiedBytes
         done.offloadedBytes += report.offloadedBytes

@@ -34,7 +34,10 @@ export interface DrainRequest {
   readonly targetPoolId: string
 }
 
-export type Mover = Pick<ResourceRow, 'id' | 'kind' | 'name' | 'size_bytes' | 'root_word' | 'root_crc' | 'home_pool_id' | 'volume_id' | 'status'>
+export type Mover = Pick<
+  ResourceRow,
+  'id' | 'kind' | 'name' | 'size_bytes' | 'root_word' | 'root_crc' | 'home_pool_id' | 'volume_id' | 'status'
+>
 
 /** A layer and where its bytes are. */
 export interface LayerPlaces {
@@ -105,7 +108,11 @@ export class MoveNeeds {
    * Reads the maps as they are in the catalog now.
    * @throws AtollError VOLUME_NOT_FOUND, LAYER_MISSING; PAGE_MISSING, PAGE_CORRUPT, FORMAT_VERSION for a map that cannot be read
    */
-  static async read(context: MapperContext, request: MoveRequest | DrainRequest, step: () => void = () => undefined): Promise<MoveNeeds> {
+  static async read(
+    context: MapperContext,
+    request: MoveRequest | DrainRequest,
+    step: () => void = () => undefined,
+  ): Promise<MoveNeeds> {
     return await context.pins.run(async () => {
       const { targetPoolId } = request
       const isDrain = !('volumeId' in request)
@@ -125,7 +132,12 @@ export class MoveNeeds {
           if (poolId !== targetPoolId && (!isDrain || poolId === fromPoolId)) continue
           const reach = context.engine.reach()
           groups.byPool.set(poolId, reach)
-          await mark(context, reach, ofPool.filter((row) => !isMover(row)), step)
+          await mark(
+            context,
+            reach,
+            ofPool.filter((row) => !isMover(row)),
+            step,
+          )
         }
         const named = new Set<number>()
         await eachInTurns(groups.movers.layers(), (alias) => named.add(alias))
@@ -134,7 +146,10 @@ export class MoveNeeds {
           if (poolId !== targetPoolId) await eachInTurns(reach.layers(), (alias) => asked.add(alias))
         const found = { layers: [] as NeededLayer[], present: [] as LayerPlaces[], unsealed: [] as LayerPlaces[] }
         const needs = new MoveNeeds({ ...found, fromPoolId, movers, named }, targetPoolId, isDrain, groups)
-        for (const layer of await placedLayers(context, [...asked].toSorted((a, b) => a - b))) {
+        for (const layer of await placedLayers(
+          context,
+          [...asked].toSorted((a, b) => a - b),
+        )) {
           if (layer.state !== 'sealed') {
             if (named.has(layer.alias) && completeIn(layer, targetPoolId) === undefined) found.unsealed.push(layer)
             continue
@@ -221,8 +236,7 @@ export function completeIn(layer: LayerPlaces, poolId: string): string | undefin
 /** The pool where a resource of this home reads the layer. @throws AtollError LAYER_MISSING */
 export function readIn(layer: LayerPlaces, homePoolId: string): string {
   const found =
-    completeIn(layer, homePoolId) ??
-    layer.replicas.find((replica) => replica.isPrimary && replica.state === 'complete')?.poolId
+    completeIn(layer, homePoolId) ?? layer.replicas.find((replica) => replica.isPrimary && replica.state === 'complete')?.poolId
   if (found !== undefined) return found
   throw new AtollError('LAYER_MISSING', `layer ${layer.id} (alias ${layer.alias}) has no complete replica that could be read`, {
     values: { layerId: layer.id, alias: layer.alias },

@@ -46,9 +46,13 @@ export async function planMove(context: MapperContext, request: MoveRequest | Dr
   const needs = await MoveNeeds.read(context, request)
   try {
     if ('volumeId' in request && (await isNeedless(context, request, needs))) {
-      throw new AtollError('MOVE_NEEDLESS', `everything of volume ${request.volumeId} that is to be moved is in that pool already`, {
-        values: { volumeId: request.volumeId, poolId: request.targetPoolId },
-      })
+      throw new AtollError(
+        'MOVE_NEEDLESS',
+        `everything of volume ${request.volumeId} that is to be moved is in that pool already`,
+        {
+          values: { volumeId: request.volumeId, poolId: request.targetPoolId },
+        },
+      )
     }
     const plan = await describe(context, needs, target)
     if (plan.bytesToCopy > plan.targetFreeBytes) {

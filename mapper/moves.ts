@@ -40,7 +40,9 @@ export interface FreezeOptions {
 }
 
 /** What `claim` found. */
-export type Claim = { readonly claimed: true; readonly plan: MovePlan } | { readonly claimed: false; readonly waitsForJobId: string }
+export type Claim =
+  | { readonly claimed: true; readonly plan: MovePlan }
+  | { readonly claimed: false; readonly waitsForJobId: string }
 
 interface Filling {
   readonly needs: MoveNeeds
@@ -161,13 +163,8 @@ export class Moves {
    * Copies the next piece of what was claimed; everything before the cursor that it returns is durable in the target and was read back.
    * @throws AtollError NO_SPACE, IO_ERROR, POOL_UNAVAILABLE, VERIFY_FAILED; the cursor before it still holds
    */
-  async fillNext(
-    request: MoveRequest | DrainRequest,
-    cursor: JsonObject | null,
-    options: FillOptions,
-  ): Promise<FillProgress> {
-    const filling =
-      this.#fillings.get(request.jobId) ?? (await this.#keep(request, await MoveNeeds.read(this.#context, request)))
+  async fillNext(request: MoveRequest | DrainRequest, cursor: JsonObject | null, options: FillOptions): Promise<FillProgress> {
+    const filling = this.#fillings.get(request.jobId) ?? (await this.#keep(request, await MoveNeeds.read(this.#context, request)))
     return await fillPieces(this.#context, request, filling.needs, filling.layers, cursor, options)
   }
 

@@ -33,7 +33,7 @@ export type PoolSettingName = (typeof poolSettingNames)[number]
 /** The value that takes a setting back. */
 export const defaultSetting = 'default'
 
-const defaults = { overcommit: 'unlimited', 'low-space': '10%', draining: 'no' } as const
+const defaults = { overcommit: 'unlimited', 'low-space': '10%' } as const
 
 const overcommitMax = 10_000
 
@@ -107,7 +107,7 @@ export function parsePoolSettings(settings: Readonly<Record<string, string>>): P
     overcommit: parseOvercommit(settings['overcommit'] ?? defaults.overcommit),
     lowSpace: parseLowSpace(settings['low-space'] ?? defaults['low-space']),
     reserveBytes: settings['reserve'] === undefined ? null : parseReserve(settings['reserve']),
-    isDraining: parseDraining(settings['draining'] ?? defaults.draining),
+    isDraining: parseDraining(settings['draining'] ?? 'no'),
   }
 }
 
@@ -126,7 +126,7 @@ export function changeSettings(
   return changed
 }
 
-/** The settings of a row with the defaults filled in; what the driver's options decide is left out. */
+/** The settings of a row with the defaults filled in; what the driver's options decide, and what a pool rarely is, is left out. */
 export function shownSettings(settings: Readonly<Record<string, string>>): Record<string, string> {
   return { ...defaults, ...settings }
 }

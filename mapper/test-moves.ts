@@ -13,7 +13,12 @@ export interface MoveTotals {
   freedBytes: number
 }
 
-export async function beginMove(bench: Bench, volumeId: string, targetPoolId: string, withSnapshots = true): Promise<MoveRequest> {
+export async function beginMove(
+  bench: Bench,
+  volumeId: string,
+  targetPoolId: string,
+  withSnapshots = true,
+): Promise<MoveRequest> {
   const jobId = await addJob(bench, 'migrate', volumeId, { targetPoolId, withSnapshots })
   return { jobId, volumeId, targetPoolId, withSnapshots }
 }
