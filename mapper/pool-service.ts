@@ -17,6 +17,7 @@ import { dropFromLinks, namePools, readersOf, readLinks, sourcesOf, type LinkedP
 import { changeSettings, lowSpaceBytes, lowSpaceFindings, parsePoolSettings } from './pool-settings.ts'
 import type { PoolReads } from './pool-reads.ts'
 import { recoverPool, removeCondemned } from './recover.ts'
+import { requireNoMoveOf } from './running-moves.ts'
 import { takeOverRefused } from './take-over.ts'
 import type { Usage } from './usage.ts'
 
@@ -229,12 +230,13 @@ export class PoolService {
 
   /**
    * Deletes an empty pool for good.
-   * @throws AtollError POOL_NOT_FOUND, POOL_NOT_EMPTY naming how much lies in it and who reads from it, POOL_UNAVAILABLE
+   * @throws AtollError POOL_NOT_FOUND, MOVE_RUNNING, POOL_NOT_EMPTY naming how much lies in it and who reads from it, POOL_UNAVAILABLE
    */
   async delete(id: string): Promise<void> {
     const { catalog, exporter, layers, locks, pools } = this.#context
     await locks.run([id], async () => {
       const row = await this.get(id)
+      await requireNoMoveOf(catalog.db, row, { what: 'it is not deleted' })
       const handle = pools.leave(id)
       try {
         await this.#requireEmpty(row)

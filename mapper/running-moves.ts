@@ -40,16 +40,17 @@ export async function runningMoves(tx: CatalogTransaction): Promise<RunningMove[
 }
 
 /**
- * Refuses what must not happen to a volume while it is being moved, or its home drained.
+ * Refuses what must not happen to a volume while it is being moved (`orDrained`: or while its home is).
  * @throws AtollError MOVE_RUNNING naming the job
  */
 export async function requireNotMoving(
   tx: CatalogTransaction,
   volume: Pick<ResourceRow, 'id' | 'name' | 'home_pool_id'>,
-  { what, exceptJobId }: { what: string; exceptJobId?: string },
+  { what, exceptJobId, orDrained = false }: { what: string; exceptJobId?: string; orDrained?: boolean },
 ): Promise<void> {
   const move = (await runningMoves(tx)).find(
-    ({ jobId, kind, subject }) => jobId !== exceptJobId && subject === (kind === drainKindName ? volume.home_pool_id : volume.id),
+    ({ jobId, kind, subject }) =>
+      jobId !== exceptJobId && (kind === drainKindName ? orDrained && subject === volume.home_pool_id : subject === volume.id),
   )
   if (move === undefined) return
   throw moveRunningError(move, `volume "${volume.name}" is being moved`, what)

@@ -60,3 +60,14 @@ export function subtractRuns(a: Float64Array, b: Float64Array): Float64Array {
   }
   return Float64Array.from(out)
 }
+
+/** What lies before `endSlot`. */
+export function clipRuns(runs: Float64Array, endSlot: number): Float64Array {
+  const out: number[] = []
+  for (let at = 0; at < runs.length; at += 3) {
+    const start = runs[at] as number
+    if (start >= endSlot) break
+    out.push(start, Math.min(runs[at + 1] as number, endSlot - start), runs[at + 2] as number)
+  }
+  return Float64Array.from(out)
+}
