@@ -112,7 +112,9 @@ async function movesFilling(
   layer: LayerPlaces,
   { poolId, readPoolId }: { poolId: string; readPoolId: string },
 ): Promise<RunningMove[]> {
-  const marks = layer.replicas.filter((replica) => replica.fillingJob !== null && replica.poolId !== readPoolId)
+  const marks = layer.replicas.filter(
+    (replica) => replica.fillingJob !== null && replica.state !== 'condemned' && replica.poolId !== readPoolId,
+  )
   if (marks.length === 0) return []
   return (await runningMoves(context.catalog.db)).filter((move) => {
     const mark = marks.find((replica) => replica.fillingJob === move.jobId)

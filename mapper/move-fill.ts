@@ -80,6 +80,7 @@ export async function claimLayers(
       .where('layer_alias', 'in', aliases)
       .where('filling_job', 'is not', null)
       .where('filling_job', '!=', marker)
+      .where('state', '!=', 'condemned')
       .limit(1)
       .executeTakeFirst()
     if (other?.filling_job !== undefined && other.filling_job !== null) return { waitsForJobId: other.filling_job }
@@ -140,7 +141,9 @@ async function makeFiles(context: MapperContext, poolId: string, marker: string)
 }
 
 export function isMarked(layer: LayerPlaces, poolId: string, marker: string): boolean {
-  return layer.replicas.some((replica) => replica.poolId === poolId && replica.fillingJob === marker)
+  return layer.replicas.some(
+    (replica) => replica.poolId === poolId && replica.fillingJob === marker && replica.state !== 'condemned',
+  )
 }
 
 /** The needs of a move, once layers that only wait to be sealed are, and what earlier moves left in the target is gone. */
@@ -298,13 +301,10 @@ export async function releaseLayers(context: MapperContext, markers: readonly st
   const aliases = await catalog.write(
     async (tx) => {
       const rows = await tx.selectFrom('replicas').select('layer_alias').where('filling_job', 'in', markers).execute()
-      await tx
-        .updateTable('replicas')
-        .set({ state: 'condemned', filling_job: null })
-        .where('filling_job', 'in', markers)
-        .where('state', '=', 'filling')
-        .execute()
-      await tx.updateTable('replicas').set({ filling_job: null }).where('filling_job', 'in', markers).execute()
+      const marked = tx.updateTable('replicas').where('filling_job', 'in', markers)
+      // The mark stays on what was never complete: nobody can have read it.
+      await marked.set({ state: 'condemned' }).where('state', '=', 'filling').execute()
+      await marked.set({ filling_job: null }).where('state', '=', 'complete').execute()
       return rows.map((row) => row.layer_alias)
     },
     { emergency: true },

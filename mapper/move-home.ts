@@ -112,6 +112,7 @@ async function completeFilled(tx: CatalogTransaction, markers: readonly string[]
     .updateTable('replicas')
     .set({ state: 'complete', filling_job: null })
     .where('filling_job', 'in', markers)
+    .where('state', '!=', 'condemned')
     .returning('layer_alias')
     .execute()
   return rows.map((row) => row.layer_alias)

@@ -4,6 +4,7 @@ import { Bench, bytes, slot } from './test-bench.ts'
 
 const MiB = 1 << 20
 const slotCount = MiB / slot
+const phases: Phase[] = ['freeze', 'claim', 'fill', 'home', 'drop']
 let bench: Bench
 afterEach(async () => await bench.close())
 
@@ -31,44 +32,46 @@ async function family(contents: Contents) {
 }
 
 describe('moving a volume', () => {
-  it.each([false, true])(
-    'takes it and its snapshots to the target while they are in use; clones stay (from files: %s)',
-    async (files) => {
-      for (const backwards of [false, true]) {
-        bench = await Bench.open({ pools: 2, files })
-        const [first = '', second = ''] = bench.poolIds
-        const contents = new Contents(bench)
-        const { volume, snapshots, clones } = await family(contents)
-        if (backwards) await runMove(bench, await beginMove(bench, volume, second))
-        const to = backwards ? first : second
-        await bench.mapper.open(snapshots[1] ?? '', { holder: 'test', readOnly: true })
-        let value = 100
-        const totals = await runMove(bench, await beginMove(bench, volume, to), async (phase) => {
-          await contents.write(volume, value % slotCount, value)
-          await contents.write(volume, 0, value)
-          await contents.write(clones[1] ?? '', 1, value)
-          value += 1
-          if (phase === 'home') {
-            const { id } = await bench.snapshot(volume, 'late')
-            contents.copy(volume, id)
-            snapshots.push(id)
-          }
-          expect(await contents.difference(slotCount), phase).toBeNull()
-        })
-        expect(await contents.difference(slotCount)).toBeNull()
-        for (const id of [volume, ...snapshots]) expect(await poolsOf(bench, id)).toEqual([to])
-        expect((await bench.row(clones[0] ?? '')).home_pool_id).toBe(first)
-        expect(totals.copiedBytes + totals.offloadedBytes).toBeGreaterThan(0)
-        expect(totals.freedBytes).toBeGreaterThan(0)
-        await bench.mapper.reclaim(null)
-        await bench.kill()
-        expect(await contents.difference(slotCount)).toBeNull()
-        await bench.mapper.reclaim(null)
-        expect(await contents.difference(slotCount)).toBeNull()
-        if (!backwards) await bench.close()
-      }
-    },
-  )
+  it.each([
+    ['there', false],
+    ['there', true],
+    ['back', false],
+    ['back', true],
+  ])('takes it and its snapshots %s while they are in use; clones stay (files: %s)', async (direction, files) => {
+    bench = await Bench.open({ pools: 2, files })
+    const [first = '', second = ''] = bench.poolIds
+    const contents = new Contents(bench)
+    const { volume, snapshots, clones } = await family(contents)
+    if (direction === 'back') await runMove(bench, await beginMove(bench, volume, second))
+    const target = direction === 'back' ? first : second
+    await bench.mapper.open(snapshots[1] ?? '', { holder: 'test', readOnly: true })
+    let value = 100
+    const totals = await runMove(bench, await beginMove(bench, volume, target), async (phase) => {
+      await contents.write(volume, value % slotCount, value)
+      await contents.write(volume, 0, value)
+      await contents.write(clones[1] ?? '', 1, value)
+      value += 1
+      const { id } = await bench.snapshot(volume, `at ${phase}`)
+      contents.copy(volume, id)
+      snapshots.push(id)
+      const gone = snapshots.splice(3, 1)[0] ?? ''
+      await bench.mapper.deleteResource(gone)
+      contents.drop(gone)
+      expect(await contents.difference(slotCount), phase).toBeNull()
+    })
+    expect(await contents.difference(slotCount)).toBeNull()
+    for (const id of [volume, ...snapshots]) expect(await poolsOf(bench, id)).toEqual([target])
+    expect((await bench.row(clones[0] ?? '')).home_pool_id).toBe(first)
+    expect(await poolsOf(bench, clones[0] ?? '')).toEqual([first])
+    expect(totals.copiedBytes + totals.offloadedBytes).toBeGreaterThan(0)
+    expect(totals.freedBytes).toBeGreaterThan(0)
+    await bench.mapper.reclaim(null)
+    for (const id of [volume, ...clones]) await bench.mapper.opened(id)?.device.flush()
+    await bench.kill()
+    expect(await contents.difference(slotCount)).toBeNull()
+    await bench.mapper.reclaim(null)
+    expect(await contents.difference(slotCount)).toBeNull()
+  })
 
   it('gives the space at the old place back', async () => {
     bench = await Bench.open({ pools: 2 })
@@ -149,62 +152,55 @@ describe('moving a volume', () => {
     expect(await storedBytes(bench, second)).toBe(0)
   })
 
-  it('goes on after the process ended in any phase, from its cursor', async () => {
-    const phases: Phase[] = ['freeze', 'claim', 'fill', 'home', 'drop']
-    for (const killAt of phases) {
-      bench = await Bench.open({ pools: 2 })
-      const [, second = ''] = bench.poolIds
-      const contents = new Contents(bench)
-      const { volume, snapshots, clones } = await family(contents)
-      let killed = false
-      await runMove(bench, await beginMove(bench, volume, second), async (phase) => {
-        if (killed || phase !== killAt) return
-        killed = true
-        for (const id of [volume, ...clones]) await bench.mapper.opened(id)?.device.flush()
-        await bench.kill()
-        await bench.attach(volume)
-        await contents.write(volume, 17, 77)
-        await bench.mapper.reclaim(null)
-        expect(await contents.difference(slotCount), killAt).toBeNull()
-      })
-      expect(await contents.difference(slotCount), killAt).toBeNull()
-      for (const id of [volume, ...snapshots]) expect(await poolsOf(bench, id)).toEqual([second])
-      if (killAt !== phases.at(-1)) await bench.close()
-    }
-  })
-
-  it('can be given up in any phase, begun again and finished, and taken back', async () => {
-    const phases: Phase[] = ['freeze', 'claim', 'fill', 'home', 'drop']
-    for (const cancelAt of phases) {
-      bench = await Bench.open({ pools: 2 })
-      const [first = '', second = ''] = bench.poolIds
-      const contents = new Contents(bench)
-      const { volume } = await family(contents)
-      const request = await beginMove(bench, volume, second)
-      const cancelled = runMove(bench, request, async (phase) => {
-        if (phase === cancelAt) throw new Error('cancelled')
-      })
-      await expect(cancelled).rejects.toThrow('cancelled')
-      await bench.mapper.moves.release(request)
-      await endMove(bench, request, 'cancelled')
-      await contents.write(volume, 5, 55)
-      expect(await contents.difference(slotCount), cancelAt).toBeNull()
-      const isMoved = cancelAt === 'drop'
-      expect((await bench.row(volume)).home_pool_id).toBe(isMoved ? second : first)
-      const filling = await bench.inner.db.selectFrom('replicas').selectAll().where('filling_job', 'is not', null).execute()
-      expect(filling).toEqual([])
-      await bench.mapper.reclaim(null)
-      expect(await contents.difference(slotCount), cancelAt).toBeNull()
+  it.each(phases)('goes on after the process ended before: %s', async (killAt) => {
+    bench = await Bench.open({ pools: 2 })
+    const [, second = ''] = bench.poolIds
+    const contents = new Contents(bench)
+    const { volume, snapshots, clones } = await family(contents)
+    let killed = false
+    await runMove(bench, await beginMove(bench, volume, second), async (phase) => {
+      if (killed || phase !== killAt) return
+      killed = true
+      for (const id of [volume, ...clones]) await bench.mapper.opened(id)?.device.flush()
       await bench.kill()
       await bench.attach(volume)
-      if (!isMoved) await runMove(bench, await beginMove(bench, volume, second))
-      expect(await contents.difference(slotCount), cancelAt).toBeNull()
-      await runMove(bench, await beginMove(bench, volume, first))
+      await contents.write(volume, 17, 77)
       await bench.mapper.reclaim(null)
-      expect(await contents.difference(slotCount), cancelAt).toBeNull()
-      expect(await storedBytes(bench, second), cancelAt).toBe(0)
-      if (cancelAt !== phases.at(-1)) await bench.close()
-    }
+      expect(await contents.difference(slotCount)).toBeNull()
+    })
+    expect(await contents.difference(slotCount)).toBeNull()
+    for (const id of [volume, ...snapshots]) expect(await poolsOf(bench, id)).toEqual([second])
+  })
+
+  it.each(phases)('can be given up before: %s, begun again and finished, and taken back', async (cancelAt) => {
+    bench = await Bench.open({ pools: 2 })
+    const [first = '', second = ''] = bench.poolIds
+    const contents = new Contents(bench)
+    const { volume, clones } = await family(contents)
+    const request = await beginMove(bench, volume, second)
+    const cancelled = runMove(bench, request, async (phase) => {
+      if (phase === cancelAt) throw new Error('cancelled')
+    })
+    await expect(cancelled).rejects.toThrow('cancelled')
+    await bench.mapper.moves.release(request)
+    await endMove(bench, request, 'cancelled')
+    await contents.write(volume, 5, 55)
+    expect(await contents.difference(slotCount)).toBeNull()
+    const isMoved = cancelAt === 'drop'
+    expect((await bench.row(volume)).home_pool_id).toBe(isMoved ? second : first)
+    const marked = await bench.inner.db.selectFrom('replicas').selectAll().where('filling_job', 'is not', null).execute()
+    expect(marked).toEqual([])
+    await bench.mapper.reclaim(null)
+    expect(await contents.difference(slotCount)).toBeNull()
+    for (const id of [volume, ...clones]) await bench.mapper.opened(id)?.device.flush()
+    await bench.kill()
+    await bench.attach(volume)
+    if (!isMoved) await runMove(bench, await beginMove(bench, volume, second))
+    expect(await contents.difference(slotCount)).toBeNull()
+    await runMove(bench, await beginMove(bench, volume, first))
+    await bench.mapper.reclaim(null)
+    expect(await contents.difference(slotCount)).toBeNull()
+    expect(await storedBytes(bench, second)).toBe(0)
   })
 
   it('fails as a whole where the target is full or does not answer, and goes on when it does again', async () => {

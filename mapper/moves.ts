@@ -124,7 +124,7 @@ export class Moves {
       const needs = await settledNeeds(context, request, () => undefined)
       let isKept = false
       try {
-        if (!(await this.#hasClaimed(request.jobId))) {
+        if ((await this.#claimedBy(request.jobId)).size === 0) {
           const conflict = await claimLayers(context, request, needs, request.jobId)
           if (conflict !== null) return { claimed: false, ...conflict }
         }
@@ -138,17 +138,19 @@ export class Moves {
     })
   }
 
-  async #hasClaimed(jobId: string): Promise<boolean> {
-    const { db } = this.#context.catalog
-    const row = await db.selectFrom('replicas').select('layer_alias').where('filling_job', '=', jobId).executeTakeFirst()
-    return row !== undefined
+  async #claimedBy(jobId: string): Promise<Set<number>> {
+    const rows = await this.#context.catalog.db
+      .selectFrom('replicas')
+      .select('layer_alias')
+      .where('filling_job', '=', jobId)
+      .where('state', '!=', 'condemned')
+      .execute()
+    return new Set(rows.map((row) => row.layer_alias))
   }
 
   /** Only what the job has claimed is the cursor's: see move-fill.ts. */
   async #keep(request: MoveRequest | DrainRequest, needs: MoveNeeds): Promise<Filling> {
-    const { db } = this.#context.catalog
-    const rows = await db.selectFrom('replicas').select('layer_alias').where('filling_job', '=', request.jobId).execute()
-    const claimed = new Set(rows.map((row) => row.layer_alias))
+    const claimed = await this.#claimedBy(request.jobId)
     const filling = { needs, layers: needs.layers.filter(({ layer }) => claimed.has(layer.alias)) }
     this.#fillings.set(request.jobId, filling)
     return filling
