@@ -253,6 +253,7 @@ async function applyOne(context: MapperContext, part: PreparedCheckpoint, export
   }
   if (spare === null) return
   const closed = volume.active
+  volume.layers.add(closed.alias)
   volume.active = volume.next
   volume.next = spare
   volume.swapUncommitted = false

@@ -811,6 +811,11 @@ export async function notePages(tx: CatalogTransaction, poolId: string, firstPag
     .execute()
 }
 
+/** Notes that the pages of a resource's map are in none of the records of `poolId`, its home from now on. Inside a write. */
+export async function noteTree(tx: CatalogTransaction, poolId: string, resourceId: string): Promise<void> {
+  await tx.insertInto('export_changes').values({ table_name: 'tree', row_key: resourceId, pool_id: poolId }).execute()
+}
+
 /**
  * Notes that the map of a resource of `poolId` came from the pool `sourceId`: its pages are in none of its own pool's records, and
  * its layers are there. Inside the write that makes it.
@@ -821,7 +826,7 @@ export async function noteForeignTree(
   resourceId: string,
   sourceId: string,
 ): Promise<void> {
-  await tx.insertInto('export_changes').values({ table_name: 'tree', row_key: resourceId, pool_id: poolId }).execute()
+  await noteTree(tx, poolId, resourceId)
   await addLink(tx, poolId, sourceId)
 }
 

@@ -22,6 +22,7 @@ import { adminProject, assert, AtollError, type CatalogTransaction, type LayerSt
 import type { LayerRef } from '@atoll/native'
 import type { MapperContext } from './context.ts'
 import type { LayerName, PlacedLayer } from './open-table.ts'
+import { parsePoolSettings } from './pool-settings.ts'
 
 /** Spares that are kept ready in every pool, so that create, clone and snapshot make no file on their path. */
 export const sparesPerPool = 8
@@ -324,12 +325,20 @@ export class Layers {
     this.#refilling.set(poolId, promise)
     this.#context.background.start(`making spare layers in pool ${poolId}`, async () => {
       try {
+        if (await this.#isDraining(poolId)) return
         for (const spare of await this.#make(poolId, missing)) this.giveBack(spare)
       } finally {
         this.#refilling.delete(poolId)
         resolve()
       }
     })
+  }
+
+  /** Nothing is kept ready where nothing new is made; what volumes there still need is made when they need it. */
+  async #isDraining(poolId: string): Promise<boolean> {
+    const { db } = this.#context.catalog
+    const row = await db.selectFrom('pools').select('settings').where('id', '=', poolId).executeTakeFirst()
+    return row !== undefined && parsePoolSettings(row.settings).isDraining
   }
 
   async #make(poolId: string, count: number): Promise<Spare[]> {

@@ -36,12 +36,14 @@ export interface OpenVolume {
   readonly kind: 'writable'
   readonly id: string
   readonly projectId: string
-  /** Its home. */
-  readonly poolId: string
+  /** Its home; changed by a move. */
+  poolId: string
   /** The pool that it writes into, that of the active layer: the home unless it is being moved, or was in part. */
   readonly writePoolId: string
   readonly device: Device
   readonly report: OpenReport
+  /** Aliases of the layers that the device knows, but for the active and the next one. */
+  readonly layers: Set<number>
   /** Epoch of our lease: guards every transaction (I1). */
   readonly epoch: number
   readonly onEvent: (event: OpenEvent) => void
@@ -67,10 +69,12 @@ export interface OpenVolume {
 export interface OpenReader {
   readonly kind: 'read-only'
   readonly id: string
-  /** Its home. */
-  readonly poolId: string
+  /** Its home; changed by a move. */
+  poolId: string
   readonly device: Device
   readonly report: OpenReport
+  /** Aliases of the layers that the device knows. */
+  readonly layers: ReadonlySet<number>
   readonly sizeBytes: number
 }
 
@@ -87,6 +91,23 @@ export class OpenTable {
   readonly #failures = new Map<string, AtollError>()
   /** Volumes of which this process has seen that their journal and the catalog belong together. */
   readonly #compared = new Set<string>()
+  /** What is being opened, and may have asked already where its layers are. */
+  readonly #opening = new Set<string>()
+
+  /** Runs `fn`, which opens the resource. */
+  async opening<T>(id: string, fn: () => Promise<T>): Promise<T> {
+    this.#opening.add(id)
+    try {
+      return await fn()
+    } finally {
+      this.#opening.delete(id)
+    }
+  }
+
+  /** Everything that is open or being opened. */
+  idsAlsoOpening(): string[] {
+    return [...new Set([...this.#entries.keys(), ...this.#opening])]
+  }
 
   get(id: string): OpenEntry | undefined {
     return this.#entries.get(id)

@@ -56,9 +56,10 @@ export async function openLocked(context: MapperContext, resource: ResourceRow, 
   context.open.requireClosed(resource.id)
   try {
     context.olderCatalog.requireNewest(resource)
-    if (!options.readOnly) return await openWritable(context, resource, options)
+    const { open } = context
+    if (!options.readOnly) return await open.opening(resource.id, async () => await openWritable(context, resource, options))
     if (resource.kind === 'volume') await settleLocked(context, resource.id)
-    return await openReader(context, resource.id, options)
+    return await open.opening(resource.id, async () => await openReader(context, resource.id, options))
   } catch (error) {
     const why = await whyElsewhere(context, resource, error)
     const failure = aboutResource(error, resource.id, `the ${resource.kind} "${resource.name}" cannot be opened${why}`)
@@ -135,6 +136,7 @@ async function openWritable(context: MapperContext, resource: ResourceRow, optio
       },
       device: opened.device,
       report: opened.report,
+      layers: new Set(layers.map((layer) => layer.alias)),
       epoch: lease.epoch,
       onEvent: options.onEvent ?? (() => undefined),
       sizeBytes: row.size_bytes,
@@ -247,6 +249,7 @@ async function openReader(context: MapperContext, resourceId: string, options: O
     poolId: row.home_pool_id,
     device,
     report,
+    layers: new Set(layers.map((layer) => layer.alias)),
     sizeBytes: row.size_bytes,
   }
   context.open.add(reader)

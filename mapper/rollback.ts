@@ -12,11 +12,13 @@
 import { assert, AtollError, type ResourceRow } from '@atoll/core'
 import type { MapperContext } from './context.ts'
 import { isDirty } from './lease.ts'
+import { noteForeignTree } from './exporter.ts'
 import { inUseError, requireAvailable, requireKind, requireVolumeRow } from './rows.ts'
+import { requireNotMoving } from './running-moves.ts'
 
 /**
  * Makes the content and the size of a volume those of a snapshot of it; durable on return. Later snapshots stay.
- * @throws AtollError VOLUME_NOT_FOUND, SNAPSHOT_NOT_FOUND, SNAPSHOT_MISMATCH, VOLUME_IN_USE if it is open, RESOURCE_STATUS, POOL_UNAVAILABLE, NO_SPACE
+ * @throws AtollError VOLUME_NOT_FOUND, SNAPSHOT_NOT_FOUND, SNAPSHOT_MISMATCH, VOLUME_IN_USE if it is open, MOVE_RUNNING, RESOURCE_STATUS, POOL_UNAVAILABLE, NO_SPACE
  */
 export async function rollback(context: MapperContext, volumeId: string, snapshotId: string): Promise<ResourceRow> {
   return await context.locks.run([volumeId, snapshotId], async () => {
@@ -30,9 +32,11 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
     const [old] = await layers.homesIfKnown([oldAlias], volume.home_pool_id)
     const [spare] = await layers.take([old?.poolId ?? volume.home_pool_id])
     assert(spare !== undefined, 'no spare was given')
+    let snapshotHome = volume.home_pool_id
     try {
       const row = await catalog.write(async (tx) => {
         const snapshot = await requireKind(tx, snapshotId, 'snapshot')
+        snapshotHome = snapshot.home_pool_id
         requireAvailable(snapshot)
         context.olderCatalog.requireNewest(snapshot)
         if (snapshot.volume_id !== volumeId) {
@@ -44,6 +48,9 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
             },
           )
         }
+        await requireNotMoving(tx, volume, { what: 'it is not rolled back' })
+        const { home_pool_id: homePoolId } = volume
+        if (snapshot.home_pool_id !== homePoolId) await noteForeignTree(tx, homePoolId, volumeId, snapshot.home_pool_id)
         const present = await requireVolumeRow(tx, volumeId)
         const epoch = present.epoch + 1
         // What a newer state of the catalog has written is none of this content either.
@@ -79,7 +86,7 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
       context.open.forget(volumeId)
       context.olderCatalog.forget(volume)
       // Before the lock is let go: nobody writes into an active layer that the export does not name.
-      await context.exporter.flushed([row.home_pool_id, spare.poolId])
+      await context.exporter.flushed([row.home_pool_id, spare.poolId, snapshotHome])
       return row
     } catch (error) {
       layers.giveBack(spare)

@@ -40,7 +40,7 @@ export interface SharedRoot {
   readonly sizeBytes: number
 }
 
-interface ClosedVolume {
+export interface ClosedVolume {
   readonly row: ResourceRow
   readonly volume: VolumeRow
   readonly active: PlacedLayer
@@ -145,7 +145,8 @@ function withSpare(context: MapperContext, part: ClosedVolume, spare: Spare): Cl
   return part
 }
 
-async function swap(
+/** Swaps the volumes onto their next layers, all at one point in time; if that fails, the spares are given back. Returns the pause in ms. */
+export async function swap(
   context: MapperContext,
   parts: readonly { volume: OpenVolume; spare: Spare }[],
   deadlineMs: number,
@@ -202,7 +203,7 @@ async function shareClosed(context: MapperContext, tx: CatalogTransaction, part:
 }
 
 /** As after a swap: a layer that cannot be sealed now stays `closing` until the next start. */
-async function sealReplaced(context: MapperContext, { row, volume, active, spare }: ClosedVolume): Promise<void> {
+export async function sealReplaced(context: MapperContext, { row, volume, active, spare }: ClosedVolume): Promise<void> {
   if (spare === null) return
   try {
     const seal = { volumeId: row.id, epoch: volume.epoch, finalLsn: volume.map_lsn, successor: spare.id }
