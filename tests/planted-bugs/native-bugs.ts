@@ -363,7 +363,13 @@ export const nativeBugs: PlantedBug[] = [
   },
   {
     name: 'a daemon that was shut out answers a flush that has nothing to write',
-    edits: [{ file: 'native/engine/src/device/flush.rs', find: '            active.spec.store.prove_held()?;\n', replace: '' }],
+    edits: [
+      {
+        file: 'native/engine/src/device/flush.rs',
+        find: 'Device::prove_stores(&written, proved, |store| store.is_fenceable)?;',
+        replace: 'let _ = (&written, proved);',
+      },
+    ],
     tests: ['-p', 'atoll-engine', 'nbd::tests::begun'],
   },
 ]
