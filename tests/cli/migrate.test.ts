@@ -114,9 +114,9 @@ describe('atoll migrate', () => {
 
   test('goes as slowly as it is told; the limit is changed while it runs; meanwhile the volume says so and is not deleted', async () => {
     makeVolume('slow')
-    const { job } = home.json<Started>('migrate', 'slow', '--to', 'other', '--limit', '64K')
+    const { job } = home.json<Started>('migrate', 'slow', '--to', 'other', '--limit', '8K')
     const id = job?.id ?? ''
-    expect(job?.params.limitBytesPerSecond).toBe(65_536)
+    expect(job?.params.limitBytesPerSecond).toBe(8192)
     expect(show('slow').move).toMatchObject({ jobId: id, to: 'other' })
     expect(home.cli('volume', 'show', 'slow')).toMatch(new RegExp(`^moving: +to other, .*${id}`, 'm'))
     expect(home.cli('volume', 'list')).toContain('slow')
@@ -129,7 +129,7 @@ describe('atoll migrate', () => {
     expect(home.fail('pool', 'delete', 'other')).toBe('MOVE_RUNNING')
     expect(home.fail('pool', 'drain', 'other', '--to', 'third')).toBe('MOVE_RUNNING')
     await expect.poll(() => home.cli('job', 'show', id)).toMatch(/^details: +phase fill, copied /m)
-    expect(home.cli('job', 'show', id)).toMatch(/^limit: +at most 64 KiB\/s$/m)
+    expect(home.cli('job', 'show', id)).toMatch(/^limit: +at most 8 KiB\/s$/m)
     expect(show('slow').readsFrom).not.toEqual([])
     expect(home.cli('job', 'pause', id)).toBe(`${id} paused`)
     expect(show('slow').move).toMatchObject({ state: 'paused' })
@@ -145,7 +145,7 @@ describe('atoll migrate', () => {
   test('that is cancelled leaves nothing in the target but what was written since, and may be done again', async () => {
     makeVolume('cancelled')
     const before = home.json<Pool>('pool', 'show', 'third').storedBytes
-    const { job } = home.json<Started>('migrate', 'cancelled', '--to', 'third', '--limit', '64K')
+    const { job } = home.json<Started>('migrate', 'cancelled', '--to', 'third', '--limit', '8K')
     await expect.poll(() => home.cli('job', 'show', job?.id ?? '')).toMatch(/phase fill/)
     expect(home.cli('job', 'cancel', job?.id ?? '')).toBe(`${job?.id} cancelled`)
     expect(show('cancelled')).toMatchObject({ pool: 'default', move: null })
@@ -179,7 +179,7 @@ describe('atoll pool drain', () => {
     const { plan } = home.json<Started>('pool', 'drain', 'old', '--to', 'third', '--dry-run')
     expect(plan.bytesToCopy + plan.bytesToOffload).toBe(content.length)
     expect(plan.resources.map(({ name }) => name).toSorted()).toEqual(['first', 'golden', 'second'])
-    const { job } = home.json<Started>('pool', 'drain', 'old', '--to', 'third', '--limit', '64K')
+    const { job } = home.json<Started>('pool', 'drain', 'old', '--to', 'third', '--limit', '8K')
     expect(home.json<Pool>('pool', 'show', 'old').draining).toMatchObject({ jobId: job?.id, to: 'third' })
     expect(home.cli('pool', 'list')).toMatch(/^old +file +draining/m)
     expect(home.cli('pool', 'show', 'old')).toMatch(/^draining: +to third/m)
