@@ -83,6 +83,12 @@ export const errorCatalogue = {
     'The lease of the volume was taken over: this daemon must not write it any more.',
     'Look for another daemon on the same catalog, then attach again.',
   ),
+  MOVE_RUNNING: entry(
+    409,
+    'A job is moving the volume into another pool, or draining the pool.',
+    'Wait for the job that the message names, or cancel it with `atoll job cancel ID`.',
+  ),
+  MOVE_NEEDLESS: entry(409, 'Everything that is to be moved is in the target pool already.', 'Nothing has to be done.'),
   JOB_STATE: entry(409, 'The job is in a state in which this cannot be done.', 'Look at `atoll job show`.'),
   JOB_CANCELLED: entry(409, 'The job was cancelled.', 'Start it again if it is still wanted.'),
 
@@ -242,6 +248,11 @@ export const errorCatalogue = {
     'The volumes of the pool would have more bytes together than its over-commit setting allows.',
     'Delete or shrink volumes, use another pool, or raise the limit with `atoll pool set POOL overcommit=RATIO`.',
   ),
+  POOL_DRAINING: entry(
+    409,
+    'The pool is being emptied, so nothing new is made in it.',
+    'Use another pool; or take it back with `atoll pool set POOL draining=no`, after the job that drains it was cancelled.',
+  ),
   POOL_UNSUPPORTED: entry(400, "The pool's backend cannot do this.", 'Use a pool whose capabilities include it.'),
   STORE_LOCKED: entry(409, 'Another process holds the lock of the directory.', 'Stop the process that the message names.', true),
   NO_SPACE: entry(507, 'The backend is full.', 'Delete something and reclaim, or make the backend larger.', true),
@@ -324,6 +335,12 @@ export const errorCatalogue = {
     409,
     'Space was to be freed for a shrink that was not committed.',
     'This is a defect: report it with the log.',
+  ),
+  VERIFY_FAILED: entry(
+    500,
+    'What was copied into a pool is not what the pool returns when it is read back. Nobody reads the copy.',
+    'Look at the disks, the memory and the network of the machines involved, then start the copy again.',
+    true,
   ),
   SOURCE_CHANGED: entry(
     409,

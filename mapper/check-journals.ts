@@ -32,7 +32,7 @@ async function checkVolumeJournal(check: CheckContext, volume: VolumeRow): Promi
   let waiting = 0
   try {
     for (const alias of [volume.active_alias, ...(volume.next_alias === null ? [] : [volume.next_alias])]) {
-      const [home] = await mapper.layers.homes([alias])
+      const [home] = await mapper.layers.homes([alias], state.resourcesById.get(volume.id)?.home_pool_id ?? '')
       const pool = home === undefined ? undefined : mapper.pools.find(home.poolId)
       // What keeps the pool closed, or the row of the layer away, is told elsewhere.
       if (home === undefined || pool === undefined) return

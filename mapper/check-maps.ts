@@ -213,8 +213,9 @@ function namedLayerFound({ mapper, state, reclaimer }: CheckContext, alias: numb
 
 /** Nothing removes condemned layers meanwhile. */
 async function keepCondemned(mapper: CheckContext['mapper'], layer: LayerRow): Promise<string | null> {
-  const ref = await mapper.layers.ref(layer)
-  if (!(await ref.store.layerExists(layer.id))) return null
+  const replicas = (await mapper.layers.replicasOf([layer.alias])).get(layer.alias) ?? []
+  const primary = replicas.find((replica) => replica.state === 'complete')
+  if (primary === undefined || !(await mapper.pools.handle(primary.pool_id).layerExists(layer.id))) return null
   return await mapper.catalog.write(async (tx) => {
     await mapper.layers.move(tx, layer.alias, ['condemned'], 'sealed')
     return 'the layer is kept'

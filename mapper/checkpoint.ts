@@ -22,7 +22,7 @@ import { assert, isAtollError, type CatalogTransaction } from '@atoll/core'
 import type { Checkpoint } from '@atoll/native'
 import type { MapperContext } from './context.ts'
 import type { Spare } from './layers.ts'
-import type { LayerName, OpenVolume } from './open-table.ts'
+import { type LayerName, type OpenVolume, poolsOf } from './open-table.ts'
 import { notePages } from './exporter.ts'
 import { reservedPagesMax } from './page-ids.ts'
 import { leaseLostError } from './rows.ts'
@@ -58,7 +58,8 @@ export async function checkpointLocked(
   const emergency = options.emergency ?? false
   let changed = false
   if (volume.swapUncommitted) {
-    const [spare] = await context.layers.take([volume.poolId])
+    // Where the layer lies that is the active one afterwards.
+    const [spare] = await context.layers.take([volume.next.poolId])
     assert(spare !== undefined, 'no spare')
     changed = await checkpointOnce(context, volume, spare, emergency)
   }
@@ -155,13 +156,13 @@ export async function abortCheckpoints(context: MapperContext, parts: readonly P
  * Commits prepared checkpoints, exports them and tells the devices.
  * @throws what `writeCheckpoints` throws
  */
-async function commitCheckpoints(
+export async function commitCheckpoints(
   context: MapperContext,
   parts: readonly PreparedCheckpoint[],
   options: CommitOptions,
 ): Promise<void> {
   await writeCheckpoints(context, parts, options)
-  const exported = await context.exporter.flushed(parts.map((part) => part.volume.poolId))
+  const exported = await context.exporter.flushed(parts.flatMap((part) => exportsOf(part)))
   await applyCheckpoints(context, parts, exported)
 }
 
@@ -213,6 +214,11 @@ export async function applyCheckpoints(
   exported: boolean,
 ): Promise<void> {
   for (const part of parts) await applyOne(context, part, exported)
+}
+
+/** The pools whose exports must have the checkpoint: also that of the layer which follows. */
+export function exportsOf({ volume, spare }: PreparedCheckpoint): string[] {
+  return [...poolsOf(volume), ...(spare === null ? [] : [spare.poolId])]
 }
 
 function ownReplaced({ volume, staged }: PreparedCheckpoint): number[] {
@@ -268,6 +274,7 @@ async function applyOne(context: MapperContext, part: PreparedCheckpoint, export
   }
   if (spare === null) return
   const closed = volume.active
+  volume.layers.add(closed.alias)
   volume.active = volume.next
   volume.next = spare
   volume.swapUncommitted = false
@@ -292,7 +299,7 @@ async function sealClosed(context: MapperContext, volume: OpenVolume, closed: La
 async function punchBeyond(context: MapperContext, volume: OpenVolume): Promise<void> {
   try {
     // The shrink is in no journal: an export from before it names what lies beyond.
-    if (!(await context.exporter.flushedForPunch(volume.poolId))) {
+    if (!(await context.exporter.flushedForPunch(volume.writePoolId, [volume.poolId]))) {
       volume.orphansPossible = true
       return
     }

@@ -68,7 +68,7 @@ export async function punchOrphansLocked(context: MapperContext, volume: OpenVol
   try {
     if (volume.pendingSizeBytes !== null) await checkpointLocked(context, volume)
     // They may be what a shrink left, which an export from before it still names.
-    if (!(await context.exporter.flushedForPunch(volume.poolId))) return 0
+    if (!(await context.exporter.flushedForPunch(volume.writePoolId, [volume.poolId]))) return 0
     const freedBytes = await volume.device.punchOrphans()
     volume.orphansPossible = false
     return freedBytes

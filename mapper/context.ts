@@ -44,6 +44,8 @@ export interface MapperContext {
   /** What must not be used because this catalog is older than a pool. */
   readonly olderCatalog: OlderCatalog
   readonly locks: KeyedMutex
+  /** By layer: who writes into one of its replicas that is being filled (move-fill.ts). Held for no other lock. */
+  readonly fillTurns: KeyedMutex
   /** Work that nobody waits for (spare layers, deferred deletes, automatic checkpoints); `close` waits for it. */
   readonly background: Background
   /** Asks for a checkpoint of an open volume soon. */

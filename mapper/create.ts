@@ -16,6 +16,7 @@ import type { MapperContext } from './context.ts'
 import { noteForeignTree } from './exporter.ts'
 import type { Spare } from './layers.ts'
 import { overcommitLimit, requireProvisionable, type OvercommitLimit } from './overcommit.ts'
+import { requireNotDraining } from './pool-settings.ts'
 import { rootOf, uniformRoot } from './root.ts'
 import { requireAvailable, requireResource } from './rows.ts'
 import { type SharedRoot, shareVolumes, swapDeadlineMs } from './share.ts'
@@ -196,9 +197,10 @@ export interface NewResource {
   readonly status: 'creating' | 'available'
 }
 
-/** The row of a volume or an image. Inside a write. */
+/** The row of anything but a snapshot. Inside a write. @throws AtollError POOL_DRAINING */
 export async function insertResource(context: MapperContext, tx: CatalogTransaction, wanted: NewResource): Promise<ResourceRow> {
   const now = context.clock.nowMs()
+  await requireNotDraining(tx, wanted.poolId)
   return await tx
     .insertInto('resources')
     .values({

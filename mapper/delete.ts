@@ -12,6 +12,7 @@
 import { AtollError, type CatalogTransaction, type ResourceRow } from '@atoll/core'
 import type { MapperContext } from './context.ts'
 import { inUseError, requireResource } from './rows.ts'
+import { requireNotMoving } from './running-moves.ts'
 
 export interface DeleteOptions {
   /** Default false: a volume that has snapshots is refused. True: they go with it. */
@@ -23,7 +24,8 @@ const namedSnapshotsMax = 10
 
 /**
  * Deletes a volume, a snapshot or an image; durable on return.
- * @throws AtollError RESOURCE_NOT_FOUND, VOLUME_IN_USE, SNAPSHOT_IN_USE, IMAGE_IN_USE, VOLUME_HAS_SNAPSHOTS naming them
+ * @throws AtollError RESOURCE_NOT_FOUND, VOLUME_IN_USE, SNAPSHOT_IN_USE, IMAGE_IN_USE, VOLUME_HAS_SNAPSHOTS naming them,
+ * MOVE_RUNNING
  */
 export async function deleteResource(context: MapperContext, id: string, options: DeleteOptions = {}): Promise<void> {
   for (;;) {
@@ -47,12 +49,15 @@ async function snapshotIds(context: MapperContext, volumeId: string): Promise<st
 /** As `deleteResource`, by who holds the locks of the resource and of its snapshots. */
 export async function deleteLocked(context: MapperContext, row: ResourceRow, options: DeleteOptions): Promise<void> {
   if (context.open.get(row.id) !== undefined) throw inUseError(row, 'detach it first')
+  const pools = new Set([row.home_pool_id])
   const gone = await context.catalog.write(
     async (tx) => {
+      if (row.kind === 'volume') await requireNotMoving(tx, row, { what: 'it is not deleted' })
       // Read here, where no snapshot can be added any more.
       const snapshots = await snapshotsOf(tx, row.id)
       if (snapshots.length > 0 && options.withSnapshots !== true) throw hasSnapshots(row, snapshots)
       for (const snapshot of snapshots) {
+        pools.add(snapshot.home_pool_id)
         if (context.open.get(snapshot.id) !== undefined)
           throw inUseError(snapshot, `detach it before the volume "${row.name}" is deleted with it`)
       }
@@ -65,7 +70,7 @@ export async function deleteLocked(context: MapperContext, row: ResourceRow, opt
     { emergency: true },
   )
   for (const id of gone) context.open.forget(id)
-  await context.exporter.flushed([row.home_pool_id])
+  await context.exporter.flushed(pools)
 }
 
 async function snapshotsOf(tx: CatalogTransaction, volumeId: string): Promise<ResourceRow[]> {

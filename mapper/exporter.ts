@@ -382,11 +382,11 @@ export class Exporter {
     return all
   }
 
-  /** As `flushed`, also for the pools that read from it; false while one of them is not in this catalog. */
-  async flushedForPunch(poolId: string): Promise<boolean> {
+  /** As `flushed`, also for the pools that read from it, and for `also`; false while one of the readers is not in this catalog. */
+  async flushedForPunch(poolId: string, also: Iterable<string> = []): Promise<boolean> {
     const readers = readersOf(await readLinks(this.#context.catalog.db), poolId)
     if (readers.some((pool) => pool.isAbsent)) return false
-    return await this.flushed([poolId, ...readers.map((pool) => pool.id)])
+    return await this.flushed([poolId, ...readers.map((pool) => pool.id), ...also])
   }
 
   /** A flush that begins after the call; callers that wait for the same one share it. */
@@ -827,6 +827,11 @@ export async function notePages(tx: CatalogTransaction, poolId: string, firstPag
     .execute()
 }
 
+/** Notes that the pages of a resource's map are in none of the records of `poolId`, its home from now on. Inside a write. */
+export async function noteTree(tx: CatalogTransaction, poolId: string, resourceId: string): Promise<void> {
+  await tx.insertInto('export_changes').values({ table_name: 'tree', row_key: resourceId, pool_id: poolId }).execute()
+}
+
 /**
  * Notes that the map of a resource of `poolId` came from the pool `sourceId`: its pages are in none of its own pool's records, and
  * its layers are there. Inside the write that makes it.
@@ -837,7 +842,7 @@ export async function noteForeignTree(
   resourceId: string,
   sourceId: string,
 ): Promise<void> {
-  await tx.insertInto('export_changes').values({ table_name: 'tree', row_key: resourceId, pool_id: poolId }).execute()
+  await noteTree(tx, poolId, resourceId)
   await addLink(tx, poolId, sourceId)
 }
 

@@ -77,7 +77,7 @@ export async function beginFile(context: MapperContext, wanted: NewFile): Promis
       epoch: 0,
       map: context.engine.uniformMap(spare.alias),
       mapLsn: 0,
-      layers: await context.layers.refs([spare.alias]),
+      layers: await context.layers.refs([spare.alias], wanted.poolId),
       active: spare.alias,
       next: null,
     })

@@ -1,36 +1,41 @@
 /**
- * Layers: their aliases, making them, the spares that are kept ready, and how their states follow each other.
+ * Layers: their aliases, making them, the spares that are kept ready, how their states follow each other, and in which pools their
+ * bytes are.
  *
  *   making -> spare -> active -> closing -> sealed -> condemned -> (no row)
  *
  * Rules:
  * - I11: the row of a layer is committed before its file is made, and the file is durable before a volume is given the layer.
  *   A row in `making` has a file or not; nothing ever refers to it.
- * - An alias is never used twice (AUTOINCREMENT), so what is remembered about one stays true for ever.
+ * - An alias is never used twice (AUTOINCREMENT). What is remembered of one, the pools of its complete replicas, stays true until
+ *   `invalidate` says that these changed: after every commit that changes the replicas of a layer which has several, or will have.
+ * - Only a sealed layer has several replicas. Who reads what: a resource reads the complete replica in its own home pool if there
+ *   is one, else the *primary*. So a secondary one covers what the resources of its own pool refer to and nothing else, and the
+ *   primary what anybody refers to who has no closer one.
  * - A spare without a volume was never written: it may become the active layer of a volume whose whole map refers to it.
  *   A spare with a volume is that volume's *next* layer; it may have been written by a swap that a crash took back, so it
  *   never becomes a spare without a volume again.
  * - A spare that was taken stays out of the list until it is given back; the transaction that assigns it checks the row.
  */
 import { setImmediate as nextTurn } from 'node:timers/promises'
-import { adminProject, assert, AtollError, type CatalogTransaction, type LayerState } from '@atoll/core'
+import { adminProject, assert, AtollError, type CatalogTransaction, type LayerState, type ReplicaRow } from '@atoll/core'
 import type { LayerRef } from '@atoll/native'
 import type { MapperContext } from './context.ts'
-import type { LayerName } from './open-table.ts'
+import type { LayerName, PlacedLayer } from './open-table.ts'
+import { parsePoolSettings } from './pool-settings.ts'
 
 /** Spares that are kept ready in every pool, so that create, clone and snapshot make no file on their path. */
 export const sparesPerPool = 8
 /** Rows that one query names by their alias. */
 const aliasBatch = 500
 
-/** A layer and the pool that its bytes are in; as a spare: made, durable and nobody's. */
-export interface Spare extends LayerName {
-  readonly poolId: string
-}
+/** Made, durable and nobody's. */
+export type Spare = PlacedLayer
 
 interface Home {
   readonly id: string
-  readonly poolId: string
+  /** Of the complete replicas, that of the primary first. */
+  readonly poolIds: readonly string[]
 }
 
 type Dependencies = Pick<MapperContext, 'catalog' | 'pools' | 'clock' | 'newId' | 'background'>
@@ -41,6 +46,9 @@ export class Layers {
   /** By pool: spares that are being made. */
   readonly #refilling = new Map<string, Promise<void>>()
   readonly #homes = new Map<number, Home>()
+  /** Rises with every `invalidate`: what was read before it is not remembered. */
+  #homesVersion = 0
+  #changed = new Set<number>()
   /** Called spares by their rows, and named by somebody: nobody is given one. */
   readonly #withheld = new Set<number>()
   #closed = false
@@ -160,24 +168,24 @@ export class Layers {
   }
 
   /**
-   * What a device needs to reach layers, in the order asked for.
+   * What a device needs to reach layers, in the order asked for. `readerPoolId`: the home of the resource that reads them.
    * @throws AtollError LAYER_MISSING for an alias without a row, POOL_UNAVAILABLE if the pool of one is not open
    */
-  async refs(aliases: Iterable<number>): Promise<LayerRef[]> {
-    const homes = await this.homes(aliases)
+  async refs(aliases: Iterable<number>, readerPoolId: string): Promise<LayerRef[]> {
+    const homes = await this.homes(aliases, readerPoolId)
     return homes.map(({ alias, id, poolId }) => ({ alias, id, store: this.#context.pools.handle(poolId).store }))
   }
 
   /**
-   * The names and the pool of layers, in the order asked for.
+   * The names of layers and the pools from which a resource of `readerPoolId` reads them, in the order asked for.
    * @throws AtollError LAYER_MISSING for an alias without a row
    */
-  async homes(aliases: Iterable<number>): Promise<Spare[]> {
+  async homes(aliases: Iterable<number>, readerPoolId: string): Promise<PlacedLayer[]> {
     const wanted = [...aliases]
-    await this.#findHomes(wanted)
+    const found = await this.#findHomes(wanted)
     return wanted.map((alias) => {
-      const home = this.#homes.get(alias)
-      if (home !== undefined) return { alias, id: home.id, poolId: home.poolId }
+      const home = found.get(alias)
+      if (home !== undefined) return { alias, id: home.id, poolId: readFrom(home, readerPoolId) }
       throw new AtollError('LAYER_MISSING', `the map refers to layer ${alias}, which the catalog does not have`, {
         values: { alias },
       })
@@ -185,35 +193,98 @@ export class Layers {
   }
 
   /** As `homes`, without those that have no row. */
-  async homesIfKnown(aliases: Iterable<number>): Promise<Spare[]> {
+  async homesIfKnown(aliases: Iterable<number>, readerPoolId: string): Promise<PlacedLayer[]> {
     const wanted = [...aliases]
-    await this.#findHomes(wanted)
+    const found = await this.#findHomes(wanted)
     return wanted.flatMap((alias) => {
-      const home = this.#homes.get(alias)
-      return home === undefined ? [] : [{ alias, id: home.id, poolId: home.poolId }]
+      const home = found.get(alias)
+      return home === undefined ? [] : [{ alias, id: home.id, poolId: readFrom(home, readerPoolId) }]
     })
   }
 
-  async #findHomes(aliases: readonly number[]): Promise<void> {
-    const unknown = aliases.filter((alias) => !this.#homes.has(alias))
+  /** The names of layers and every pool that has a complete replica, the primary's first; without layers that have no row. */
+  async placesOf(aliases: Iterable<number>): Promise<(LayerName & { readonly poolIds: readonly string[] })[]> {
+    const wanted = [...aliases]
+    const found = await this.#findHomes(wanted)
+    return wanted.flatMap((alias) => {
+      const home = found.get(alias)
+      return home === undefined ? [] : [{ alias, ...home }]
+    })
+  }
+
+  async #findHomes(aliases: readonly number[]): Promise<Map<number, Home>> {
+    const found = new Map<number, Home>()
+    const unknown: number[] = []
+    for (const alias of aliases) {
+      const home = this.#homes.get(alias)
+      if (home === undefined) unknown.push(alias)
+      else found.set(alias, home)
+    }
     for (let start = 0; start < unknown.length; start += aliasBatch) {
+      const version = this.#homesVersion
       const rows = await this.#context.catalog.db
         .selectFrom('layers')
         .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
         .select(['layers.alias', 'layers.id', 'replicas.pool_id'])
         .where('layers.alias', 'in', unknown.slice(start, start + aliasBatch))
         .where('replicas.state', '=', 'complete')
+        .orderBy('replicas.is_primary', 'desc')
+        .orderBy('replicas.pool_id')
         .execute()
-      for (const row of rows) this.#homes.set(row.alias, { id: row.id, poolId: row.pool_id })
+      for (const [alias, replicas] of Map.groupBy(rows, (row) => row.alias)) {
+        const home = { id: replicas[0]?.id ?? '', poolIds: replicas.map((row) => row.pool_id) }
+        found.set(alias, home)
+        if (version === this.#homesVersion) this.#homes.set(alias, home)
+      }
       if (unknown.length > aliasBatch) await nextTurn()
     }
+    return found
   }
 
   /** One layer, as `refs`. */
-  async ref(layer: LayerName): Promise<LayerRef> {
-    const [ref] = await this.refs([layer.alias])
+  async ref(layer: LayerName, readerPoolId: string): Promise<LayerRef> {
+    const [ref] = await this.refs([layer.alias], readerPoolId)
     assert(ref !== undefined, `no ref of layer ${layer.alias}`)
     return ref
+  }
+
+  /** Every replica of these layers, in any state, as the catalog has it now; the primary first. */
+  async replicasOf(aliases: Iterable<number>): Promise<Map<number, ReplicaRow[]>> {
+    const wanted = [...aliases]
+    const found = new Map<number, ReplicaRow[]>()
+    for (let start = 0; start < wanted.length; start += aliasBatch) {
+      const rows = await this.#context.catalog.db
+        .selectFrom('replicas')
+        .selectAll()
+        .where('layer_alias', 'in', wanted.slice(start, start + aliasBatch))
+        .orderBy('is_primary', 'desc')
+        .orderBy('pool_id')
+        .execute()
+      for (const [alias, replicas] of Map.groupBy(rows, (row) => row.layer_alias)) found.set(alias, replicas)
+      if (wanted.length > aliasBatch) await nextTurn()
+    }
+    return found
+  }
+
+  /** A commit has changed replicas of these layers. Called right after it, before anything is awaited. */
+  invalidate(aliases: Iterable<number>): void {
+    this.#homesVersion += 1
+    for (const alias of aliases) {
+      this.#homes.delete(alias)
+      this.#changed.add(alias)
+    }
+  }
+
+  /** Layers that were invalidated since this was called last. */
+  takeChanged(): Set<number> {
+    const changed = this.#changed
+    this.#changed = new Set()
+    return changed
+  }
+
+  /** Rises with every change of replicas: what was concluded from them earlier may be wrong. */
+  get replicasVersion(): number {
+    return this.#homesVersion
   }
 
   /** Deletes the rows of layers whose files are gone. A loss of this commit only makes the removal happen again. */
@@ -229,6 +300,23 @@ export class Layers {
     for (const alias of aliases) this.#homes.delete(alias)
   }
 
+  /** As `forget`, of replicas whose files in one pool are gone: a layer goes with its last one. */
+  async forgetReplicas(poolId: string, aliases: readonly number[]): Promise<void> {
+    if (aliases.length === 0) return
+    await this.#context.catalog.write(
+      async (tx) => {
+        await tx.deleteFrom('replicas').where('layer_alias', 'in', aliases).where('pool_id', '=', poolId).execute()
+        await tx
+          .deleteFrom('layers')
+          .where('alias', 'in', aliases)
+          .where('alias', 'not in', tx.selectFrom('replicas').select('layer_alias').where('layer_alias', 'in', aliases))
+          .execute()
+      },
+      { durable: false, emergency: true },
+    )
+    this.invalidate(aliases)
+  }
+
   #refill(poolId: string): void {
     const missing = sparesPerPool - (this.#spares.get(poolId)?.length ?? 0)
     // Half empty before anything is made: files are then made several at a time, with one commit.
@@ -237,12 +325,20 @@ export class Layers {
     this.#refilling.set(poolId, promise)
     this.#context.background.start(`making spare layers in pool ${poolId}`, async () => {
       try {
+        if (await this.#isDraining(poolId)) return
         for (const spare of await this.#make(poolId, missing)) this.giveBack(spare)
       } finally {
         this.#refilling.delete(poolId)
         resolve()
       }
     })
+  }
+
+  /** Nothing is kept ready where nothing new is made; what volumes there still need is made when they need it. */
+  async #isDraining(poolId: string): Promise<boolean> {
+    const { db } = this.#context.catalog
+    const row = await db.selectFrom('pools').select('settings').where('id', '=', poolId).executeTakeFirst()
+    return row !== undefined && parsePoolSettings(row.settings).isDraining
   }
 
   async #make(poolId: string, count: number): Promise<Spare[]> {
@@ -286,7 +382,7 @@ export class Layers {
       },
       { durable: false },
     )
-    for (const spare of spares) this.#homes.set(spare.alias, { id: spare.id, poolId })
+    for (const spare of spares) this.#homes.set(spare.alias, { id: spare.id, poolIds: [poolId] })
     return spares
   }
 
@@ -296,4 +392,9 @@ export class Layers {
     const removals = await Promise.allSettled(spares.map(async (spare) => await pool.removeLayer(spare.id)))
     await this.forget(spares.filter((_, index) => removals[index]?.status === 'fulfilled').map((spare) => spare.alias))
   }
+}
+
+/** Which replica a resource of a pool reads. */
+function readFrom({ poolIds }: Home, readerPoolId: string): string {
+  return poolIds.includes(readerPoolId) ? readerPoolId : (poolIds[0] ?? '')
 }

@@ -30,8 +30,8 @@ export interface TakenLease {
 }
 
 /**
- * Raises the epoch and takes the lease; a volume without a next layer gets one in the same transaction.
- * @throws AtollError VOLUME_NOT_FOUND, POOL_UNAVAILABLE, NO_SPACE
+ * Raises the epoch and takes the lease; a volume without a next layer gets one in the same transaction, where its active one is.
+ * @throws AtollError VOLUME_NOT_FOUND, LAYER_MISSING, POOL_UNAVAILABLE, NO_SPACE
  */
 export async function takeLease(
   context: MapperContext,
@@ -39,8 +39,9 @@ export async function takeLease(
   holder: string,
 ): Promise<TakenLease> {
   const { catalog, clock, layers } = context
-  const { next_alias: recordedNext } = await requireVolumeRow(catalog.db, volume.id)
-  const [spare]: (Spare | undefined)[] = recordedNext === null ? await layers.take([volume.poolId]) : []
+  const recorded = await requireVolumeRow(catalog.db, volume.id)
+  const [active] = recorded.next_alias === null ? await layers.homes([recorded.active_alias], volume.poolId) : []
+  const [spare]: (Spare | undefined)[] = active === undefined ? [] : await layers.take([active.poolId])
   try {
     // On a full disk, too: what was flushed can be read, and the volume detached and deleted.
     const emergency = { emergency: true }

@@ -3,8 +3,8 @@
  * reached would hold up the other for nothing.
  *
  * Rules:
- * - A link goes only when the maps of all resources of the reader were read and name no layer of the source; when one cannot be
- *   read, or names a layer that nobody here knows, all links of the reader stay.
+ * - A link goes only when the maps of all resources of the reader were read and name no layer that they read in the source, and none of
+ *   its volumes writes there; when one cannot be read, or names a layer that nobody here knows, all links of the reader stay.
  * - And only when the export of the reader has that state: what it names is not freed before.
  * - Resources that are made meanwhile name what those that were read named (reclaim.ts says why), but for those that are made across
  *   pools: these are counted, and then everything stays.
@@ -42,7 +42,18 @@ export async function pruneLinks(context: MapperContext, step: () => void): Prom
   if (isReplaced) log.info({ readers: fewer, links: after }, 'pools are read by fewer others than before')
 }
 
-/** The pools of the layers that the maps of a pool's resources name; null: not known. */
+/** The layers that volumes of a pool write, and are to write next. */
+async function writtenIn({ catalog }: MapperContext, poolId: string): Promise<number[]> {
+  const rows = await catalog.db
+    .selectFrom('volumes')
+    .innerJoin('resources', 'resources.id', 'volumes.id')
+    .select(['volumes.active_alias', 'volumes.next_alias'])
+    .where('resources.home_pool_id', '=', poolId)
+    .execute()
+  return rows.flatMap((row) => [row.active_alias, row.next_alias].filter((alias) => alias !== null))
+}
+
+/** The pools of the layers that a pool's resources read and write; null: not known. */
 async function poolsNamed(context: MapperContext, poolId: string, step: () => void): Promise<ReadonlySet<string> | null> {
   const { catalog, engine, layers } = context
   const rows = await catalog.read(async (tx) => {
@@ -60,10 +71,11 @@ async function poolsNamed(context: MapperContext, poolId: string, step: () => vo
       for (const row of part) reach.addRoot(rootOf(row), mapBytesMax)
       await feedReach(context, reach, part[0]?.id ?? '', step)
     }
-    const aliases: number[] = []
-    await eachInTurns(reach.layers(), (alias) => aliases.push(alias))
-    const homes = await layers.homesIfKnown(aliases)
-    return homes.length < aliases.length ? null : new Set(homes.map((home) => home.poolId))
+    // And what its volumes write, of which their maps need not name anything yet.
+    const aliases = new Set(await writtenIn(context, poolId))
+    await eachInTurns(reach.layers(), (alias) => aliases.add(alias))
+    const homes = await layers.homesIfKnown(aliases, poolId)
+    return homes.length < aliases.size ? null : new Set(homes.map((home) => home.poolId))
   } catch (error) {
     if (!isMapUnreadable(error)) throw error
     return null

@@ -26,6 +26,7 @@ import { CheckpointScheduler } from './checkpoint-scheduler.ts'
 import { checkpointLocked, deletePagesLater } from './checkpoint.ts'
 import { closeLocked } from './close.ts'
 import { Background, type MapperContext, type MapperLog } from './context.ts'
+import { Cover } from './cover.ts'
 import { createImage, createVolume, type NewImage, type NewVolume } from './create.ts'
 import { deleteResource, type DeleteOptions } from './delete.ts'
 import { diff, type DiffRange } from './diff.ts'
@@ -52,6 +53,7 @@ import {
 } from './file-target.ts'
 import { KeyedMutex } from './keyed-mutex.ts'
 import { Layers } from './layers.ts'
+import { Moves } from './moves.ts'
 import { OlderCatalog } from './older-catalog.ts'
 import { openLocked, type OpenOptions } from './open.ts'
 import { OpenTable, type OpenEntry } from './open-table.ts'
@@ -67,7 +69,7 @@ import { Reclaimer, type ReclaimOptions, type ReclaimResult } from './reclaim.ts
 import { recoverPages, unknownLayers } from './recover.ts'
 import { resize } from './resize.ts'
 import { rollback } from './rollback.ts'
-import { requireAvailable, requireResource } from './rows.ts'
+import { requireAvailable, requireKind, requireResource } from './rows.ts'
 import { snapshotMap } from './snapshot-map.ts'
 import { snapshot, type SnapshotItem } from './snapshot.ts'
 import { systemTimer, type SetTimer } from './timer.ts'
@@ -140,6 +142,9 @@ export class Mapper {
   readonly #usage: Usage
   readonly #reads: PoolReads
   readonly #checker: Checker
+  readonly #cover: Cover
+  /** Moving volumes between pools: see moves.ts. */
+  readonly moves: Moves
   readonly #importing = new Mutex()
 
   /** Use `openMapper`. */
@@ -170,6 +175,7 @@ export class Mapper {
       olderCatalog,
       exporter: new Exporter({ background, catalog, clock, engine, log, olderCatalog, pageIds, pins, setTimer }),
       locks: new KeyedMutex(),
+      fillTurns: new KeyedMutex(),
       background,
       requestCheckpoint: (volumeId) => this.#scheduler.request(volumeId),
     }
@@ -180,6 +186,8 @@ export class Mapper {
     this.#checker = new Checker(context, this.#reclaimer)
     this.#reads = new PoolReads(context)
     this.pools = new PoolService(context, this.#usage, this.#reads)
+    this.#cover = new Cover(context, this.#reclaimer)
+    this.moves = new Moves(context, { pools: this.pools, reclaimer: this.#reclaimer, cover: this.#cover })
     this.#scheduler.start()
   }
 
@@ -201,7 +209,8 @@ export class Mapper {
 
   /** See `createVolume` in create.ts. */
   async createVolume(wanted: NewVolume): Promise<ResourceRow> {
-    return await createVolume(this.#context, wanted)
+    const make = async () => await createVolume(this.#context, wanted)
+    return wanted.fromId === undefined ? await make() : await this.#cover.into(wanted.poolId, wanted.fromId, make)
   }
 
   /** See `createImage` in create.ts. */
@@ -283,7 +292,9 @@ export class Mapper {
 
   /** See `rollback` in rollback.ts. */
   async rollback(volumeId: string, snapshotId: string): Promise<ResourceRow> {
-    return await rollback(this.#context, volumeId, snapshotId)
+    const { home_pool_id: poolId } = await requireKind(this.#context.catalog.db, volumeId, 'volume')
+    const roll = async () => await rollback(this.#context, volumeId, snapshotId)
+    return await this.#cover.into(poolId, snapshotId, roll)
   }
 
   /** See `diff` in diff.ts. */

@@ -18,6 +18,11 @@ export interface LayerName {
   readonly id: string
 }
 
+/** A layer and the pool whose replica is meant. */
+export interface PlacedLayer extends LayerName {
+  readonly poolId: string
+}
+
 /** What the owner of an open resource is told. */
 export interface OpenEvent {
   /** poisoned: a sync failed (I6); flush-failed: no space, tried again; lease-lost: somebody else owns the volume now. */
@@ -31,9 +36,16 @@ export interface OpenVolume {
   readonly kind: 'writable'
   readonly id: string
   readonly projectId: string
-  readonly poolId: string
+  /** Its home; changed by a move. */
+  poolId: string
+  /** Pools that requests which began before a move may still read from. */
+  readonly formerPools: Set<string>
+  /** The pool that it writes into, that of the active layer: the home unless it is being moved, or was in part. */
+  readonly writePoolId: string
   readonly device: Device
   readonly report: OpenReport
+  /** Aliases of the layers that the device knows, but for the active and the next one. */
+  readonly layers: Set<number>
   /** Epoch of our lease: guards every transaction (I1). */
   readonly epoch: number
   readonly onEvent: (event: OpenEvent) => void
@@ -43,9 +55,9 @@ export interface OpenVolume {
   /** lsn that the durable map includes. */
   mapLsn: number
   sharedBelowPage: number
-  active: LayerName
-  next: LayerName
-  /** The pool's export is known to name `active` and `next`: without that there is no swap. */
+  active: PlacedLayer
+  next: PlacedLayer
+  /** The exports of `poolsOf` are known to name `active` and `next`: without that there is no swap. */
   nextExported: boolean
   /** The engine made a swap (`next` is the layer that is written) and the catalog does not have it yet. */
   swapUncommitted: boolean
@@ -59,10 +71,20 @@ export interface OpenVolume {
 export interface OpenReader {
   readonly kind: 'read-only'
   readonly id: string
-  readonly poolId: string
+  /** Its home; changed by a move. */
+  poolId: string
+  /** Pools that requests which began before a move may still read from. */
+  readonly formerPools: Set<string>
   readonly device: Device
   readonly report: OpenReport
+  /** Aliases of the layers that the device knows. */
+  readonly layers: ReadonlySet<number>
   readonly sizeBytes: number
+}
+
+/** The pools whose exports must have what a volume commits: its home, and those of its active and its next layer. */
+export function poolsOf(volume: Pick<OpenVolume, 'poolId' | 'active' | 'next'>): string[] {
+  return [...new Set([volume.poolId, volume.active.poolId, volume.next.poolId])]
 }
 
 export type OpenEntry = OpenVolume | OpenReader
@@ -73,6 +95,28 @@ export class OpenTable {
   readonly #failures = new Map<string, AtollError>()
   /** Volumes of which this process has seen that their journal and the catalog belong together. */
   readonly #compared = new Set<string>()
+  /** What is being opened, and may have asked already where its layers are. */
+  readonly #opening = new Set<string>()
+
+  /** Runs `fn`, which opens the resource. */
+  async opening<T>(id: string, fn: () => Promise<T>): Promise<T> {
+    this.#opening.add(id)
+    try {
+      return await fn()
+    } finally {
+      this.#opening.delete(id)
+    }
+  }
+
+  /** Everything that is open or being opened. */
+  idsAlsoOpening(): string[] {
+    return [...new Set([...this.#entries.keys(), ...this.#opening])]
+  }
+
+  /** Of what is open, the pools that requests may still read from although it was moved. Copies. */
+  formerPools(): [OpenEntry, string[]][] {
+    return [...this.#entries.values()].map((entry) => [entry, [...entry.formerPools]])
+  }
 
   get(id: string): OpenEntry | undefined {
     return this.#entries.get(id)

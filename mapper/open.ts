@@ -22,7 +22,7 @@ import { closeLocked } from './close.ts'
 import type { MapperContext } from './context.ts'
 import { giveLogBack, isDirty, releaseLease, takeLease, type TakenLease } from './lease.ts'
 import { loadMap } from './maps.ts'
-import type { LayerName, OpenEntry, OpenEvent, OpenReader, OpenVolume } from './open-table.ts'
+import { type OpenEntry, type OpenEvent, type OpenReader, type OpenVolume, type PlacedLayer, poolsOf } from './open-table.ts'
 import { namePools, readLinks, sourcesOf } from './pool-links.ts'
 import { rootOf } from './root.ts'
 import { aboutResource, leaseLostError, requireResource, requireVolumeRow } from './rows.ts'
@@ -56,9 +56,10 @@ export async function openLocked(context: MapperContext, resource: ResourceRow, 
   context.open.requireClosed(resource.id)
   try {
     context.olderCatalog.requireNewest(resource)
-    if (!options.readOnly) return await openWritable(context, resource, options)
+    const { open } = context
+    if (!options.readOnly) return await open.opening(resource.id, async () => await openWritable(context, resource, options))
     if (resource.kind === 'volume') await settleLocked(context, resource.id)
-    return await openReader(context, resource.id, options)
+    return await open.opening(resource.id, async () => await openReader(context, resource.id, options))
   } catch (error) {
     const why = await whyElsewhere(context, resource, error)
     const failure = aboutResource(error, resource.id, `the ${resource.kind} "${resource.name}" cannot be opened${why}`)
@@ -97,8 +98,9 @@ export async function settleLocked(context: MapperContext, volumeId: string): Pr
 
 async function openWritable(context: MapperContext, resource: ResourceRow, options: OpenOptions): Promise<OpenVolume> {
   const volume = { id: resource.id, projectId: resource.project_id, poolId: resource.home_pool_id }
-  // Before the lease says anything: where the pool is not open, nothing is.
+  // Before the lease says anything: where a pool that it writes is not open, nothing is.
   context.pools.handle(resource.home_pool_id)
+  for (const { poolId } of await writtenBy(context, resource)) context.pools.handle(poolId)
   const lease = await takeLease(context, volume, options.holder)
   let opened: { device: Device; report: OpenReport } | undefined
   try {
@@ -106,9 +108,9 @@ async function openWritable(context: MapperContext, resource: ResourceRow, optio
     const row = await requireResource(context.catalog.db, resource.id)
     const map = await loadMap(context, resource.id, rootOf(row))
     const throttle = options.throttle ?? (await ownThrottle(context, resource.id))
-    const { layers, names } = await layersOf(context, map, [lease.activeAlias, lease.nextAlias])
-    const active = nameOf(names, lease.activeAlias)
-    const next = nameOf(names, lease.nextAlias)
+    const { layers, places } = await layersOf(context, map, [lease.activeAlias, lease.nextAlias], volume.poolId)
+    const active = placeOf(places, lease.activeAlias)
+    const next = placeOf(places, lease.nextAlias)
     opened = await context.engine.openDevice({
       volumeId: resource.id,
       sizeBytes: row.size_bytes,
@@ -129,8 +131,13 @@ async function openWritable(context: MapperContext, resource: ResourceRow, optio
     const serve: OpenVolume = {
       kind: 'writable',
       ...volume,
+      formerPools: new Set(),
+      get writePoolId() {
+        return this.active.poolId
+      },
       device: opened.device,
       report: opened.report,
+      layers: new Set(layers.map((layer) => layer.alias)),
       epoch: lease.epoch,
       onEvent: options.onEvent ?? (() => undefined),
       sizeBytes: row.size_bytes,
@@ -174,10 +181,10 @@ async function takeBack(context: MapperContext, volumeId: string, lease: TakenLe
 async function replaceUsedNext(context: MapperContext, volume: OpenVolume): Promise<void> {
   const { layers, catalog } = context
   const used = volume.next
-  const { store } = await layers.ref(used)
+  const { store } = await layers.ref(used, volume.poolId)
   const extents = await store.extents(used.id, 0, roundUpToSlot(volume.sizeBytes))
   if (!extents.some((extent) => extent.data)) return
-  const [spare] = await layers.take([volume.poolId])
+  const [spare] = await layers.take([volume.writePoolId])
   if (spare === undefined) return
   try {
     await catalog.write(async (tx) => {
@@ -201,13 +208,13 @@ async function replaceUsedNext(context: MapperContext, volume: OpenVolume): Prom
 
 /** I1: what another machine may have written is not written on. Where that cannot be now, the volume serves all the same. */
 async function leaveActive(context: MapperContext, volume: OpenVolume): Promise<void> {
-  const { fence } = context.pools.handle(volume.poolId).capabilities
+  const { fence } = context.pools.handle(volume.writePoolId).capabilities
   if (fence === 'lock' || fence === 'none') return
   // As before any swap (share.ts).
-  if (!(await context.exporter.flushed([volume.poolId]))) return
+  if (!(await context.exporter.flushed(poolsOf(volume)))) return
   volume.nextExported = true
   try {
-    const next = await context.layers.ref(volume.next)
+    const next = await context.layers.ref(volume.next, volume.poolId)
     await context.engine.swap([{ device: volume.device, next }], leaveDeadlineMs)
     volume.swapUncommitted = true
     await checkpointLocked(context, volume)
@@ -219,7 +226,7 @@ async function leaveActive(context: MapperContext, volume: OpenVolume): Promise<
 async function openReader(context: MapperContext, resourceId: string, options: OpenOptions): Promise<OpenReader> {
   const row = await requireResource(context.catalog.db, resourceId)
   const map = await loadMap(context, resourceId, rootOf(row))
-  const { layers } = await layersOf(context, map, [])
+  const { layers } = await layersOf(context, map, [], row.home_pool_id)
   const { device, report } = await context.engine.openDevice({
     volumeId: resourceId,
     sizeBytes: row.size_bytes,
@@ -239,21 +246,30 @@ async function openReader(context: MapperContext, resourceId: string, options: O
     kind: 'read-only',
     id: resourceId,
     poolId: row.home_pool_id,
+    formerPools: new Set(),
     device,
     report,
+    layers: new Set(layers.map((layer) => layer.alias)),
     sizeBytes: row.size_bytes,
   }
   context.open.add(reader)
   return reader
 }
 
+/** Where the layers lie that a volume writes and is to write next, as far as that is known. */
+async function writtenBy(context: MapperContext, resource: ResourceRow): Promise<PlacedLayer[]> {
+  const { active_alias: active, next_alias: next } = await requireVolumeRow(context.catalog.db, resource.id)
+  return await context.layers.homesIfKnown(next === null ? [active] : [active, next], resource.home_pool_id)
+}
+
 /**
- * Every layer that a map refers to, also beyond the present size (it may grow while it is open), and the ones named; each of
- * them is there. @throws AtollError LAYER_MISSING naming the layer
+ * Every layer that a map refers to, also beyond the present size (it may grow while it is open), and the ones named, as a resource
+ * of `readerPoolId` reads them; each of them is there. @throws AtollError LAYER_MISSING naming the layer
  */
-async function layersOf(context: MapperContext, map: FrozenMap, more: readonly number[]) {
+async function layersOf(context: MapperContext, map: FrozenMap, more: readonly number[], readerPoolId: string) {
   const aliases = [...new Set([...map.layers(mapBytesMax), ...more])]
-  const layers = await context.layers.refs(aliases)
+  const homes = await context.layers.homes(aliases, readerPoolId)
+  const layers = homes.map(({ alias, id, poolId }) => ({ alias, id, store: context.pools.handle(poolId).store }))
   for (const [store, refs] of Map.groupBy(layers, (layer) => layer.store)) {
     for (let start = 0; start < refs.length; start += existenceBatch) {
       const part = refs.slice(start, start + existenceBatch)
@@ -265,14 +281,13 @@ async function layersOf(context: MapperContext, map: FrozenMap, more: readonly n
       })
     }
   }
-  const names = new Map(layers.map((layer): [number, LayerName] => [layer.alias, { alias: layer.alias, id: layer.id }]))
-  return { layers, names }
+  return { layers, places: new Map(homes.map((home): [number, PlacedLayer] => [home.alias, home])) }
 }
 
-function nameOf(names: ReadonlyMap<number, LayerName>, alias: number): LayerName {
-  const name = names.get(alias)
-  if (name === undefined) throw new AtollError('LAYER_MISSING', `layer ${alias} is not in the catalog`, { values: { alias } })
-  return name
+function placeOf(places: ReadonlyMap<number, PlacedLayer>, alias: number): PlacedLayer {
+  const place = places.get(alias)
+  if (place === undefined) throw new AtollError('LAYER_MISSING', `layer ${alias} is not in the catalog`, { values: { alias } })
+  return place
 }
 
 async function ownThrottle(context: MapperContext, volumeId: string): Promise<ThrottleLimits | undefined> {

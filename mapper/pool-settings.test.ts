@@ -5,12 +5,13 @@ const gibibyte = 2 ** 30
 
 describe('the settings of a pool', () => {
   it('are without limit, with an alarm at a tenth, until they are set', () => {
-    expect(parsePoolSettings({})).toEqual({ overcommit: null, lowSpace: { percent: 10 }, reserveBytes: null })
+    expect(parsePoolSettings({})).toEqual({ isDraining: false, overcommit: null, lowSpace: { percent: 10 }, reserveBytes: null })
     expect(shownSettings({ reserve: '1G' })).toEqual({ overcommit: 'unlimited', 'low-space': '10%', reserve: '1G' })
   })
 
   it('are read as they are typed', () => {
     expect(parsePoolSettings({ overcommit: '2.5', 'low-space': '50G', reserve: '128M' })).toEqual({
+      isDraining: false,
       overcommit: 2.5,
       lowSpace: { bytes: 50 * gibibyte },
       reserveBytes: 128 * 2 ** 20,
@@ -61,4 +62,10 @@ it('a check finds that space is low where the alarm would be on', () => {
   expect(kinds(99, { 'low-space': '5%' })).toEqual([])
   expect(kinds(600, { 'low-space': '601' })).toEqual(['low-space'])
   expect(kinds(0, { 'low-space': 'off' })).toEqual([])
+})
+
+it('a pool that is drained says so', () => {
+  expect(parsePoolSettings({ draining: 'yes' }).isDraining).toBe(true)
+  expect(changeSettings({ draining: 'yes' }, { draining: 'default' })).toEqual({})
+  expect(() => parsePoolSettings({ draining: 'maybe' })).toThrow(/yes or no/)
 })

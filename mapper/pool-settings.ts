@@ -6,11 +6,12 @@
  * | `overcommit` | bytes of all volumes together, in sizes of the backend: a ratio such as `1`, `2.5`, `20`, or `unlimited` | `unlimited` |
  * | `low-space` | the alarm is on when less is free: `10%` of the backend, a size such as `50G`, or `off` | `10%` |
  * | `reserve` | kept back for deletes on a full backend: a size | what the driver's options say |
+ * | `draining` | `yes`: nothing new is made in the pool; what is there works on | `no` |
  *
  * Over-commit is without limit unless it is set: volumes are thin, and what fills a pool is what is written. The alarm is
  * what warns in time, so that is on.
  */
-import { AtollError, formatSize, isAtollError, parseSize, type PoolRow } from '@atoll/core'
+import { AtollError, formatSize, isAtollError, parseSize, type CatalogTransaction, type PoolRow } from '@atoll/core'
 import { reserveBytesMax, type Finding, type PoolUsage } from '@atoll/southbound'
 
 /** When the alarm is on: less than this is free. */
@@ -22,9 +23,11 @@ export interface PoolSettings {
   readonly lowSpace: LowSpaceThreshold
   /** null: what the driver's options say. */
   readonly reserveBytes: number | null
+  /** Nothing new is made in it. */
+  readonly isDraining: boolean
 }
 
-export const poolSettingNames = ['overcommit', 'low-space', 'reserve'] as const
+export const poolSettingNames = ['overcommit', 'low-space', 'reserve', 'draining'] as const
 export type PoolSettingName = (typeof poolSettingNames)[number]
 
 /** The value that takes a setting back. */
@@ -77,6 +80,23 @@ function parseReserve(text: string): number {
   throw invalid('reserve', text, `at most ${formatSize(reserveBytesMax)} can be kept back`)
 }
 
+function parseDraining(text: string): boolean {
+  if (text === 'yes' || text === 'no') return text === 'yes'
+  throw invalid('draining', text, 'yes or no is wanted')
+}
+
+/** @throws AtollError POOL_DRAINING if nothing new may be made in the pool */
+export async function requireNotDraining(tx: CatalogTransaction, poolId: string): Promise<void> {
+  const row = await tx.selectFrom('pools').select(['name', 'settings']).where('id', '=', poolId).executeTakeFirst()
+  // A pool that is gone is refused by whoever wants something of it.
+  if (row === undefined || !parsePoolSettings(row.settings).isDraining) return
+  throw new AtollError(
+    'POOL_DRAINING',
+    `pool "${row.name}" is being emptied, so nothing new is made in it: use another one, or take it back with 'atoll pool set ${row.name} draining=no'`,
+    { values: { poolId, pool: row.name } },
+  )
+}
+
 /**
  * What the settings of a row mean.
  * @throws AtollError POOL_OPTION_INVALID naming the setting, its value and what is allowed
@@ -87,6 +107,7 @@ export function parsePoolSettings(settings: Readonly<Record<string, string>>): P
     overcommit: parseOvercommit(settings['overcommit'] ?? defaults.overcommit),
     lowSpace: parseLowSpace(settings['low-space'] ?? defaults['low-space']),
     reserveBytes: settings['reserve'] === undefined ? null : parseReserve(settings['reserve']),
+    isDraining: parseDraining(settings['draining'] ?? 'no'),
   }
 }
 
@@ -105,7 +126,7 @@ export function changeSettings(
   return changed
 }
 
-/** The settings of a row with the defaults filled in; what the driver's options decide is left out. */
+/** The settings of a row with the defaults filled in; what the driver's options decide, and what a pool rarely is, is left out. */
 export function shownSettings(settings: Readonly<Record<string, string>>): Record<string, string> {
   return { ...defaults, ...settings }
 }

@@ -11,10 +11,14 @@
  * - A layer in `making` whose file is empty and that has no journal: nothing refers to it; its file is removed, then its row.
  * - A layer in `making`, or a spare of nobody, that was used (its file is not empty, or it has a journal): this catalog is an
  *   older one, and in a newer one the layer is a volume's. The row goes and the file stays, as one without a row.
- * - A layer in `condemned`: nothing refers to it, and at start nobody reads; its file is removed, then its row.
+ * - A layer in `condemned`: nothing refers to it, and at start nobody reads; its file is removed, then its row, in every pool.
+ * - A replica in `condemned`, of a layer that is none: nobody reads it there any more, or it was never complete. Its file is removed,
+ *   then its row; but only while the layer lies complete in another pool, and no map of the pool's own resources names it.
+ * - A replica that is being filled by a job that is there no more is condemned; one that was complete before stays as it is.
  * - A layer in `closing`: the transaction that put another one in its place is committed; it is sealed.
  * - A spare whose file is missing is no spare: its row goes.
- * - A file without a row is reported and left alone (I11): after a restore of an older catalog it may be the newest data.
+ * - A file without a row, also one of a layer that is known in other pools only, is reported and left alone (I11): after a restore of
+ *   an older catalog it may be the newest data.
  */
 import { isAtollError, type LayerState } from '@atoll/core'
 import type { PoolHandle } from '@atoll/southbound'
@@ -37,6 +41,9 @@ export const epochMax = Number.MAX_SAFE_INTEGER
 export const pageIdsFromKey = 'page_ids_from'
 
 const keptBecause = 'maps or volumes name them (or a map that cannot be read may): they are kept; see atoll check'
+
+const keptReplica =
+  'replicas are to be removed, and their layers cannot be seen in other pools, or maps of this one name them: they are kept for now'
 
 type CatalogOnly = Pick<MapperContext, 'catalog'>
 
@@ -87,6 +94,7 @@ export async function recoverPool(context: MapperContext, poolId: string): Promi
   const pool = pools.handle(poolId)
   let walk: Promise<References> | undefined
   const references = async (): Promise<References> => await (walk ??= context.pins.run(async () => await readReferences(context)))
+  await dropStaleFills(context, poolId)
   const kept = await sortOutUnused(context, pool, references)
   context.layers.withhold(kept)
   await removeMaking(context, pool, kept)
@@ -105,9 +113,41 @@ export async function recoverPool(context: MapperContext, poolId: string): Promi
 export async function unknownLayers(context: MapperContext, poolId: string): Promise<string[]> {
   const listing = await context.pools.handle(poolId).listLayerIds()
   // The rows after the listing: a layer that is being made has its row before its file.
-  const rows = await context.catalog.db.selectFrom('layers').select('id').execute()
+  const rows = await context.catalog.db
+    .selectFrom('replicas')
+    .innerJoin('layers', 'layers.alias', 'replicas.layer_alias')
+    .select('layers.id')
+    .where('replicas.pool_id', '=', poolId)
+    .execute()
   const known = new Set(rows.map((row) => row.id))
   return listing.filter((id) => !known.has(id))
+}
+
+/** Jobs that are not finished go on after a start; what any other was filling is of no use. */
+async function dropStaleFills({ catalog, layers }: MapperContext, poolId: string): Promise<void> {
+  const stale = await catalog.db
+    .selectFrom('replicas')
+    .select(['layer_alias', 'state'])
+    .where('pool_id', '=', poolId)
+    .where('filling_job', 'is not', null)
+    .where('state', 'in', ['filling', 'complete'])
+    .where('filling_job', 'not in', (query) =>
+      query.selectFrom('jobs').select('id').where('state', 'in', ['queued', 'running', 'paused']),
+    )
+    .execute()
+  if (stale.length === 0) return
+  await catalog.write(async (tx) => {
+    for (const { layer_alias: alias, state } of stale) {
+      await tx
+        .updateTable('replicas')
+        // What was never complete goes on to say so.
+        .set(state === 'filling' ? { state: 'condemned' } : { filling_job: null })
+        .where('layer_alias', '=', alias)
+        .where('pool_id', '=', poolId)
+        .execute()
+    }
+  })
+  layers.invalidate(stale.map((row) => row.layer_alias))
 }
 
 interface UnusedLayer extends LayerIds {
@@ -215,9 +255,9 @@ async function removeMaking(context: MapperContext, pool: PoolHandle, kept: Read
 }
 
 /**
- * Removes condemned layers of a pool: the files, then the rows. The caller has made sure that nothing reads them any more:
- * at start nobody does, later `readBarrier` after they were condemned. What a map or a volume names stays: `mayName` says
- * which layers maps did name not long ago (default: any), and these are looked for in the maps as they are now.
+ * Removes condemned layers, and condemned replicas of others, of a pool: the files, then the rows. The caller has made sure that
+ * nothing reads them any more: at start nobody does, later `readBarrier` after they were condemned. What a map or a volume names
+ * stays: `mayName` says which layers maps did name not long ago (default: any), and these are looked for in the maps as they are now.
  */
 export async function removeCondemned(
   context: MapperContext,
@@ -228,18 +268,68 @@ export async function removeCondemned(
   }: { mayName?: (alias: number) => boolean; references?: () => Promise<References> } = {},
 ): Promise<{ freedBytes: number; layerCount: number; aliases: number[] }> {
   const nothing = { freedBytes: 0, layerCount: 0, aliases: [] }
-  const condemned = await layersIn(context, poolId, 'condemned')
+  const replicas = await removableReplicas(context, poolId)
+  const whole = await layersIn(context, poolId, 'condemned')
+  const condemned = [...whole, ...replicas.rows]
   if (condemned.length === 0) return nothing
   const pool = context.pools.handle(poolId)
   const sizes = await pool.store.allocatedBytes(condemned.map((row) => row.id))
   const allocatedBytes = new Map(condemned.map((row, index) => [row.alias, Math.max(0, sizes[index] ?? 0)]))
-  const isNamed = await namedAmong(context, pool, condemned, { allocatedBytes, mayName, references })
-  const rows = condemned.filter((row) => !isNamed(row))
+  const isNamed = await namedAmong(context, pool, whole, { allocatedBytes, mayName, references })
+  const unneeded = whole.filter((row) => !isNamed(row))
+  // What lies elsewhere as well must be known there.
+  const rows = (await context.exporter.flushed(replicas.elsewhere)) ? [...unneeded, ...replicas.rows] : unneeded
   // After the rows were read: the export then has every commit that condemned one of them.
   if (rows.length === 0 || !(await context.exporter.flushedForPunch(poolId))) return nothing
   const aliases = (await removeAll(context, pool, rows)).map((row) => row.alias)
   const freedBytes = aliases.reduce((sum, alias) => sum + (allocatedBytes.get(alias) ?? 0), 0)
   return { freedBytes, layerCount: aliases.length, aliases }
+}
+
+/**
+ * Condemned replicas of a pool whose layers lie complete in another one, from which everybody reads; and these other pools. What does
+ * not is logged, and stays.
+ */
+async function removableReplicas(
+  context: MapperContext,
+  poolId: string,
+): Promise<{ rows: readonly LayerIds[]; elsewhere: ReadonlySet<string> }> {
+  const elsewhere = new Set<string>()
+  const condemned = await context.catalog.db
+    .selectFrom('replicas')
+    .innerJoin('layers', 'layers.alias', 'replicas.layer_alias')
+    .select(['layers.alias', 'layers.id', 'layers.volume_id', 'replicas.filling_job'])
+    .where('replicas.pool_id', '=', poolId)
+    .where('replicas.state', '=', 'condemned')
+    .where('layers.state', '!=', 'condemned')
+    .execute()
+  if (condemned.length === 0) return { rows: [], elsewhere }
+  const replicas = await context.layers.replicasOf(condemned.map((row) => row.alias))
+  // What was never complete was read by nobody.
+  const wasComplete = condemned.some((row) => row.filling_job === null)
+  const own = wasComplete ? await context.pins.run(async () => await readReferences(context, poolId)) : undefined
+  const rows: LayerIds[] = []
+  for (const row of condemned) {
+    const others = (replicas.get(row.alias) ?? []).filter((other) => other.pool_id !== poolId && other.state === 'complete')
+    const primary = others.find((other) => other.is_primary)
+    const isNamed = row.filling_job === null && own?.hasLayer(row.alias) === true
+    if (primary === undefined || isNamed || !(await isThere(context, primary.pool_id, row.id))) {
+      tell(context, poolId, [row], keptReplica, 'warn')
+      continue
+    }
+    rows.push(row)
+    for (const other of others) elsewhere.add(other.pool_id)
+  }
+  return { rows, elsewhere }
+}
+
+/** False also while that cannot be seen. */
+async function isThere({ pools }: MapperContext, poolId: string, layerId: string): Promise<boolean> {
+  try {
+    return (await pools.find(poolId)?.layerExists(layerId)) === true
+  } catch {
+    return false
+  }
 }
 
 /** Which condemned layers stay. One that holds nothing and was never sealed is part of nothing but what wrote it. */
@@ -287,7 +377,10 @@ async function removeAll(context: MapperContext, pool: PoolHandle, rows: readonl
           'a layer could not be removed; it is tried again later',
         )
     }
-    await context.layers.forget(gone.map((row) => row.alias))
+    await context.layers.forgetReplicas(
+      pool.poolId,
+      gone.map((row) => row.alias),
+    )
     removed.push(...gone)
   }
   return removed

@@ -4,7 +4,7 @@
  * Rows may be damaged, and what they say is never worth more than the maps. The walk visits every page of every map once, so it
  * is made only where there is something to destroy. While one map cannot be read, everything counts as named.
  */
-import { isAtollError } from '@atoll/core'
+import { type CatalogTransaction, isAtollError } from '@atoll/core'
 import { mapBytesMax } from '@atoll/native'
 import type { MapperContext } from './context.ts'
 import { feedReach } from './maps.ts'
@@ -21,13 +21,16 @@ const everything: References = { hasLayer: () => true, hasPage: () => true }
 /** Roots whose pages are fetched together. */
 const rootsAtOnce = 256
 
-/** Whoever calls this while the mapper serves holds a pin. @throws AtollError CATALOG_ERROR */
-export async function readReferences({
-  catalog,
-  engine,
-  log,
-}: Pick<MapperContext, 'catalog' | 'engine' | 'log'>): Promise<References> {
-  const rows = await readRoots({ catalog })
+/**
+ * Whoever calls this while the mapper serves holds a pin. `homePoolId`: of the resources of one pool only.
+ * @throws AtollError CATALOG_ERROR
+ */
+export async function readReferences(
+  { catalog, engine, log }: Pick<MapperContext, 'catalog' | 'engine' | 'log'>,
+  homePoolId?: string,
+): Promise<References> {
+  const all = await catalog.read(selectRoots)
+  const rows = homePoolId === undefined ? all : all.filter((row) => row.home_pool_id === homePoolId)
   const reach = engine.reach()
   try {
     for (let start = 0; start < rows.length; start += rootsAtOnce) {
@@ -50,20 +53,24 @@ export async function readReferences({
 
 export interface RootRow {
   readonly id: string
+  readonly home_pool_id: string
+  readonly volume_id: string | null
   readonly root_word: bigint
   readonly root_crc: number
 }
 
-/** The durable roots of all resources, as of one state of the catalog: one that is shared and goes meanwhile is seen here or there. */
-export async function readRoots({ catalog }: Pick<MapperContext, 'catalog'>): Promise<RootRow[]> {
-  return await catalog.read(async (tx) => {
-    const resources = tx.selectFrom('resources').select(['id', 'root_word', 'root_crc']).orderBy('id')
-    return await inPieces(
-      async (after, limit) => await resources.where('id', '>', after).limit(limit).execute(),
-      (row) => row.id,
-      '',
-    )
-  })
+/**
+ * The durable roots of all resources. Inside a `read`, so that they are of one state of the catalog: one that is shared and goes
+ * meanwhile is seen here or there.
+ */
+export async function selectRoots(tx: CatalogTransaction): Promise<RootRow[]> {
+  const columns = ['id', 'home_pool_id', 'volume_id', 'root_word', 'root_crc'] as const
+  const resources = tx.selectFrom('resources').select(columns).orderBy('id')
+  return await inPieces(
+    async (after, limit) => await resources.where('id', '>', after).limit(limit).execute(),
+    (row) => row.id,
+    '',
+  )
 }
 
 /** Layers among these that a volume writes, or is to write next. */

@@ -3,7 +3,8 @@
  *
  * Rules:
  * - Only a closed volume: nobody may hold bytes of the content that goes.
- * - The volume gets a new active layer; the old one is named by no root any more and is condemned in the same transaction.
+ * - The volume gets a new active layer, where the old one is; that is named by no root any more and is condemned in the same
+ *   transaction.
  *   That of a dirty volume is not replayed first, since its content goes anyway, and a volume whose journal is damaged can
  *   be brought back this way; its next layer, which a crash may have written, goes too.
  * - The epoch is raised: a lost owner of the volume changes nothing after this (I1).
@@ -11,11 +12,13 @@
 import { assert, AtollError, type ResourceRow } from '@atoll/core'
 import type { MapperContext } from './context.ts'
 import { isDirty } from './lease.ts'
+import { noteForeignTree } from './exporter.ts'
 import { inUseError, requireAvailable, requireKind, requireVolumeRow } from './rows.ts'
+import { requireNotMoving } from './running-moves.ts'
 
 /**
  * Makes the content and the size of a volume those of a snapshot of it; durable on return. Later snapshots stay.
- * @throws AtollError VOLUME_NOT_FOUND, SNAPSHOT_NOT_FOUND, SNAPSHOT_MISMATCH, VOLUME_IN_USE if it is open, RESOURCE_STATUS, POOL_UNAVAILABLE, NO_SPACE
+ * @throws AtollError VOLUME_NOT_FOUND, SNAPSHOT_NOT_FOUND, SNAPSHOT_MISMATCH, VOLUME_IN_USE if it is open, MOVE_RUNNING, RESOURCE_STATUS, POOL_UNAVAILABLE, NO_SPACE
  */
 export async function rollback(context: MapperContext, volumeId: string, snapshotId: string): Promise<ResourceRow> {
   return await context.locks.run([volumeId, snapshotId], async () => {
@@ -24,11 +27,16 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
     requireAvailable(volume)
     if (context.open.get(volumeId) !== undefined) throw inUseError(volume, 'detach it before it is rolled back')
     const dirty = await isDirty(context, volumeId)
-    const [spare] = await layers.take([volume.home_pool_id])
+    const { active_alias: oldAlias } = await requireVolumeRow(catalog.db, volumeId)
+    // One whose row is lost is gone anyway.
+    const [old] = await layers.homesIfKnown([oldAlias], volume.home_pool_id)
+    const [spare] = await layers.take([old?.poolId ?? volume.home_pool_id])
     assert(spare !== undefined, 'no spare was given')
+    let snapshotHome = volume.home_pool_id
     try {
       const row = await catalog.write(async (tx) => {
         const snapshot = await requireKind(tx, snapshotId, 'snapshot')
+        snapshotHome = snapshot.home_pool_id
         requireAvailable(snapshot)
         context.olderCatalog.requireNewest(snapshot)
         if (snapshot.volume_id !== volumeId) {
@@ -40,6 +48,9 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
             },
           )
         }
+        await requireNotMoving(tx, volume, { what: 'it is not rolled back' })
+        const { home_pool_id: homePoolId } = volume
+        if (snapshot.home_pool_id !== homePoolId) await noteForeignTree(tx, homePoolId, volumeId, snapshot.home_pool_id)
         const present = await requireVolumeRow(tx, volumeId)
         const epoch = present.epoch + 1
         // What a newer state of the catalog has written is none of this content either.
@@ -75,7 +86,7 @@ export async function rollback(context: MapperContext, volumeId: string, snapsho
       context.open.forget(volumeId)
       context.olderCatalog.forget(volume)
       // Before the lock is let go: nobody writes into an active layer that the export does not name.
-      await context.exporter.flushed([row.home_pool_id])
+      await context.exporter.flushed([row.home_pool_id, spare.poolId, snapshotHome])
       return row
     } catch (error) {
       layers.giveBack(spare)

@@ -9,25 +9,26 @@
  *   open finds the frames of the next layer and commits the swap without it.
  * - Several volumes are one point in time: the engine closes all gates before it opens one, and closed volumes have no
  *   writer while their lock is held. All of them are in the one transaction, or none is.
- * - No swap before the export names the volume's active and next layer: an import finds frames in no layer but these.
+ * - No swap before the exports of its pools name the volume's active and next layer: an import finds frames in no layer but these.
  * - A closed volume needs no engine: its durable root is its content. Its active layer is sealed if the root may refer to it.
  * - What was promised is there when the transaction is durable and the exports have it, so that is when the answer goes out.
  *   Journals are sealed and layers change their state behind it, while the locks are still held: whatever comes next for
  *   one of these volumes finds all of it done.
  */
-import { AtollError, isAtollError, type CatalogTransaction, type ResourceRow, type VolumeRow } from '@atoll/core'
+import { assert, AtollError, isAtollError, type CatalogTransaction, type ResourceRow, type VolumeRow } from '@atoll/core'
 import type { RootRef } from '@atoll/native'
 import {
   abortCheckpoints,
   applyCheckpoints,
   checkpointLocked,
+  exportsOf,
   prepareCheckpoint,
   type PreparedCheckpoint,
   writeCheckpoints,
 } from './checkpoint.ts'
 import type { MapperContext } from './context.ts'
 import type { Spare } from './layers.ts'
-import type { LayerName, OpenVolume } from './open-table.ts'
+import { type OpenVolume, type PlacedLayer, poolsOf } from './open-table.ts'
 import { settleLocked } from './open.ts'
 import { rootMayReferTo, rootOf } from './root.ts'
 import { leaseLostError, requireAvailable, requireKind, requireVolumeRow } from './rows.ts'
@@ -42,10 +43,10 @@ export interface SharedRoot {
   readonly sizeBytes: number
 }
 
-interface ClosedVolume {
+export interface ClosedVolume {
   readonly row: ResourceRow
   readonly volume: VolumeRow
-  readonly active: LayerName
+  readonly active: PlacedLayer
   /** The layer that becomes the active one; null if the present one has nothing in the map. */
   readonly spare: Spare | null
 }
@@ -108,15 +109,16 @@ async function shareLocked(
   }
   const unnamed = open.filter((volume) => !volume.nextExported)
   if (unnamed.length > 0) {
-    const exported = await context.exporter.flushed(unnamed.map((volume) => volume.poolId))
+    const exported = await context.exporter.flushed(unnamed.flatMap(poolsOf))
     for (const volume of unnamed) volume.nextExported = exported
   }
   const closed = await findClosed(context, volumeIds, rows)
 
   // Everything that can fail for want of space is in hand before the first gate closes.
   const spares = await context.layers.take([
-    ...open.map((volume) => volume.poolId),
-    ...closed.map((volume) => volume.row.home_pool_id),
+    // Where the layer lies that is the active one afterwards.
+    ...open.map((volume) => volume.next.poolId),
+    ...closed.map((volume) => volume.active.poolId),
   ])
   const following = open.map((volume, index) => ({ volume, spare: spares[index] as Spare }))
   const replacing = closed.map((part, index) => withSpare(context, part, spares[open.length + index] as Spare))
@@ -149,7 +151,12 @@ async function shareLocked(
     throw error
   }
   // Also what `makeRows` has made. Journals lose what an export from before needs only if it is there.
-  const exported = await context.exporter.flushed(shared.map(({ volume }) => volume.home_pool_id))
+  const pools = [
+    ...shared.map(({ volume }) => volume.home_pool_id),
+    ...prepared.flatMap(exportsOf),
+    ...spares.map((spare) => spare.poolId),
+  ]
+  const exported = await context.exporter.flushed(pools)
   const finish = async (): Promise<void> => {
     await applyCheckpoints(context, prepared, exported)
     if (exported) for (const part of replacing) await sealReplaced(context, part)
@@ -166,8 +173,10 @@ async function findClosed(
   for (const id of volumeIds) {
     if (context.open.volume(id) !== undefined) continue
     const volume = await requireVolumeRow(context.catalog.db, id)
-    const active = await context.layers.ref({ alias: volume.active_alias, id: '' })
-    closed.push({ row: rows.get(id) as ResourceRow, volume, active: { alias: active.alias, id: active.id }, spare: null })
+    const row = rows.get(id) as ResourceRow
+    const [active] = await context.layers.homes([volume.active_alias], row.home_pool_id)
+    assert(active !== undefined, `no place of layer ${volume.active_alias}`)
+    closed.push({ row, volume, active, spare: null })
   }
   return closed
 }
@@ -179,7 +188,8 @@ function withSpare(context: MapperContext, part: ClosedVolume, spare: Spare): Cl
   return part
 }
 
-async function swap(
+/** Swaps the volumes onto their next layers, all at one point in time; if that fails, the spares are given back. Returns the pause in ms. */
+export async function swap(
   context: MapperContext,
   parts: readonly { volume: OpenVolume; spare: Spare }[],
   deadlineMs: number,
@@ -187,7 +197,7 @@ async function swap(
   if (parts.length === 0) return 0
   try {
     const devices = await Promise.all(
-      parts.map(async ({ volume }) => ({ device: volume.device, next: await context.layers.ref(volume.next) })),
+      parts.map(async ({ volume }) => ({ device: volume.device, next: await context.layers.ref(volume.next, volume.poolId) })),
     )
     const reports = await context.engine.swap(devices, deadlineMs)
     for (const { volume } of parts) volume.swapUncommitted = true
@@ -236,11 +246,11 @@ async function shareClosed(context: MapperContext, tx: CatalogTransaction, part:
 }
 
 /** As after a swap: a layer that cannot be sealed now stays `closing` until the next start. */
-async function sealReplaced(context: MapperContext, { row, volume, active, spare }: ClosedVolume): Promise<void> {
+export async function sealReplaced(context: MapperContext, { row, volume, active, spare }: ClosedVolume): Promise<void> {
   if (spare === null) return
   try {
     const seal = { volumeId: row.id, epoch: volume.epoch, finalLsn: volume.map_lsn, successor: spare.id }
-    await context.pools.handle(spare.poolId).sealLayer(active.id, seal)
+    await context.pools.handle(active.poolId).sealLayer(active.id, seal)
     await context.catalog.write(async (tx) => await context.layers.move(tx, active.alias, ['closing'], 'sealed'), {
       durable: false,
     })

@@ -23,8 +23,8 @@ export interface TakeOverCheck {
 }
 
 /**
- * Looks at the pools of a resource that this process has not open, its own and those that it reads from: each is free, or whoever has
- * it can be shut out. Changes nothing.
+ * Looks at the pools of a resource that this process has not open, its own and those that it writes into or reads from: each is free,
+ * or whoever has it can be shut out. Changes nothing.
  * @throws AtollError TAKE_OVER_REFUSED naming all of them; POOL_UNAVAILABLE and the like if a pool cannot be looked at
  */
 export async function requireTakeOverPossible(check: TakeOverCheck, resource: ResourceRow): Promise<void> {
@@ -57,7 +57,7 @@ export function takeOverRefused(
   cause: AtollError,
 ): AtollError {
   const what = `${resource.kind} ${resource.name}`
-  const place = resource.home_pool_id === pool.id ? 'lies in' : 'reads from'
+  const place = resource.home_pool_id === pool.id ? 'lies in' : 'uses'
   const { owner } = cause.values
   const holder = typeof owner === 'string' ? owner : 'another process'
   return new AtollError(

@@ -2,7 +2,8 @@
  * What a resource takes: bytes that only it refers to, and bytes that others refer to as well; slot by slot, as of the durable
  * roots. A slot counts if its layer has it allocated, because a fresh volume's map gives all of its slots to one layer
  * whether they were written or not (allocation is a hint for status, never for meaning, I4). The active layer of a volume
- * is that volume's alone, and counts with all that it has allocated.
+ * is that volume's alone, and counts with all that it has allocated. A slot that lies in several pools counts once: what a resource
+ * reads, wherever that is.
  *
  * Cost: a native table knows all roots at once (native/map, usage). The first call after a start reads every page of every
  * root once; a later one the pages that are new since. Reading pages is cut into pieces; all else is off the event loop. Memory:
@@ -218,11 +219,13 @@ export class Usage {
     const { layers, log, pools } = this.#context
     const aliases = await table.unknownLayers()
     const byPool = new Map<string, { aliases: number[]; ids: string[] }>()
-    for (const { alias, id, poolId } of await layers.homesIfKnown(aliases)) {
-      const list = byPool.get(poolId) ?? { aliases: [], ids: [] }
-      list.aliases.push(alias)
-      list.ids.push(id)
-      byPool.set(poolId, list)
+    for (const { alias, id, poolIds } of await layers.placesOf(aliases)) {
+      for (const poolId of poolIds) {
+        const list = byPool.get(poolId) ?? { aliases: [], ids: [] }
+        list.aliases.push(alias)
+        list.ids.push(id)
+        byPool.set(poolId, list)
+      }
     }
     // What has no row, or lies in a pool that is not open, is empty as far as anybody can tell.
     table.setEmpty(aliases)
@@ -250,8 +253,8 @@ export class Usage {
       'volumeId' in of ? query.where('volumes.id', '=', of.volumeId) : query.where('resources.home_pool_id', '=', of.poolId)
     ).execute()
     const byPool = new Map<string, string[]>()
-    for (const { id, poolId } of await layers.homesIfKnown(rows.map((row) => row.active_alias))) {
-      byPool.set(poolId, [...(byPool.get(poolId) ?? []), id])
+    for (const { id, poolIds } of await layers.placesOf(rows.map((row) => row.active_alias))) {
+      for (const poolId of poolIds) byPool.set(poolId, [...(byPool.get(poolId) ?? []), id])
     }
     let sumBytes = 0
     for (const [poolId, ids] of byPool) {

@@ -114,6 +114,8 @@ export interface StoreCapabilities {
   copyUnitBytes: number
   /** Smallest range that can be punched; 0: no punching. */
   punchUnitBytes: number
+  /** Layers can share blocks with those of another store on the same backend (`Engine.fillPiece`). */
+  canClone: boolean
   /** A write that returned is durable. */
   ackIsDurable: boolean
   /** Survives the end of the process. */
@@ -173,7 +175,10 @@ export interface JournalSummary {
 
 /** One way to fail; the first rule that matches a call counts. */
 export interface FaultRule {
-  /** "read", "write", "punch", "zero", "sync", "append", "segment-sync", "create", "remove" or "open". */
+  /**
+   * "read", "write", "punch", "zero", "sync", "append", "segment-sync", "create", "remove" or "open"; "lose-write": a write that is
+   * answered as done and was not.
+   */
   operation: string
   /** Only for this layer. */
   layer?: string
@@ -318,6 +323,20 @@ export interface CopyReport {
   dataBytes: number
   /** Bytes that are zero and were not written. */
   zeroBytes: number
+}
+
+/** What one call of `Engine.fillPiece` did; the first three byte counts together are the slots up to `nextSlot`. */
+export interface FillReport {
+  /** Where the next call goes on; null: everything is there. */
+  nextSlot: number | null
+  /** Bytes written to the target. */
+  copiedBytes: number
+  /** Bytes that share their blocks with the source. */
+  offloadedBytes: number
+  /** Bytes that are zero and were not written. */
+  zeroBytes: number
+  /** Bytes read back from the target and compared. */
+  verifiedBytes: number
 }
 
 /** Counters since the device was opened, and gauges. */
@@ -506,6 +525,20 @@ export interface RawEngine {
     onEvent: ((kind: DeviceEventKind, message: string) => void) | null,
   ): Promise<RawOpenedDevice>
   swap(devices: RawDevice[], aliases: number[], ids: string[], stores: RawStore[], deadlineMs: number): Promise<RawSwapReport[]>
+  fillPiece(
+    spec: {
+      sourceId: string
+      targetId: string
+      fromSlot: number
+      maxBytes: number
+      maxMilliseconds: number
+      offload: boolean
+      throttle: number
+    },
+    source: RawStore,
+    target: RawStore,
+    runs: Float64Array,
+  ): Promise<Omit<FillReport, 'nextSlot'> & { nextSlot?: number }>
   readBarrier(waitMs: number): Promise<string[]>
   listenUnix(path: string, mode: number, groupId: number | null, backlog: number | null): Promise<RawListener>
   listenTcp(host: string, port: number): Promise<RawListener>

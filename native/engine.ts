@@ -4,6 +4,7 @@ import {
   type DeviceEventKind,
   type DeviceLimits,
   type EngineStats,
+  type FillReport,
   type OpenReport,
   type RawEngine,
   type RootRef,
@@ -64,6 +65,26 @@ export interface SwapReport {
   lsn: number
   /** How long the gate was closed. */
   pauseMs: number
+}
+
+/** A piece of a layer that is brought into another store. */
+export interface FillSpec {
+  /** The layer, sealed, where it is complete. */
+  source: Pick<LayerRef, 'id' | 'store'>
+  /** Where it is to be: made already, written by nobody else, and of the slots asked for read by nobody. */
+  target: Pick<LayerRef, 'id' | 'store'>
+  /** The slots that are to be there: triples (start slot, slot count, anything), ascending, not overlapping. */
+  runs: Float64Array
+  /** Slots before it are there. */
+  fromSlot: number
+  /** No further piece is begun when this much was copied; what is offloaded does not count. */
+  maxBytes: number
+  /** No further piece is begun after this time. */
+  maxMilliseconds: number
+  /** Whether blocks may be shared instead of copied, where both stores can. */
+  offload: boolean
+  /** Bytes copied in a second, on the average of the call, which takes as long as that needs; default: unlimited. */
+  throttle?: number
 }
 
 /** Where a pool lies in a Ceph cluster. */
@@ -189,6 +210,23 @@ export class Engine {
     return settle(async () => {
       const reports = await this.#raw.swap(handles, aliases, ids, stores, deadlineMs)
       return reports.map((report) => ({ frozen: new FrozenMap(report.frozen()), lsn: report.lsn(), pauseMs: report.pauseMs() }))
+    })
+  }
+
+  /**
+   * Fills a piece of a replica: copies what is data (of which a hole of the source, or a block of zeros, is none), makes it durable,
+   * reads it back and compares it. At least one piece of some size is done however small the limits are.
+   *
+   * @throws VERIFY_FAILED naming layer and offset, LAYER_MISSING, NO_SPACE, IO_ERROR and what else stores answer (`side` in the
+   *   values says whose it is: 'source' or 'target'). Any of the slots from `fromSlot` on may have been filled then; the same call
+   *   may be made again
+   */
+  fillPiece(spec: FillSpec): Promise<FillReport> {
+    const { source, target, runs, fromSlot, maxBytes, maxMilliseconds, offload, throttle = 0 } = spec
+    const fields = { sourceId: source.id, targetId: target.id, fromSlot, maxBytes, maxMilliseconds, offload, throttle }
+    return settle(async () => {
+      const { nextSlot = null, ...rest } = await this.#raw.fillPiece(fields, source.store.raw, target.store.raw, runs)
+      return { nextSlot, ...rest }
     })
   }
 

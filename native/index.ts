@@ -16,6 +16,7 @@ export type {
   EngineStats,
   FaultPlan,
   FaultRule,
+  FillReport,
   JournalSummary,
   LayerEntry,
   LatencyHistogram,
@@ -40,6 +41,7 @@ export {
   type DeviceEvent,
   type DeviceSpec,
   type EngineOptions,
+  type FillSpec,
   type RadosStoreOptions,
   type SwapReport,
 } from './engine.ts'

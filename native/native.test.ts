@@ -195,6 +195,76 @@ describe('a store', () => {
   })
 })
 
+describe('a replica of a layer', () => {
+  const openFiles = (name: string): Promise<Store> =>
+    engine.openFileStore({ path: join(directory, name), create: true, reserveBytes: 0 })
+
+  it('is filled in another store piece by piece, with what is referred to', async () => {
+    const source = await openFiles('from')
+    const layers = await makeLayers(source, 2)
+    const device = await openVolume(layers)
+    await device.write(0, filled(3 * mebibyte, 7))
+    await device.write(20 * mebibyte, filled(mebibyte, 8))
+    await device.flush()
+    await device.close()
+    const target = engine.memoryStore({ capacityBytes: 64 * mebibyte })
+    await target.createLayer(layerId(1))
+    const runs = Float64Array.of(1, 511, 1, 600, 100, 1, 4864, 1024, 1)
+    const sum = { copiedBytes: 0, offloadedBytes: 0, zeroBytes: 0, verifiedBytes: 0 }
+    let fromSlot: number | null = 0
+    let callCount = 0
+    while (fromSlot !== null) {
+      const { nextSlot, ...report } = await engine.fillPiece({
+        source: { id: layerId(1), store: source },
+        target: { id: layerId(1), store: target },
+        runs,
+        fromSlot,
+        maxBytes: mebibyte,
+        maxMilliseconds: 60_000,
+        offload: true,
+      })
+      for (const key of Object.keys(sum) as (keyof typeof sum)[]) sum[key] += report[key]
+      fromSlot = nextSlot
+      callCount++
+    }
+    const copiedBytes = (511 + 100 + 256) * slotBytes
+    expect(sum).toEqual({ copiedBytes, offloadedBytes: 0, zeroBytes: 768 * slotBytes, verifiedBytes: copiedBytes })
+    expect(callCount).toBeGreaterThan(2)
+    expect(await target.allocatedBytes([layerId(1)])).toEqual(Float64Array.of(copiedBytes))
+    const replica = await openVolume([{ alias: 1, id: layerId(1), store: target }], {
+      active: null,
+      next: null,
+      map: engine.uniformMap(1),
+    })
+    expect(await replica.read(slotBytes, 511 * slotBytes)).toEqual(filled(511 * slotBytes, 7))
+    expect(await replica.read(20 * mebibyte, mebibyte)).toEqual(filled(mebibyte, 8))
+    expect(await replica.read(0, slotBytes)).toEqual(filled(slotBytes, 0))
+  })
+
+  it('that does not hold what was written to it is refused, naming the place', async () => {
+    const source = await openFiles('from')
+    const [layer] = await makeLayers(source, 1)
+    const device = await openVolume([layer!], { next: null })
+    await device.write(0, filled(mebibyte, 7))
+    await device.close()
+    const inner = await openFiles('to')
+    await inner.createLayer(layerId(1))
+    const target = engine.faultStore(inner)
+    target.setFaults({ seed: 1, rules: [{ operation: 'lose-write' }] })
+    const runs = Float64Array.of(16, 16, 1)
+    const piece = { runs, fromSlot: 0, maxBytes: mebibyte, maxMilliseconds: 60_000, offload: false }
+    const filling = engine.fillPiece({ ...piece, source: layer!, target: { id: layerId(1), store: target } })
+    const values = { layerId: layerId(1), offsetBytes: 16 * slotBytes, side: 'target' }
+    await expect(filling).rejects.toMatchObject({ code: 'VERIFY_FAILED', values })
+    target.setFaults({ seed: 1, rules: [{ operation: 'write', errno: 28 }] })
+    expect(await codeOf(engine.fillPiece({ ...piece, source: layer!, target: { id: layerId(1), store: target } }))).toBe(
+      'NO_SPACE',
+    )
+    const missing = { id: layerId(2), store: inner }
+    expect(await codeOf(engine.fillPiece({ ...piece, source: layer!, target: missing }))).toBe('LAYER_MISSING')
+  })
+})
+
 describe('a device', () => {
   let store: Store
   let layers: LayerRef[]

@@ -49,7 +49,10 @@ export class UsageTable {
     return settle(() => this.#raw.unknownLayers())
   }
 
-  /** Looks at what layers of one store have allocated; returns the aliases of those that could not be looked at and count as empty. */
+  /**
+   * Looks at what layers have allocated in one store, beside what was found in others; returns the aliases of those that could not be
+   * looked at, of which nothing is added.
+   */
   scan(store: Store, aliases: Uint32Array, ids: readonly string[]): Promise<Uint32Array> {
     return settle(() => this.#raw.scan(store.raw, aliases, [...ids]))
   }

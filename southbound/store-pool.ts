@@ -129,7 +129,9 @@ class StorePool implements PoolHandle {
     this.driver = options.driver
     this.poolId = options.context.poolId
     this.store = options.store
-    this.capabilities = { ...options.store.capabilities(), ...options.capabilities }
+    // Of whom a store can share blocks with, the driver says more.
+    const { canClone: _, ...capabilities } = options.store.capabilities()
+    this.capabilities = { ...capabilities, ...options.capabilities }
     this.#options = options
     this.#lock = lock
     this.#owner = owner

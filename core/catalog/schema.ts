@@ -6,9 +6,9 @@
  * - times are milliseconds since 1970 (a number), sizes are bytes, ids are lower-case UUIDs;
  * - integers are numbers (every one of them stays below 2^53), but for `root_word`, which is a bigint;
  * - a column name means the same in every table, because values are converted by the name of their column: `root_word`
- *   <-> bigint, `read_only`, `shared`, `versioned`, `is_current` and `delete_marker` <-> boolean, and `options`, `throttle`,
- *   `params`, `cursor`, `result`, `metadata`, `settings` <-> an object stored as JSON text. A conversion follows the origin of a
- *   column, so an alias (`root_word as word`) keeps it.
+ *   <-> bigint, `read_only`, `shared`, `versioned`, `is_current`, `delete_marker`, `is_primary` and `is_copy` <-> boolean, and `options`,
+ *   `throttle`, `params`, `cursor`, `result`, `metadata`, `settings` <-> an object stored as JSON text. A conversion follows the
+ *   origin of a column, so an alias (`root_word as word`) keeps it.
  */
 import type { Generated, Insertable, Selectable, Updateable } from 'kysely'
 
@@ -85,11 +85,19 @@ export interface LayersTable {
   created_at: number
 }
 
+/** The bytes of a layer in one pool. Only a sealed layer may have several. */
 export interface ReplicasTable {
   layer_alias: number
   pool_id: string
   project_id: string
+  /** filling: it is being made, and nobody reads it. condemned: it is removed, and the layer stays. */
   state: ReplicaState
+  /** Read by the resources of every pool without a replica of its own; at most one of a layer. */
+  is_primary: Generated<boolean>
+  /** The job that writes into it, also where it was complete before; null: nobody does. */
+  filling_job: Generated<string | null>
+  /** Filled from another one: what was zero there was not written, and it has no journal. A trigger sets it (migration 0008). */
+  is_copy: Generated<boolean>
 }
 
 export interface ResourcesTable {
@@ -102,6 +110,8 @@ export interface ResourcesTable {
   root_word: bigint
   root_crc: number
   home_pool_id: string
+  /** Raised with every change of the home. */
+  home_epoch: Generated<number>
   /** What it was made from; null if that is gone or there was nothing. Information, not a dependency. */
   parent_id: string | null
   /** The volume of a snapshot; null for every other kind. */

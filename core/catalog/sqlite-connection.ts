@@ -31,6 +31,8 @@ const codecByColumn: ReadonlyMap<string, Codec> = new Map<string, Codec>([
   ['versioned', 'boolean'],
   ['is_current', 'boolean'],
   ['delete_marker', 'boolean'],
+  ['is_primary', 'boolean'],
+  ['is_copy', 'boolean'],
   ['options', 'json'],
   ['throttle', 'json'],
   ['params', 'json'],

@@ -20,8 +20,8 @@ export const fileDriver: Driver = {
     const config = parseFileConfig(context.options)
     const poolName = `the pool at ${config.path}`
     const store = await openStore(context, config, poolName)
-    // Files of one file system can share blocks (FICLONERANGE) and be copied inside the kernel.
-    const { dev } = await stat(config.path)
+    // Files of one file system share blocks (FICLONERANGE), where it is one that knows how (XFS, btrfs).
+    const offloadDomain = store.capabilities().canClone ? `file:${(await stat(config.path)).dev}` : null
     return openStorePool({
       driver: fileDriver.name,
       poolName,
@@ -29,7 +29,7 @@ export const fileDriver: Driver = {
       store,
       reserveBytes: config.reserveBytes,
       // An OFD lock: the kernel drops it with the process, so who gets it may write at once.
-      capabilities: { fence: 'lock', offloadDomain: `file:${dev}`, sharedByNodes: false },
+      capabilities: { fence: 'lock', offloadDomain, sharedByNodes: false },
     })
   },
 

@@ -53,7 +53,7 @@ export function makeMemoryDriver(
         poolName: `the memory pool ${context.poolId}`,
         context,
         store: storeOf(context),
-        capabilities: { fence: 'lock', offloadDomain: 'memory', sharedByNodes: false },
+        capabilities: { fence: 'lock', offloadDomain: null, sharedByNodes: false },
         onDestroyed: async () => onDestroyed?.(context),
       })
     },

@@ -13,6 +13,7 @@ import { exportOutbox } from './0003-export-outbox.ts'
 import { orderResources } from './0005-resource-order.ts'
 import { countContainers } from './0006-container-counts.ts'
 import { addCatalogOwner } from './0007-catalog-owner.ts'
+import { addReplicas } from './0008-replicas.ts'
 
 export interface Migration {
   readonly name: string
@@ -28,4 +29,5 @@ export const migrations: readonly Migration[] = [
   orderResources,
   countContainers,
   addCatalogOwner,
+  addReplicas,
 ]

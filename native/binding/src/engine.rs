@@ -1,12 +1,14 @@
 //! The engine's handle.
 use crate::connection::{JsListener, JsTlsConfig};
-use crate::convert::{JsRootRef, guard, invalid, to_root, to_u32, to_u64, to_uuid};
+use crate::convert::{JsRootRef, guard, invalid, to_layer_id, to_root, to_runs, to_u32, to_u64, to_uuid};
 use crate::device::{DeviceLanes, JsDevice, JsDeviceLimits, JsThrottleLimits, to_device_limits, to_layers, to_throttle_limits};
 use crate::map::{Bulky, JsFrozenMap, JsMapCheck, JsMapLoader, JsReach};
 use crate::promise::{Settler, rejected, run_on};
 use crate::store::JsStore;
 use crate::usage::JsUsage;
-use atoll_engine::{Device, DeviceEvent, DeviceSpec, Engine, EngineOptions, OpenReport, Result, TlsConfig, spawn_named};
+use atoll_engine::{
+    Device, DeviceEvent, DeviceSpec, Engine, EngineOptions, FillSpec, LayerSpec, OpenReport, Result, TlsConfig, fill_piece, spawn_named,
+};
 use atoll_io::{LayerId, MemoryStore, RadosOptions};
 use atoll_map::{FrozenMap, MapLoader, Reach, Usage};
 use napi::bindgen_prelude::{ClassInstance, Env, FnArgs, Function, Object};
@@ -54,6 +56,28 @@ pub struct JsOpenReport {
     pub batches_recalled: f64,
     pub torn_tail_bytes: f64,
     pub promoted_next: bool,
+}
+
+#[napi(object)]
+pub struct JsFillSpec {
+    pub source_id: String,
+    pub target_id: String,
+    pub from_slot: f64,
+    pub max_bytes: f64,
+    pub max_milliseconds: f64,
+    pub offload: bool,
+    /// 0: none.
+    pub throttle: f64,
+}
+
+#[napi(object)]
+pub struct JsFillReport {
+    /// Nothing: all is there.
+    pub next_slot: Option<f64>,
+    pub copied_bytes: f64,
+    pub offloaded_bytes: f64,
+    pub zero_bytes: f64,
+    pub verified_bytes: f64,
 }
 
 #[napi(object)]
@@ -241,12 +265,13 @@ impl JsEngine {
             Ok(spec) => spec,
             Err(error) => return rejected::<JsOpenedDevice>(env, error),
         };
-        let active = spec.active.and_then(|alias| spec.layers.iter().position(|layer| layer.alias == alias));
-        let lanes = DeviceLanes::of(&stores, active);
-        let control = lanes.control.clone();
+        let aliases: Vec<u32> = spec.layers.iter().map(|layer| layer.alias).collect();
+        let lanes = DeviceLanes::of(&aliases, &stores, spec.active, spec.next);
+        let control = lanes.control();
         let engine = self.engine.clone();
         run_on(env, control.as_ref().map_or_else(|| self.engine.control(), |lanes| &lanes.control), move || {
             let (device, report) = engine.open_device(spec)?;
+            lanes.opened(report.promoted_next);
             Ok(JsOpenedDevice { engine, device, lanes, report })
         })
     }
@@ -283,11 +308,55 @@ impl JsEngine {
         };
         let engine = self.engine.clone();
         let lanes = stores.iter().find_map(|store| store.lanes.clone());
+        let of_devices: Vec<DeviceLanes> = devices.iter().map(|device| device.lanes.clone()).collect();
+        let of_layers: Vec<_> = aliases.into_iter().zip(stores.iter().map(|store| store.lanes.clone())).collect();
         run_on(env, lanes.as_ref().map_or_else(|| self.engine.control(), |lanes| &lanes.control), move || {
             let reports = Device::swap(&pairs, deadline)?.into_iter();
+            for (of_device, (alias, of_layer)) in of_devices.iter().zip(of_layers) {
+                of_device.swapped(alias, of_layer);
+            }
             Ok(reports
                 .map(|report| JsSwapReport { engine: engine.clone(), frozen: report.frozen, lsn: report.lsn, pause: report.pause })
                 .collect::<Vec<_>>())
+        })
+    }
+
+    #[napi]
+    pub fn fill_piece<'env>(
+        &self,
+        env: &'env Env,
+        spec: JsFillSpec,
+        source: &JsStore,
+        target: &JsStore,
+        runs: &[f64],
+    ) -> napi::Result<Object<'env>> {
+        let runs = match to_runs(runs) {
+            Ok(runs) => runs,
+            Err(error) => return rejected::<JsFillReport>(env, error),
+        };
+        let lanes = target.lanes.clone().or_else(|| source.lanes.clone());
+        let (engine, source, target) = (self.engine.clone(), source.store.clone(), target.store.clone());
+        run_on(env, lanes.as_ref().map_or_else(|| self.engine.bulk(), |lanes| &lanes.bulk), move || {
+            // No map is asked: which alias it has does not matter.
+            let layer = |id: &str, store| -> Result<LayerSpec> { Ok(LayerSpec { alias: 1, id: to_layer_id(id)?, store }) };
+            let spec = FillSpec {
+                source: &layer(&spec.source_id, source)?,
+                target: &layer(&spec.target_id, target)?,
+                runs: &runs,
+                from_slot: to_u64("fromSlot", spec.from_slot)?,
+                bytes_max: to_u64("maxBytes", spec.max_bytes)?,
+                time_max: Duration::from_millis(to_u64("maxMilliseconds", spec.max_milliseconds)?),
+                may_offload: spec.offload,
+                bytes_per_second: to_u64("throttle", spec.throttle)?,
+            };
+            let report = fill_piece(&spec, &|| engine.is_closing())?;
+            Ok(JsFillReport {
+                next_slot: report.next_slot.map(|slot| slot as f64),
+                copied_bytes: report.copied_bytes as f64,
+                offloaded_bytes: report.offloaded_bytes as f64,
+                zero_bytes: report.zero_bytes as f64,
+                verified_bytes: report.verified_bytes as f64,
+            })
         })
     }
 

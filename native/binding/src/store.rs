@@ -19,6 +19,7 @@ use std::time::Duration;
 pub struct JsCapabilities {
     pub copy_unit_bytes: u32,
     pub punch_unit_bytes: u32,
+    pub can_clone: bool,
     pub ack_is_durable: bool,
     pub persistent: bool,
 }
@@ -213,6 +214,7 @@ impl JsStore {
             Ok(JsCapabilities {
                 copy_unit_bytes: found.copy_unit_bytes,
                 punch_unit_bytes: found.punch_unit_bytes,
+                can_clone: found.can_clone,
                 ack_is_durable: found.ack_is_durable,
                 persistent: found.persistent,
             })

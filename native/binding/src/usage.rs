@@ -69,7 +69,8 @@ impl JsUsage {
         self.usage.run(env, |usage| Ok(Uint32Array::new(usage.unknown_layers())))
     }
 
-    /// Looks at what sealed layers have allocated, without holding the table meanwhile; returns those that could not be looked at.
+    /// Looks at what sealed layers have allocated in one place, beside what was found in others, without holding the table meanwhile;
+    /// returns those that could not be looked at.
     #[napi]
     pub fn scan<'env>(&self, env: &'env Env, store: &JsStore, aliases: &[u32], ids: Vec<String>) -> napi::Result<Object<'env>> {
         let layers: Result<Vec<_>> = aliases.iter().zip(&ids).map(|(alias, id)| Ok((*alias, to_layer_id(id)?))).collect();
@@ -85,7 +86,7 @@ impl JsUsage {
                     failed.push(alias);
                     Vec::new()
                 });
-                usage.lock().set_allocated(alias, runs);
+                usage.lock().add_allocated(alias, runs);
             }
             Ok(Uint32Array::new(failed))
         })

@@ -100,7 +100,12 @@ fn copy_file_in(
 }
 
 /// Hands runs of non-zero blocks (aligned in the target) to `sink`.
-fn write_data_runs(target: u64, piece: &[u8], report: &mut CopyReport, sink: &mut dyn FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+pub(crate) fn write_data_runs(
+    target: u64,
+    piece: &[u8],
+    report: &mut CopyReport,
+    sink: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
     let block_end = |from: usize| {
         let left_in_block = ZERO_BLOCK_BYTES - (target + from as u64) % ZERO_BLOCK_BYTES;
         piece.len().min(from + left_in_block as usize)

@@ -6,6 +6,7 @@ mod copy;
 mod device;
 mod engine;
 mod error;
+mod fill;
 mod latency;
 mod memory;
 mod nbd;
@@ -21,6 +22,7 @@ pub use device::{
 };
 pub use engine::{Engine, EngineOptions, EngineStats};
 pub use error::{EngineError, Result};
+pub use fill::{FillReport, FillSpec, fill_piece};
 pub use latency::{LATENCY_BUCKET_COUNT, Latency, LatencyCounts, latency_bucket_end};
 pub use memory::give_freed_memory_back;
 pub use nbd::{

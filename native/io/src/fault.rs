@@ -5,6 +5,7 @@
 //!   memory kind they stay doubtful, so that crash images show them kept, lost and torn.
 //! - A delay comes before the operation, so that it takes effect late; the delay of a sync comes after it, so that a write which
 //!   completes while the sync is under way is not made durable by it.
+//! - A write that is lost is no failure to whoever wrote: only reading it back shows it.
 //! - Nothing goes round the rules: a layer opened through this store gives no file away, but for reads that a rule makes wait and
 //!   none can hit.
 use crate::error::{layer_object, segment_object};
@@ -26,7 +27,8 @@ const SECTOR_BYTES: u64 = 512;
 pub struct FaultRule {
     /// "read" (layers and segments), "write", "punch", "zero", "sync", "append", "truncate", "segment-sync", "create" and "remove"
     /// (layers and segments), "open" (layers and segments), "record-read", "record-write", "record-list", "record-remove". A rule
-    /// for "read-now" makes every read of a layer one that has to wait, and nothing else.
+    /// for "read-now" makes every read of a layer one that has to wait, and nothing else. What a rule for "lose-write" hits is
+    /// answered as done and was not.
     pub operation: String,
     /// Only for this layer (or its journal), if given.
     pub layer: Option<crate::LayerId>,
@@ -347,6 +349,9 @@ impl LayerIo for FaultLayer {
     }
 
     fn write(&self, offset_bytes: u64, buffers: &[IoSlice<'_>]) -> Result<()> {
+        if self.faults.decide("lose-write", Some(self.id)).is_some() {
+            return Ok(());
+        }
         if let Some(hit) = self.faults.decide("write", Some(self.id)) {
             self.faults.wait(&hit);
             if hit.errno != 0 {

@@ -72,6 +72,9 @@ pub struct StoreCapabilities {
     pub copy_unit_bytes: u32,
     /// Ranges smaller than this cannot be punched; 0: no punching.
     pub punch_unit_bytes: u32,
+    /// Layers can share blocks with those of another store of the same backend (`LayerIo::clone_range`), as far as can be told without
+    /// the other one.
+    pub can_clone: bool,
     /// A write that returned is durable, so `sync` costs nothing.
     pub ack_is_durable: bool,
     /// Survives the end of the process.
@@ -308,6 +311,12 @@ pub trait LayerIo: Send + Sync + 'static {
     /// Asks for the range to be at hand soon; it need not be on return, and nothing depends on it. Nothing by default.
     fn prefetch(&self, _offset_bytes: u64, _length_bytes: u64) -> Result<()> {
         Ok(())
+    }
+    /// Makes a range of this layer the same as in `source` without moving its bytes: both have the same blocks on the backend from
+    /// then on, and a write to one of them is not seen in the other. False: that cannot be done here, and nothing was changed. The
+    /// range lies within the source's length, in whole blocks of 4096 bytes. Not durable before `sync`.
+    fn clone_range(&self, _source: &dyn LayerIo, _offset_bytes: u64, _length_bytes: u64) -> Result<bool> {
+        Ok(false)
     }
     /// The file, if the layer is one, for reads of a `ReadRing` at the layer's own offsets.
     fn ring_file(&self) -> Result<Option<Arc<File>>> {

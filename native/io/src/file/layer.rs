@@ -202,6 +202,16 @@ impl LayerIo for FileLayer {
         self.with(system::drop_cache).map_err(|error| self.error("drop-cache", 0, &error))
     }
 
+    fn clone_range(&self, source: &dyn LayerIo, offset_bytes: u64, length_bytes: u64) -> Result<bool> {
+        self.check_writable("clone", offset_bytes)?;
+        let Some(source) = source.ring_file()? else { return Ok(false) };
+        match self.with(|file| system::clone_range(file, &source, offset_bytes, length_bytes)) {
+            Ok(()) => Ok(true),
+            Err(error) if system::cannot_clone(&error) => Ok(false),
+            Err(error) => Err(self.error("clone", offset_bytes, &error)),
+        }
+    }
+
     fn ring_file(&self) -> Result<Option<Arc<File>>> {
         match &self.file {
             LayerFile::Held(file) => Ok(Some(file.clone())),

@@ -56,6 +56,7 @@ pub struct FileStore {
     /// Changed by `set_reserve`.
     reserve_bytes: AtomicU64,
     can_punch: bool,
+    can_clone: bool,
     segments: Mutex<HashMap<LayerId, BTreeSet<u64>>>,
     /// Held while a record is written: two writers of one record share its temporary file.
     record_writer: Mutex<()>,
@@ -80,6 +81,7 @@ impl FileStore {
             records: open_folder(&records)?,
             reserve_bytes: AtomicU64::new(reserve_bytes),
             can_punch: can_punch(root)?,
+            can_clone: can_clone(root)?,
             segments: Mutex::new(scan_segments(&journal)?),
             record_writer: Mutex::new(()),
             root: root.to_path_buf(),
@@ -116,6 +118,7 @@ impl Store for FileStore {
         StoreCapabilities {
             copy_unit_bytes: 4096,
             punch_unit_bytes: if self.can_punch { PUNCH_UNIT_BYTES } else { 0 },
+            can_clone: self.can_clone,
             ack_is_durable: false,
             persistent: true,
             segment_growth_bytes: SEGMENT_GROWTH_BYTES,
@@ -447,6 +450,22 @@ fn can_punch(root: &Path) -> Result<bool> {
         Ok(()) => Ok(true),
         Err(error) if system::is_unsupported(&error) => Ok(false),
         // No inode is left for the probe. A punch asks the file system again each time, so the optimistic answer is safe.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => Ok(true),
+        Err(error) => Err(path_error("probe", root, &error)),
+    }
+}
+
+/// Whether files of the file system can share blocks. The probe has no data, as that of `can_punch`.
+fn can_clone(root: &Path) -> Result<bool> {
+    let probe = || {
+        let (source, target) = (unnamed_file(root)?, unnamed_file(root)?);
+        source.set_len(u64::from(PUNCH_UNIT_BYTES))?;
+        system::clone_range(&target, &source, 0, u64::from(PUNCH_UNIT_BYTES))
+    };
+    match probe() {
+        Ok(()) => Ok(true),
+        Err(error) if system::cannot_clone(&error) => Ok(false),
+        // Nothing is done because of the answer that is not asked of the file system again.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => Ok(true),
         Err(error) => Err(path_error("probe", root, &error)),
     }

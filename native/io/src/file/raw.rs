@@ -50,6 +50,7 @@ impl Store for RawFileStore {
         StoreCapabilities {
             copy_unit_bytes: 4096,
             punch_unit_bytes: 0,
+            can_clone: false,
             ack_is_durable: false,
             persistent: true,
             segment_growth_bytes: 0,

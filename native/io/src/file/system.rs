@@ -170,6 +170,31 @@ pub(super) fn allocate(file: &File, mode: libc::c_int, offset_bytes: u64, length
     }
 }
 
+/// Makes a range of `target` share its blocks with the same range of `source`, whole blocks of the file system of both.
+pub(super) fn clone_range(target: &File, source: &File, offset_bytes: u64, length_bytes: u64) -> Result<()> {
+    let range = libc::file_clone_range {
+        src_fd: i64::from(source.as_raw_fd()),
+        src_offset: offset_bytes,
+        src_length: length_bytes,
+        dest_offset: offset_bytes,
+    };
+    loop {
+        // SAFETY: `range` lives until the call returns and has the type that FICLONERANGE reads; both descriptors are open as long.
+        if unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONERANGE, &raw const range) } == 0 {
+            return Ok(());
+        }
+        let error = Error::last_os_error();
+        if error.kind() != ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// Whether an error of `clone_range` says that these two files share nothing, or not these blocks, and that nothing was changed.
+pub(super) fn cannot_clone(error: &Error) -> bool {
+    is_unsupported(error) || matches!(error.raw_os_error(), Some(libc::EXDEV | libc::EINVAL | libc::ENOTTY | libc::EPERM | libc::ETXTBSY))
+}
+
 /// Whether an error says that the file system has no such operation (and not that it failed).
 pub(super) fn is_unsupported(error: &Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV))

@@ -218,6 +218,7 @@ impl Store for MemoryStore {
         StoreCapabilities {
             copy_unit_bytes: 4096,
             punch_unit_bytes: PAGE_BYTES as u32,
+            can_clone: false,
             ack_is_durable: false,
             persistent: false,
             // What is recorded is there to be broken, so it grows ahead as files do.

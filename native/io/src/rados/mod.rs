@@ -176,6 +176,7 @@ impl Store for RadosStore {
         StoreCapabilities {
             copy_unit_bytes: 4096,
             punch_unit_bytes: object::SLOT_BYTES as u32,
+            can_clone: false,
             ack_is_durable: true,
             persistent: true,
             segment_growth_bytes: 0,

@@ -29,6 +29,13 @@ impl Allocated {
         Allocated { runs: made }
     }
 
+    /// With more runs, of the same form.
+    pub(super) fn with(&self, more: impl IntoIterator<Item = (u64, u64)>) -> Allocated {
+        let mut runs: Vec<_> = self.runs.iter().map(|run| (run.start, run.end)).chain(more).collect();
+        runs.sort_unstable();
+        Allocated::new(runs)
+    }
+
     /// Allocated slots in `start..end`.
     pub(super) fn count(&self, start: u64, end: u64) -> u64 {
         self.below(end).saturating_sub(self.below(start))
@@ -52,6 +59,12 @@ impl Allocated {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_allocated_in_either_place_counts_once() {
+        let both = Allocated::new([(3, 5), (20, 30)]).with([(0, 4), (22, 25), (30, 31)]);
+        assert_eq!((both.run_count(), both.count(0, 100)), (2, 16));
+    }
 
     #[test]
     fn ranges_are_counted_whatever_of_a_run_they_cut_off() {

@@ -167,6 +167,12 @@ impl Usage {
         self.allocated.insert(alias, Allocated::new(runs));
     }
 
+    /// What of another place of the layer's bytes is allocated: a slot counts if it is in one of them.
+    pub fn add_allocated(&mut self, alias: u32, runs: impl IntoIterator<Item = (u64, u64)>) {
+        let sum = self.allocated.get(&alias).unwrap_or(&Allocated::default()).with(runs);
+        self.allocated.insert(alias, sum);
+    }
+
     /// What a resource takes; nothing for one that is not known. The error of the page that it reaches and that cannot be read.
     pub fn taken(&mut self, key: u64) -> Result<Taken> {
         let Some(&word) = self.roots.get(&key) else { return Ok(Taken::default()) };
