@@ -232,6 +232,36 @@ describe.skipIf(!hasCeph() || !canCutNetwork())('a Ceph cluster in trouble', () 
     await compare(uri, oracle, 'after the start')
   })
 
+  test('a daemon with many volumes in a pool that does not answer ends without waiting for each, and has lost nothing', async () => {
+    await using alone = await TestHome.create()
+    await alone.start()
+    const timeoutSeconds = 60
+    await cliOf(alone, 'pool', 'create', 'fast', '--driver', 'ceph', ...optionsIn('many', { timeout: String(timeoutSeconds) }))
+    // More than are closed at the same time.
+    const names = Array.from({ length: 18 }, (_, index) => `disk-${index}`)
+    for (const [index, name] of names.entries()) {
+      await cliOf(alone, 'volume', 'create', name, '--size', '1M', '--pool', 'fast')
+      await using client = await connect(await cliOf(alone, 'volume', 'attach', name, '--format', 'uri'))
+      await client.write(0, pattern(index, slotBytes))
+    }
+    await cluster.cutNetwork()
+    try {
+      const state = async (): Promise<string | undefined> =>
+        (await alone.jsonMeanwhile<ShownPool>('pool', 'show', 'fast')).health?.conditions.map(({ kind }) => kind).join()
+      await expect.poll(state).toContain('silent')
+      const startedAt = performance.now()
+      await alone.end('SIGTERM')
+      expect(performance.now() - startedAt).toBeLessThan(2 * timeoutSeconds * 1000)
+    } finally {
+      await cluster.mendNetwork()
+    }
+    await alone.start()
+    for (const [index, name] of names.entries()) {
+      await using client = await connect(await cliOf(alone, 'volume', 'attach', name, '--format', 'uri'))
+      expect(await client.read(0, slotBytes)).toEqual(pattern(index, slotBytes))
+    }
+  })
+
   test('a daemon ends while the cluster is away, and has lost nothing that it answered', async () => {
     await using alone = await TestHome.create()
     await alone.start()
