@@ -3,7 +3,7 @@
  *
  * The files were listed before the rows were read, and what a row misses is looked for again, so that nothing which is made
  * or removed meanwhile is told. How long a file is says little: a layer is as long as what was written (I4). Only where a map
- * got every slot of a layer by a write, its file must reach to the last of them.
+ * got every slot of a layer by a write, its file must reach to the last of them; and not where it is a copy, which holds no zeros.
  */
 import { isAtollError, toAtollError, type LayerRow, type ReplicaRow } from '@atoll/core'
 import type { PoolHandle } from '@atoll/southbound'
@@ -28,9 +28,12 @@ export async function checkLayers(check: CheckContext, maps: WalkedMaps): Promis
     if (handle === undefined) continue
     await checkUnknown(check, pool.id)
     const layers = await filterInTurns(state.layers, (layer) => state.homes.get(layer.alias)?.includes(pool.id) === true)
-    await checkLengths(check, maps, handle, layers)
+    const copies = await filterInTurns(state.replicas, (replica) => replica.pool_id === pool.id && replica.is_copy)
+    const isCopy = await mapInTurns(copies, (replica) => replica.layer_alias)
+    const originals = await filterInTurns(layers, (layer) => !isCopy.has(layer.alias))
+    await checkLengths(check, maps, handle, originals)
     await checkSpares(check, maps, handle, layers)
-    await checkSeals(check, handle, layers)
+    await checkSeals(check, handle, originals)
     if (check.deep && maps.isComplete) await checkAllocation(check, maps, handle, layers)
   }
 }
@@ -39,6 +42,7 @@ export async function checkLayers(check: CheckContext, maps: WalkedMaps): Promis
 async function checkFiles(check: CheckContext, maps: WalkedMaps): Promise<void> {
   const { mapper, state, add } = check
   const missing: LayerRow[] = []
+  const places = new Map<LayerRow, string>()
   const isUnlisted = (layer: LayerRow, poolId: string): boolean => state.listings.get(poolId)?.has(layer.id) === false
   const unlisted = await filterInTurns(state.layers, (layer) => {
     const isNeeded =
@@ -46,15 +50,18 @@ async function checkFiles(check: CheckContext, maps: WalkedMaps): Promise<void> 
     return isNeeded && state.homes.get(layer.alias)?.some((poolId) => isUnlisted(layer, poolId)) === true
   })
   for (const layer of unlisted) {
-    for (const poolId of state.homes.get(layer.alias) ?? [])
-      if (isUnlisted(layer, poolId) && (await isStillMissing(mapper, poolId, layer))) missing.push(layer)
+    const homes = state.homes.get(layer.alias) ?? []
+    const lost: string[] = []
+    for (const poolId of homes) if (isUnlisted(layer, poolId) && (await isStillMissing(mapper, poolId, layer))) lost.push(poolId)
+    if (lost.length > 0) missing.push(layer)
+    if (homes.length > 1) places.set(layer, ` in pool ${lost.join(' and ')} (it has ${homes.length} replicas)`)
   }
   if (missing.length === 0) return
   const rows = await maps.referring(missing.map((layer) => layer.alias))
   for (const layer of missing) {
     const names = nameResources(rows.get(layer.alias) ?? [])
     const part = names === '' ? '' : `, which is part of ${names},`
-    const message = `the file of the ${layer.state} layer ${layer.id}${part} is missing: bring it back from a backup of the pool`
+    const message = `the file of the ${layer.state} layer ${layer.id}${part} is missing${places.get(layer) ?? ''}: bring it back from a backup of the pool`
     add({ severity: 'error', kind: 'layer-missing', object: layer.id, message })
   }
 }
@@ -63,7 +70,14 @@ async function checkFiles(check: CheckContext, maps: WalkedMaps): Promise<void> 
 async function isStillMissing(mapper: CheckContext['mapper'], poolId: string, layer: LayerRow): Promise<boolean> {
   const pool = mapper.pools.find(poolId)
   if (pool === undefined || (await pool.layerExists(layer.id))) return false
-  const row = await mapper.catalog.db.selectFrom('layers').select('state').where('alias', '=', layer.alias).executeTakeFirst()
+  const row = await mapper.catalog.db
+    .selectFrom('layers')
+    .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
+    .select('layers.state')
+    .where('layers.alias', '=', layer.alias)
+    .where('replicas.pool_id', '=', poolId)
+    .where('replicas.state', '=', 'complete')
+    .executeTakeFirst()
   return row !== undefined && row.state !== 'condemned'
 }
 
@@ -122,8 +136,14 @@ async function checkStray({ mapper, state, add }: CheckContext, maps: WalkedMaps
 /** Files that no row knows: reported, never removed (I11). */
 async function checkUnknown({ state, add }: CheckContext, poolId: string): Promise<void> {
   const known = await mapInTurns(state.layers, (layer) => layer.id)
-  for (const id of await filterInTurns(state.listings.get(poolId)?.keys() ?? [], (listed) => !known.has(listed))) {
-    const message = `the catalog does not know layer ${id} of pool ${poolId}; it is left alone: after a restore of an older catalog it may hold the newest data`
+  const here = new Set<number>()
+  await eachInTurns(state.replicas, (replica) => {
+    if (replica.pool_id === poolId) here.add(replica.layer_alias)
+  })
+  const isUnknown = (id: string): boolean => !here.has(known.get(id)?.alias ?? 0)
+  for (const id of await filterInTurns(state.listings.get(poolId)?.keys() ?? [], isUnknown)) {
+    const elsewhere = known.has(id) ? ', which it has in other pools only' : ''
+    const message = `the catalog does not know layer ${id} of pool ${poolId}${elsewhere}; it is left alone: after a restore of an older catalog it may hold the newest data`
     add({ severity: 'warning', kind: 'layer-unknown', object: id, message })
   }
 }

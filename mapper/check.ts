@@ -20,6 +20,7 @@ import { checkLayers } from './check-layers.ts'
 import { checkMaps } from './check-maps.ts'
 import { checkPools } from './check-pools.ts'
 import { checkReferences } from './check-references.ts'
+import { checkReplicas } from './check-replicas.ts'
 import type { MapperContext } from './context.ts'
 import { eachInTurns, inPieces, mapInTurns } from './turns.ts'
 import type { Reclaimer } from './reclaim.ts'
@@ -117,7 +118,10 @@ export class Checker {
       await part(check, async () => {
         if (!subjects.has('maps') && !subjects.has('layers')) return
         const maps = await checkMaps(subjects.has('maps') ? check : { ...check, add: () => undefined }, boundary)
-        if (subjects.has('layers')) await checkLayers(check, maps)
+        if (subjects.has('layers')) {
+          await checkLayers(check, maps)
+          await checkReplicas(check, maps)
+        }
         maps.walk.clear()
       })
       await look('journals', async () => await checkJournals(check))

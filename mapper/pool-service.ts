@@ -44,7 +44,7 @@ export interface PoolStatus {
   readonly logicalBytes: number
   /** logicalBytes / storedBytes; 1 where nothing is stored. */
   readonly dedupRatio: number
-  /** Layers of the pool, spares included. */
+  /** Layers that lie in the pool, spares included, and those that lie in others as well. */
   readonly layers: number
   readonly export: ExportStatus
 }
@@ -370,7 +370,7 @@ export class PoolService {
     const listed = async (): Promise<Set<string>> => new Set(await handle.listLayerIds())
     const missing = async (present: ReadonlySet<string>) => (await this.#layersOf(id)).filter((row) => !present.has(row.id))
     const unknown = async (present: ReadonlySet<string>): Promise<string[]> => {
-      const all = new Set((await this.#context.catalog.db.selectFrom('layers').select('id').execute()).map((row) => row.id))
+      const all = new Set((await this.#replicasIn(id).select('layers.id').execute()).map((row) => row.id))
       return [...present].filter((layerId) => !all.has(layerId))
     }
     const present = await listed()
@@ -407,23 +407,26 @@ export class PoolService {
 
   /** The layers that the pool must hold. */
   async #layersOf(id: string) {
-    return await this.#context.catalog.db
-      .selectFrom('layers')
-      .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
+    return await this.#replicasIn(id)
       .select(['layers.id', 'layers.state', 'layers.volume_id'])
-      .where('replicas.pool_id', '=', id)
+      .where('replicas.state', '=', 'complete')
       .where('layers.state', 'not in', ['making', 'condemned'])
       .execute()
+  }
+
+  #replicasIn(id: string) {
+    return this.#context.catalog.db
+      .selectFrom('layers')
+      .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
+      .where('replicas.pool_id', '=', id)
   }
 
   async #requireEmpty(row: PoolRow): Promise<void> {
     const { db } = this.#context.catalog
     const resources = await db.selectFrom('resources').select('id').where('home_pool_id', '=', row.id).execute()
-    const layers = await db
-      .selectFrom('layers')
-      .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
+    const layers = await this.#replicasIn(row.id)
       .select('layers.id')
-      .where('replicas.pool_id', '=', row.id)
+      .where('replicas.state', '!=', 'condemned')
       .where((query) =>
         query.or([query('layers.state', 'not in', ['spare', 'making', 'condemned']), query('layers.volume_id', 'is not', null)]),
       )

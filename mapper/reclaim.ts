@@ -54,7 +54,7 @@ import { settleLocked } from './open.ts'
 import type { PagePin } from './page-pins.ts'
 import { type PoolLinks, readersOf, readLinks } from './pool-links.ts'
 import { Marks, type Need, type Readers, runsOf, slotCountOfNeed } from './reclaim-marks.ts'
-import { removeCondemned, sealClosing, sealFile } from './recover.ts'
+import { removeCondemned, sealClosing } from './recover.ts'
 import { writtenLayers } from './references.ts'
 import { findLease } from './rows.ts'
 import { deleteBatch } from './staged-pages.ts'
@@ -82,8 +82,6 @@ export interface ReclaimResult {
 interface SealedLayer {
   readonly alias: number
   readonly id: string
-  /** That wrote it; null: it is gone. */
-  readonly volumeId: string | null
   readonly poolId: string
   /** Whose resources read this replica. */
   readonly readers: Readers
@@ -100,7 +98,7 @@ interface SeveralReplicas {
   readonly mustStay: boolean
 }
 
-interface CondemnedReplica extends Pick<SealedLayer, 'alias' | 'id' | 'volumeId' | 'poolId'> {
+interface CondemnedReplica extends Pick<SealedLayer, 'alias' | 'poolId'> {
   /** The pool of the replica that is the primary instead; null: this was none. */
   readonly heir: string | null
 }
@@ -166,11 +164,10 @@ export class Reclaimer {
       const named = await marks.named(null)
       mayName = (alias) => named.has(alias)
       const needs = await marks.needs(sealed)
-      const condemned = await this.#condemn(sealed, needs, marks)
+      await this.#condemn(sealed, needs, marks)
       const exported = new Set<string>()
       for (const id of poolIds) if (await context.exporter.flushedForPunch(id)) exported.add(id)
       await context.engine.readBarrier()
-      await this.#sealHeirs(condemned)
       // What one replica lacks the others have: their exports say so before it goes.
       const current = new Set<string>()
       for (const id of new Set([...several.values()].flatMap(({ complete }) => complete)))
@@ -285,7 +282,7 @@ export class Reclaimer {
       const sealed = this.#context.catalog.db
         .selectFrom('replicas')
         .innerJoin('layers', 'layers.alias', 'replicas.layer_alias')
-        .select(['layers.alias', 'layers.id', 'layers.volume_id as volumeId', 'replicas.pool_id as poolId'])
+        .select(['layers.alias', 'layers.id', 'replicas.pool_id as poolId'])
         .where('replicas.pool_id', '=', poolId)
         .where('replicas.state', '=', 'complete')
         .where('layers.state', '=', 'sealed')
@@ -325,16 +322,16 @@ export class Reclaimer {
 
   /**
    * Condemns, durably, what nobody needs: layers, and single replicas of layers that lie in other pools as well. Where that was the
-   * primary, one that is needed takes its place in the same commit. Returns what is condemned now.
+   * primary, one that is needed takes its place in the same commit.
    */
-  async #condemn(layers: readonly SealedLayer[], needs: readonly Need[], marks: Marks): Promise<CondemnedReplica[]> {
+  async #condemn(layers: readonly SealedLayer[], needs: readonly Need[], marks: Marks): Promise<void> {
     const { catalog, pools } = this.#context
     const unneeded = layers.filter((_, index) => needs[index]?.reaches.length === 0)
     const whole = unneeded.filter((layer) => layer.replicas === null).map((layer) => layer.alias)
     const condemned: CondemnedReplica[] = []
     const links = await readLinks(catalog.db)
     const needed = await neededPools(unneeded, marks)
-    for (const { alias, id, volumeId, poolId, replicas } of unneeded) {
+    for (const { alias, poolId, replicas } of unneeded) {
       if (replicas === null) continue
       const { complete, primary } = replicas
       const heirs = needed.get(alias) ?? []
@@ -344,7 +341,7 @@ export class Reclaimer {
         continue
       }
       const heir = poolId === primary ? heirs.find((other) => pools.find(other) !== undefined) : null
-      if (heir !== undefined) condemned.push({ alias, id, volumeId, poolId, heir })
+      if (heir !== undefined) condemned.push({ alias, poolId, heir })
     }
     for (let start = 0; start < whole.length; start += pageBatch) {
       const aliases = whole.slice(start, start + pageBatch)
@@ -364,7 +361,6 @@ export class Reclaimer {
       await this.#condemnReplicas(condemned.slice(start, start + replicasAtOnce))
     // Without a layer to condemn nothing was committed yet that syncs what freed the ranges about to be punched.
     if (whole.length + condemned.length === 0) await this.#syncCatalog()
-    return condemned
   }
 
   async #condemnReplicas(replicas: readonly CondemnedReplica[]): Promise<void> {
@@ -388,19 +384,6 @@ export class Reclaimer {
     layers.invalidate(replicas.map((replica) => replica.alias))
   }
 
-  /** An older catalog that would write the layer is told by its journal, wherever its bytes are. */
-  async #sealHeirs(replicas: readonly CondemnedReplica[]): Promise<void> {
-    const { log, pools } = this.#context
-    for (const { id, volumeId, heir } of replicas) {
-      const pool = heir === null ? undefined : pools.find(heir)
-      if (pool === undefined || volumeId === null) continue
-      try {
-        await sealFile(this.#context, pool, volumeId, id)
-      } catch (error) {
-        log.warn({ err: error, poolId: heir, layerId: id }, 'a layer that came from another pool is not marked as sealed')
-      }
-    }
-  }
   /** A durable commit: everything committed before is durable with it. */
   async #syncCatalog(): Promise<void> {
     const now = String(this.#context.clock.nowMs())

@@ -180,6 +180,27 @@ describe('a layer with replicas in two pools', () => {
     expect(await read(ids.clone)).toEqual(ofClone)
   })
 
+  test('is looked over: a copy that lacks what its pool reads, a file without a row, and no primary', async () => {
+    const check = async (options = {}) => await bench.mapper.check({ deep: true, ...options })
+    await reclaim()
+    expect((await check()).findings).toEqual([])
+    const { id } = await bench.inner.db.selectFrom('layers').select('id').where('alias', '=', alias).executeTakeFirstOrThrow()
+    const { store } = bench.place(second)
+    await store.punchExcept(id, Float64Array.of(0, 2, 0))
+    const found = async () => (await check()).findings.map(({ kind, object }) => ({ kind, object }))
+    expect(await found()).toEqual([{ kind: 'replica-short', object: id }])
+    await store.removeLayer(id)
+    expect(await found()).toEqual([{ kind: 'layer-missing', object: id }])
+    await store.createLayer(id)
+    await bench.inner.write(async (tx) => await tx.deleteFrom('replicas').where('pool_id', '=', second).execute())
+    expect(await found()).toContainEqual({ kind: 'layer-unknown', object: id })
+    expect(await bench.mapper.unknownLayers(second)).toContain(id)
+    await setReplica(first, { is_primary: false })
+    expect(await found()).toContainEqual({ kind: 'replica-primary-wrong', object: id })
+    await check({ repair: true })
+    expect(await bench.replicas(alias)).toEqual({ [first]: primary })
+  })
+
   test('a replica that a damaged row calls unneeded stays while maps of its pool name it', async () => {
     await setReplica(second, { state: 'condemned' })
     await bench.restart()

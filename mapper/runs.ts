@@ -36,6 +36,11 @@ export function unionOfRuns(a: Float64Array, b: Float64Array, owner: number): Fl
   return Float64Array.from(out)
 }
 
+/** What is in both. */
+export function intersectRuns(a: Float64Array, b: Float64Array): Float64Array {
+  return subtractRuns(a, subtractRuns(a, b))
+}
+
 /** What is in `a` and not in `b`. */
 export function subtractRuns(a: Float64Array, b: Float64Array): Float64Array {
   if (a.length === 0 || b.length === 0) return a

@@ -296,40 +296,92 @@ export class Bench {
     const readers = rows.filter((row) => row.home_pool_id === poolId || alsoFor.includes(row.id))
     const layer = await this.inner.db.selectFrom('layers').selectAll().where('alias', '=', alias).executeTakeFirstOrThrow()
     const reach = await this.#reachOf(readers, () => mapBytesMax)
-    await this.#copyInto(alias, layer.id, poolId, await reach.runs(alias))
+    const primary = (await this.inner.db.selectFrom('replicas').selectAll().where('layer_alias', '=', alias).execute()).find(
+      (replica) => replica.is_primary,
+    )
+    // Those of the pool read the primary until now, and so do the others that are named, or a replica in their own home.
+    for (const from of new Set([primary?.pool_id ?? '', ...readers.map((row) => row.home_pool_id)])) {
+      const has = await this.inner.db
+        .selectFrom('replicas')
+        .select('state')
+        .where('layer_alias', '=', alias)
+        .where('pool_id', '=', from)
+        .executeTakeFirst()
+      if (has !== undefined) await this.#copyInto(alias, layer.id, poolId, await reach.runs(alias), from)
+    }
     await this.inner.write(async (tx) => {
       await tx
         .insertInto('replicas')
-        .values({ layer_alias: alias, pool_id: poolId, project_id: adminProject.id, state: 'complete', is_primary: false })
+        .values({
+          layer_alias: alias,
+          pool_id: poolId,
+          project_id: adminProject.id,
+          state: 'complete',
+          is_primary: false,
+          is_copy: true,
+        })
         .execute()
     })
     await this.restart()
   }
 
-  /** Copies the runs of a layer from its primary replica into a pool, where its file is made. */
-  async #copyInto(alias: number, id: string, poolId: string, runs: Float64Array): Promise<void> {
-    const primary = await this.inner.db
-      .selectFrom('replicas')
-      .select('pool_id')
-      .where('layer_alias', '=', alias)
-      .where('is_primary', '=', true)
-      .executeTakeFirstOrThrow()
+  /** Copies what one pool has of the runs of a layer into another one, where its file is made if it is not there. */
+  async #copyInto(alias: number, id: string, poolId: string, runs: Float64Array, fromPoolId: string): Promise<void> {
     const { store } = this.place(poolId)
     if (!(await store.layerExists(id))) await store.createLayer(id)
     const map = this.engine.uniformMap(alias)
     const spec = { sizeBytes: volumeSizeMaxBytes, epoch: 0, map, mapLsn: 0, next: null }
     const open = async (from: Store, active: number | null) =>
       (await this.engine.openDevice({ ...spec, volumeId: randomUUID(), layers: [{ alias, id, store: from }], active })).device
-    const [source, target] = [await open(this.place(primary.pool_id).store, null), await open(store, alias)]
+    const [source, target] = [await open(this.place(fromPoolId).store, null), await open(store, alias)]
     const isWanted = slotsOf(runs)
     // Of a fresh volume's first layer everything is referred to, whatever was written.
-    for (const { data, offsetBytes, lengthBytes } of await this.place(primary.pool_id).store.extents(id, 0, 8 * leaf)) {
+    for (const { data, offsetBytes, lengthBytes } of await this.place(fromPoolId).store.extents(id, 0, 8 * leaf)) {
       for (let at = offsetBytes; data && at < offsetBytes + lengthBytes; at += slot)
         if (isWanted(at / slot)) await target.write(at, await source.read(at, slot))
     }
     await target.flush()
     await source.close()
     await target.close()
+  }
+
+  /**
+   * Fills into the replicas that a resource would read, if it came into a pool, what it refers to and they may lack; a new process then
+   * opens all of it.
+   */
+  async cover(resourceId: string, poolId: string): Promise<void> {
+    const row = await this.row(resourceId)
+    const reach = await this.#reachOf([row], () => mapBytesMax)
+    for (const alias of reach.layers()) {
+      const replicas = await this.inner.db.selectFrom('replicas').selectAll().where('layer_alias', '=', alias).execute()
+      if (replicas.length < 2) continue
+      const own = replicas.find((replica) => replica.pool_id === poolId) ?? replicas.find((replica) => replica.is_primary)
+      const from =
+        replicas.find((replica) => replica.pool_id === row.home_pool_id) ?? replicas.find((replica) => replica.is_primary)
+      const layer = await this.inner.db.selectFrom('layers').select('id').where('alias', '=', alias).executeTakeFirstOrThrow()
+      if (own === undefined || from === undefined || own === from) continue
+      await this.#copyInto(alias, layer.id, own.pool_id, await reach.runs(alias), from.pool_id)
+    }
+    await this.restart()
+  }
+
+  /** Makes the replica in a pool the primary of its layer, with what everybody refers to who reads the present one. */
+  async promote(alias: number, poolId: string): Promise<void> {
+    const replicas = await this.inner.db.selectFrom('replicas').selectAll().where('layer_alias', '=', alias).execute()
+    const present = replicas.find((replica) => replica.is_primary)
+    if (present === undefined || present.pool_id === poolId) return
+    const others = replicas.map((replica) => replica.pool_id).filter((other) => other !== present.pool_id)
+    const rows = await this.inner.db.selectFrom('resources').selectAll().execute()
+    const readers = rows.filter((row) => !others.includes(row.home_pool_id))
+    const reach = await this.#reachOf(readers, () => mapBytesMax)
+    const layer = await this.inner.db.selectFrom('layers').select('id').where('alias', '=', alias).executeTakeFirstOrThrow()
+    await this.#copyInto(alias, layer.id, poolId, await reach.runs(alias), present.pool_id)
+    await this.inner.write(async (tx) => {
+      const ofLayer = tx.updateTable('replicas').where('layer_alias', '=', alias)
+      await ofLayer.set({ is_primary: false }).execute()
+      await ofLayer.set({ is_primary: true }).where('pool_id', '=', poolId).execute()
+    })
+    await this.restart()
   }
 
   /** The pools in which a layer lies, by the state of the replica there; the primary is marked. */
@@ -345,8 +397,8 @@ export class Bench {
   }
 
   /**
-   * What a replica lacks of what the resources that read it refer to, or holds beyond that: a sentence, or null. A slot that its own
-   * layer never had is no slot that is lacked: `model` says what each resource reads.
+   * A replica that nobody reads, or that holds what none of those who read it refers to: a sentence, or null. What it lacks shows when
+   * its readers read.
    */
   async findSurplus(): Promise<string | null> {
     const rows = await this.inner.db.selectFrom('resources').selectAll().execute()

@@ -6,7 +6,7 @@
  * - times are milliseconds since 1970 (a number), sizes are bytes, ids are lower-case UUIDs;
  * - integers are numbers (every one of them stays below 2^53), but for `root_word`, which is a bigint;
  * - a column name means the same in every table, because values are converted by the name of their column: `root_word`
- *   <-> bigint, `read_only`, `shared`, `versioned`, `is_current`, `delete_marker` and `is_primary` <-> boolean, and `options`,
+ *   <-> bigint, `read_only`, `shared`, `versioned`, `is_current`, `delete_marker`, `is_primary` and `is_copy` <-> boolean, and `options`,
  *   `throttle`, `params`, `cursor`, `result`, `metadata`, `settings` <-> an object stored as JSON text. A conversion follows the
  *   origin of a column, so an alias (`root_word as word`) keeps it.
  */
@@ -96,6 +96,8 @@ export interface ReplicasTable {
   is_primary: Generated<boolean>
   /** The job that writes into it, also where it was complete before; null: nobody does. */
   filling_job: Generated<string | null>
+  /** Filled from another one: what was zero there was not written, and it has no journal. A trigger sets it (migration 0008). */
+  is_copy: Generated<boolean>
 }
 
 export interface ResourcesTable {

@@ -32,6 +32,7 @@ const codecByColumn: ReadonlyMap<string, Codec> = new Map<string, Codec>([
   ['is_current', 'boolean'],
   ['delete_marker', 'boolean'],
   ['is_primary', 'boolean'],
+  ['is_copy', 'boolean'],
   ['options', 'json'],
   ['throttle', 'json'],
   ['params', 'json'],

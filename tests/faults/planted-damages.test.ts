@@ -445,7 +445,7 @@ const damages: readonly Damage[] = [
   {
     what: 'a replica is of no layer',
     plant: (ground) =>
-      ground.sql("insert into replicas values (4000000, (select id from pools), ?, 'complete', 1, null)", adminProject.id),
+      ground.sql("insert into replicas values (4000000, (select id from pools), ?, 'complete', 1, null, 0)", adminProject.id),
     by: 'layers',
     kind: 'replica-of-nothing',
     severity: 'warning',

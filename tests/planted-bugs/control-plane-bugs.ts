@@ -49,6 +49,39 @@ export const controlPlaneBugs: PlantedBug[] = [
     tests: history,
   },
   {
+    name: 'reclaim punches a secondary replica by what the primary is needed for',
+    edits: [
+      {
+        file: 'mapper/reclaim.ts',
+        find: ' : { only: poolId }',
+        replace: ' : { butNot: new Set(complete.filter((other) => other !== primary)) }',
+      },
+    ],
+    tests: ['mapper/replicas.model.test.ts'],
+  },
+  {
+    name: 'reclaim punches the primary replica as if nobody but its own pool read it',
+    edits: [
+      {
+        file: 'mapper/reclaim.ts',
+        find: 'return poolId === primary ? { butNot: new Set(complete.filter((other) => other !== primary)) } : { only: poolId }',
+        replace: 'return { only: poolId }',
+      },
+    ],
+    tests: ['mapper/replicas.model.test.ts'],
+  },
+  {
+    name: 'a replica goes before the export of the pool has it that is to stand in for it',
+    edits: [
+      {
+        file: 'mapper/recover.ts',
+        find: '(await context.exporter.flushed(replicas.elsewhere)) ? [...unneeded, ...replicas.rows] : unneeded',
+        replace: '[...unneeded, ...replicas.rows]',
+      },
+    ],
+    tests: ['mapper/replicas.test.ts'],
+  },
+  {
     name: 'a punch waits for no other pool whose volumes read from the layer',
     edits: [
       {
@@ -86,7 +119,7 @@ export const controlPlaneBugs: PlantedBug[] = [
     edits: [
       {
         file: 'mapper/reclaim.ts',
-        find: 'if (readersOf(links, poolId).some((pool) => pool.isAbsent)) continue',
+        find: 'if (!isWhollyRead(links, poolId)) continue',
         replace: '',
       },
       {
@@ -207,8 +240,8 @@ export const controlPlaneBugs: PlantedBug[] = [
     edits: [
       {
         file: 'mapper/references.ts',
-        find: ".select(['id', 'root_word', 'root_crc']).orderBy('id')",
-        replace: ".select(['id', 'root_word', 'root_crc']).where('kind', '<>', 'snapshot').orderBy('id')",
+        find: ".select(columns).orderBy('id')",
+        replace: ".select(columns).where('kind', '<>', 'snapshot').orderBy('id')",
       },
     ],
     tests: history,
@@ -435,5 +468,27 @@ export const controlPlaneBugs: PlantedBug[] = [
       },
     ],
     tests: ['mapper/drain.test.ts'],
+  },
+  {
+    name: 'a move says that the home has changed before it has',
+    edits: [
+      {
+        file: 'composer/move-job.ts',
+        find: "    await moves.home(request)\n    await enter('drop')",
+        replace: "    await enter('drop')\n    await moves.home(request)",
+      },
+    ],
+    tests: ['composer/moves.test.ts'],
+  },
+  {
+    name: 'a move that is cancelled keeps what it has claimed',
+    edits: [
+      {
+        file: 'composer/migrate-job.ts',
+        find: '      await moves.release(requestOf(context))\n',
+        replace: '',
+      },
+    ],
+    tests: ['composer/moves.test.ts'],
   },
 ]
