@@ -32,6 +32,8 @@ export async function checkReplicas(check: CheckContext, maps: WalkedMaps): Prom
 
 /** One of the complete replicas is the primary: without it, only those in its pools can read the layer. */
 function checkPrimary({ mapper, add }: CheckContext, layer: LayerRow, replicas: readonly ReplicaRow[]): void {
+  // Of one that is being removed the replicas go pool by pool.
+  if (layer.state === 'condemned') return
   const complete = replicas.filter((replica) => replica.state === 'complete')
   const primaries = replicas.filter((replica) => replica.is_primary)
   // A layer without a complete one is told where rows are looked at.
