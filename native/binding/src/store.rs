@@ -4,8 +4,7 @@ use crate::promise::{Settler, run_on};
 use atoll_engine::{ControlPool, Engine, EngineError, Lanes, Result};
 use atoll_io::{
     CrashOptions, FaultPlan, FaultRule, FaultStore, FileStore, IoError, IoErrorCode, Journal, JournalIdentity, LayerId, LayerIo,
-    MemoryStore, OpenMode, RadosOptions, RadosStore, SealMark, Store, StoreHealth, StoreLock,
-    memory_tick,
+    MemoryStore, OpenMode, RadosOptions, RadosStore, SealMark, Store, StoreHealth, StoreLock, memory_tick,
 };
 use atoll_map::{Run, SLOT_BYTES};
 use napi::bindgen_prelude::{Env, Float64Array, Object, Uint8Array};
