@@ -18,6 +18,8 @@ type Phase = (typeof phases)[number]
 describe('the pools of a lost catalog that was moving a volume', () => {
   let folder: string
   const closing: (() => Promise<void>)[] = []
+  /** By volume. */
+  const jobIds = new Map<string, string>()
   /** Pools whose exports cannot be written any more. */
   const stuck = new Set<string>()
 
@@ -93,7 +95,7 @@ describe('the pools of a lost catalog that was moving a volume', () => {
     }
     // Flushed, but not in the catalog as a checkpoint: only the journal in the pool where it writes has it.
     await device.flush()
-    return { mapper, catalog, end, old, target, disk: disk.id, snapshotId, clone: clone.id, content }
+    return { mapper, end, old, target, disk: disk.id, snapshotId, clone: clone.id, content }
   }
   const ofSnapshot = Buffer.concat([bytes(1, 4 * slot), bytes(0, 2 * slot)])
 
@@ -178,11 +180,8 @@ describe('the pools of a lost catalog that was moving a volume', () => {
     const { mapper, old, target, disk } = await lostAfter('fill', (phase) => {
       if (phase === 'fill') stuck.add(pathOf('new'))
     })
-    const row = await mapper.pools.get(old.id)
-    expect(row.name).toBe('old')
-    const jobs = { jobId: '', volumeId: disk, targetPoolId: target.id, withSnapshots: true }
-    const [job] = await jobsOf(mapper, disk)
-    await mapper.moves.home({ ...jobs, jobId: job ?? '' })
+    const jobId = jobIds.get(disk) ?? ''
+    await mapper.moves.home({ jobId, volumeId: disk, targetPoolId: target.id, withSnapshots: true })
     const { store } = await mapper.pools.handle(old.id)
     expect((await loadExport(store))?.rows.get('resources')?.has(disk)).toBe(true)
     expect(await mapper.flushExports([old.id])).toBe(false)
@@ -190,11 +189,6 @@ describe('the pools of a lost catalog that was moving a volume', () => {
     expect(await mapper.flushExports([old.id, target.id])).toBe(true)
     expect((await loadExport(store))?.rows.get('resources')?.has(disk)).toBe(false)
   })
-
-  const jobIds = new Map<string, string>()
-  async function jobsOf(_mapper: Mapper, volumeId: string): Promise<string[]> {
-    return [jobIds.get(volumeId) ?? '']
-  }
 
   async function addJob(catalog: Catalog, request: { jobId: string; volumeId: string; targetPoolId: string }): Promise<void> {
     jobIds.set(request.volumeId, request.jobId)

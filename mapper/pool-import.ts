@@ -322,6 +322,8 @@ async function planImport(context: MapperContext, loaded: LoadedExport): Promise
     // It may hold what nobody here knows of; only one that is written no more means the same without its volume.
     if (volumeId === null || kept.has(volumeId) || row['state'] === 'sealed' || row['state'] === 'closing')
       return isOurs ? [row] : []
+    // Of a volume that has gone to another pool.
+    if (row['state'] === 'condemned' && isLinked) return isOurs ? [row] : []
     const mayBeWritten =
       (row['state'] === 'active' || row['state'] === 'spare') && (readersMissing || waitingBefore.includes(row['alias'] ?? null))
     return mayBeWritten ? [changed(row, { state: 'active' })] : []
@@ -693,7 +695,7 @@ async function giveLayers(tx: CatalogTransaction, volume: ExportedRow): Promise<
       .set({ volume_id: String(volume['id']), state })
       .where('alias', '=', Number(volume[column] ?? 0))
       .where('state', '=', 'active')
-      .where('volume_id', 'is', null)
+      .where((query) => query.or([query('volume_id', 'is', null), query('volume_id', '=', String(volume['id']))]))
       .execute()
   }
 }
