@@ -69,6 +69,11 @@ export class Bench {
     return reason === null
   }
 
+  /** Says what was not measured, and why. */
+  skip(reason: string): void {
+    this.#document.skipped.push(reason)
+  }
+
   async compare(comparison: Comparison): Promise<void> {
     for (const row of await compare(comparison, this.rounds)) this.row(row)
   }

@@ -11,6 +11,7 @@ import { figureLine, heading, rowLine, type Document } from './table.ts'
 import { ceph } from './suites/ceph.ts'
 import { commandCosts } from './suites/command-costs.ts'
 import { firstWrites } from './suites/first-writes.ts'
+import { migrate } from './suites/migrate.ts'
 import { manySnapshots } from './suites/many-snapshots.ts'
 import { steady } from './suites/steady.ts'
 import { synced } from './suites/synced.ts'
@@ -18,11 +19,14 @@ import { synced } from './suites/synced.ts'
 const help = `npm run bench -- [options]
   --rounds N      rounds of which the median counts (default 3)
   --seconds N     length of each timed job (default 4)
-  --only TEXT     only suites whose name has TEXT: ${['steady', 'first-writes', 'many-snapshots', 'synced', 'command-costs', 'ceph'].join(', ')}
+  --only TEXT     only suites whose name has TEXT: ${['steady', 'first-writes', 'many-snapshots', 'synced', 'command-costs', 'ceph', 'migrate'].join(', ')}
   --memory DIR    where everything else lies (default /dev/shm: no disk in between)
-  --disk DIR      where the synced jobs and the disk of the Ceph cluster lie (default ${tmpdir()})
+  --disk DIR      where the synced jobs, the disk of the Ceph cluster and what is migrated lie (default ${tmpdir()})
   --json FILE     where the figures go (default bench.json)
 `
+
+/** Suites that are about disks. */
+const onDisk = ['synced', 'ceph', 'migrate']
 
 const { values } = parseArgs({
   options: {
@@ -46,6 +50,7 @@ if (values.help) {
     synced,
     'command-costs': commandCosts,
     ceph,
+    migrate,
   }
   const document: Document = {
     machine: {
@@ -65,7 +70,7 @@ if (values.help) {
   process.stdout.write(`${heading}\n`)
   for (const [name, suite] of Object.entries(suites)) {
     if (!name.includes(values.only)) continue
-    const parent = resolve(name === 'synced' || name === 'ceph' ? values.disk : values.memory)
+    const parent = resolve(onDisk.includes(name) ? values.disk : values.memory)
     const folder = mkdtempSync(join(parent, 'atoll-bench-'))
     const bench = new Bench(folder, document, (line) => process.stdout.write(`${line}\n`))
     try {

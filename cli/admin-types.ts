@@ -1,5 +1,6 @@
 // The documents that the admin socket carries and `--json` prints. Only types: both sides import them without cost.
 // They are the composer's views with times as ISO 8601 text.
+import type { MovePlan } from '@atoll/mapper'
 import type { BackupInfo, RestoredCatalog } from '@atoll/core'
 import type {
   Activity,
@@ -57,6 +58,12 @@ export type PoolImportDocument = PoolImportView
 export type PoolAcceptDocument = PoolAcceptView
 export type JobDocument = Document<JobView>
 export type CheckDocument = CheckResult
+/** What `migrate` and `pool drain` answer. */
+export interface MoveDocument {
+  readonly plan: MovePlan
+  /** null: it was only asked what would be moved. */
+  readonly job: JobDocument | null
+}
 export type BackupDocument = BackupInfo & { readonly path: string }
 export type RestoreDocument = RestoredCatalog
 

@@ -224,8 +224,9 @@ export class ActivityMonitor {
     if (after.length === 0) return []
     const { catalog } = this.#options
     const subjects = after.map(({ subject }) => subject)
-    const rows = await catalog.db.selectFrom('resources').select(['id', 'name']).where('id', 'in', subjects).execute()
-    const names = new Map(rows.map(({ id, name }) => [id, name]))
+    const resources = await catalog.db.selectFrom('resources').select(['id', 'name']).where('id', 'in', subjects).execute()
+    const pools = await catalog.db.selectFrom('pools').select(['id', 'name']).where('id', 'in', subjects).execute()
+    const names = new Map([...resources, ...pools].map(({ id, name }) => [id, name]))
     return after.map(({ id, kind, subject, progressBytes, totalBytes, rateBytesPerSecond }) => {
       const known = before.find((job) => job.id === id)
       // One that was begun meanwhile may have gone on where it was long ago; one that began anew has gone back.

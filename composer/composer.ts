@@ -11,6 +11,7 @@ import { ActivityMonitor } from './activity.ts'
 import { Attachments } from './attachments.ts'
 import { CatalogService } from './catalog-service.ts'
 import { CheckService, checkKind } from './check-job.ts'
+import { drainKind } from './drain-job.ts'
 import { Exports } from './exports.ts'
 import { HealthMonitor, type TroubledPool } from './health-monitor.ts'
 import { imageExportKind } from './image-export.ts'
@@ -29,6 +30,9 @@ import { ImportTargets } from './import-targets.ts'
 import { inspectedImportKind } from './import-unplanned.ts'
 import { Jobs } from './jobs.ts'
 import { KeyedLock } from './keyed-lock.ts'
+import { migrateKind } from './migrate-job.ts'
+import { MoveService } from './move-service.ts'
+import type { Moves } from './move-job.ts'
 import { OpenDevices } from './open-devices.ts'
 import { PoolService } from './pool-service.ts'
 import { ReclaimScheduler, reclaimKind } from './reclaim-job.ts'
@@ -62,6 +66,8 @@ export interface ComposerOptions {
   inspectLimitMs?: number
   /** What imports and exports copy between two looks at whether to go on; default 64 MiB. */
   copyStepBytes?: number
+  /** What moves volumes between pools; default: the mapper's. */
+  moves?: Moves
   /** How images are fetched over HTTP; default: from public addresses only, with the system's resolver. */
   imageFetch?: Partial<Omit<FetchPolicy, 'setTimer'>> & Pick<HttpImportOptions, 'saveEveryBytes' | 'retryDelayMs'>
 }
@@ -84,6 +90,7 @@ export interface Composer {
   readonly images: ImageService
   readonly files: FileService
   readonly pools: PoolService
+  readonly moves: MoveService
   readonly checks: CheckService
   readonly catalog: CatalogService
   readonly jobs: Jobs
@@ -139,12 +146,15 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
     idleTimeoutMs: defaultIdleTimeoutMs,
     ...options.imageFetch,
   }
+  const moves = options.moves ?? mapper.moves
+  const requestReclaim = (): void => reclaim.request()
   const findResource = (id: string): Promise<ResourceRow> => reread(catalog, id)
   const jobs = new Jobs({
     catalog,
     log,
     clock,
     newId,
+    setTimer,
     ...(options.jobsParallelMax === undefined ? {} : { parallelMax: options.jobsParallelMax }),
     kinds: [
       rawImportKind(targets, options.copyStepBytes),
@@ -161,6 +171,8 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
       qcow2ExportKind({ devices, findResource, serveTemporaryNbd, newId, setTimer }),
       reclaimKind(mapper),
       checkKind(mapper),
+      migrateKind(moves, requestReclaim),
+      drainKind(moves, requestReclaim),
     ],
   })
   const reclaim = new ReclaimScheduler({ jobs, log, setTimer })
@@ -214,6 +226,7 @@ export async function openComposer(options: ComposerOptions): Promise<Composer> 
     }),
     files,
     pools: new PoolService(context),
+    moves: new MoveService(context, moves, newId),
     checks: new CheckService(jobs),
     catalog: new CatalogService(catalog),
     jobs,

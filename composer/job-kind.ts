@@ -9,11 +9,31 @@ export class JobInterrupted extends Error {
   }
 }
 
+/**
+ * Thrown by `run` of a job that cannot go on now and holds nothing meanwhile: it gives up its place among the running ones, is
+ * queued again, and is run when what it waits for has come.
+ */
+export class JobPostponed extends Error {
+  /** The job after whose end it goes on; null: it tries again by itself. */
+  readonly untilJobId: string | null
+  /** When it tries again, if it waits for no job, or that one is gone already. */
+  readonly retryMs: number
+
+  /** @param reason what is shown to who looks at the job: what it waits for, and what to do about that */
+  constructor(reason: string, until: { jobId?: string; retryMs: number }) {
+    super(reason)
+    this.name = 'JobPostponed'
+    this.untilJobId = until.jobId ?? null
+    this.retryMs = until.retryMs
+  }
+}
+
 export interface JobContext {
   readonly jobId: string
   readonly projectId: string
   /** Id of what the job works on. */
   readonly subject: string
+  /** As they are now: `Jobs.setLimit` changes the limit of a job that runs. */
   readonly params: JsonObject
   /** What `save` got last, maybe before a restart; null: start from the beginning. */
   readonly cursor: JsonObject | null
@@ -35,6 +55,8 @@ export interface JobKind {
   readonly freesSpace?: boolean
   /** Default true. False: what it reports is a count of something else. */
   readonly movesBytes?: boolean
+  /** Default false. True: `params.limitBytesPerSecond` (null: none) may be changed while the job runs, which heeds it within a second or so. */
+  readonly limitable?: boolean
   /** At most this many jobs of the kind run at a time. */
   readonly parallelMax: number
   /**
@@ -42,6 +64,8 @@ export interface JobKind {
    * daemon, so that every step can be done twice. Interrupted, it throws what `checkInterrupted` throws.
    */
   run(context: JobContext): Promise<JsonObject>
+  /** What else there is to say of how far it is, from its last cursor. */
+  details?(cursor: JsonObject | null): JsonObject
   /**
    * Removes what the job has made, after it failed or was cancelled. May be called twice, and before the job ever ran.
    * The job gets its final state when this has returned.
@@ -63,6 +87,10 @@ export interface JobView {
   rateBytesPerSecond: number
   /** null: not known. */
   secondsLeft: number | null
+  /** Why a queued job does not run, and what to do; null: it only waits for its turn, or runs. */
+  waiting: string | null
+  /** What its kind has to say of how far it is; null: nothing. */
+  details: JsonObject | null
   params: JsonObject
   result: JsonObject | null
   error: Pick<ErrorData, 'code' | 'message'> | null

@@ -7,6 +7,7 @@
  * - What a failed or cancelled job has made is discarded before its final state is committed.
  * - At most `parallelMax` jobs run at a time, of each kind at most its own `parallelMax`; the others wait in the order they
  *   came, at most `unfinishedJobsMax` of them. The newest `finishedJobsMax` finished jobs are kept.
+ * - A job that is postponed is queued and takes no place: it is run again when the job it waits for has ended, or its time has come.
  */
 import {
   AtollError,
@@ -20,10 +21,11 @@ import {
   type JsonObject,
   type Logger,
 } from '@atoll/core'
-import { isFinished, JobInterrupted, type JobContext, type JobKind, type JobView } from './job-kind.ts'
+import { isFinished, JobInterrupted, JobPostponed, type JobContext, type JobKind, type JobView } from './job-kind.ts'
 import { fromFileError } from './from-file-error.ts'
 import { JobRate } from './job-rate.ts'
 import { KeyedLock } from './keyed-lock.ts'
+import { systemTimer, type SetTimer } from './timers.ts'
 
 export const jobsParallelMax = 4
 export const unfinishedJobsMax = 256
@@ -44,6 +46,8 @@ interface LiveJob {
   running: { controller: AbortController; settled: Promise<void>; intent: Intent | null } | null
   /** A change (pause, resume, cancel) is under way: it must not be started meanwhile. */
   held: boolean
+  /** Set while it waits for something that is not its turn. */
+  postponed: { reason: string; untilJobId: string | null; cancelTimer: () => void } | null
 }
 
 export interface JobsOptions {
@@ -51,6 +55,7 @@ export interface JobsOptions {
   log: Logger
   clock: Clock
   newId: () => string
+  setTimer?: SetTimer
   kinds: readonly JobKind[]
   parallelMax?: number
 }
@@ -70,6 +75,7 @@ export class Jobs {
   private readonly log: Logger
   private readonly clock: Clock
   private readonly newId: () => string
+  private readonly setTimer: SetTimer
   private readonly kinds = new Map<string, JobKind>()
   private readonly parallelMax: number
   private readonly live = new Map<string, LiveJob>()
@@ -82,6 +88,7 @@ export class Jobs {
     this.log = options.log
     this.clock = options.clock
     this.newId = options.newId
+    this.setTimer = options.setTimer ?? systemTimer
     this.parallelMax = options.parallelMax ?? jobsParallelMax
     for (const kind of options.kinds) {
       if (this.kinds.has(kind.kind)) throw new AtollError('INTERNAL', `two kinds of job are named ${kind.kind}`)
@@ -207,6 +214,26 @@ export class Jobs {
     return new Map([...this.live.values()].map(({ row }) => [row.subject, row.id]))
   }
 
+  /** The unfinished jobs of some kinds, in the order they came. */
+  unfinishedOf(...kinds: string[]): JobView[] {
+    return [...this.live.values()].filter(({ row }) => kinds.includes(row.kind)).map((job) => this.viewOf(job))
+  }
+
+  /**
+   * Changes how fast a job may go; null: as fast as it can. One that runs heeds it within a second or so.
+   * @throws AtollError JOB_STATE if it is finished or has no limit, JOB_NOT_FOUND
+   */
+  async setLimit(id: string, limitBytesPerSecond: number | null): Promise<JobView> {
+    return await this.change(id, async (job) => {
+      if (job.kind.limitable !== true)
+        throw new AtollError('JOB_STATE', `a job of the kind ${job.row.kind} has no limit`, { values: { job: id } })
+      const params = { ...job.row.params, limitBytesPerSecond }
+      await this.update(job.row, { params })
+      job.row.params = params
+      this.notify(job)
+    })
+  }
+
   /**
    * Stops the job where it is; returns when it has stopped. A paused job stays as it is.
    * @throws AtollError JOB_STATE if it is finished or cannot be paused
@@ -216,13 +243,19 @@ export class Jobs {
       if (!job.kind.pausable)
         throw new AtollError('JOB_STATE', `a job of the kind ${job.row.kind} cannot be paused`, { values: { job: id } })
       if (job.running !== null) await this.interrupt(job, 'pause')
-      else if (job.row.state === 'queued') await this.setState(job, { state: 'paused' })
+      if (job.row.state !== 'queued') return
+      this.unpostpone(job)
+      await this.setState(job, { state: 'paused' })
     })
   }
 
-  /** Lets a paused job go on; one that is queued or runs does so anyway. @throws AtollError JOB_STATE if it is finished */
+  /**
+   * Lets a paused job go on, and one that was postponed try again at once; one that is queued or runs does so anyway.
+   * @throws AtollError JOB_STATE if it is finished
+   */
   async resume(id: string): Promise<JobView> {
     return await this.change(id, async (job) => {
+      this.unpostpone(job)
       if (job.row.state === 'paused') await this.setState(job, { state: 'queued' })
     })
   }
@@ -269,6 +302,7 @@ export class Jobs {
   /** Stops what runs, without changing its state in the catalog: it goes on with the next daemon. */
   async close(): Promise<void> {
     this.stopping = true
+    for (const job of this.live.values()) this.unpostpone(job)
     await Promise.all([...this.live.values()].map((job) => (job.running === null ? undefined : this.interrupt(job, 'stop'))))
   }
 
@@ -309,7 +343,8 @@ export class Jobs {
     for (const job of this.live.values()) {
       if (runningCount >= this.parallelMax) return
       const ofKind = runningOfKind.get(job.kind) ?? 0
-      if (job.running !== null || job.held || job.row.state !== 'queued' || ofKind >= job.kind.parallelMax) continue
+      if (job.running !== null || job.held || job.postponed !== null || job.row.state !== 'queued') continue
+      if (ofKind >= job.kind.parallelMax) continue
       runningCount += 1
       runningOfKind.set(job.kind, ofKind + 1)
       this.runJob(job)
@@ -339,9 +374,13 @@ export class Jobs {
     else if (running.intent === 'stop') {
       job.running = null
       await this.update(job.row, { progress_bytes: job.progressBytes, total_bytes: job.totalBytes })
-    } else if (running.intent === 'pause' && isInterruption(outcome.error)) {
+    } else if (running.intent === 'pause' && (isInterruption(outcome.error) || outcome.error instanceof JobPostponed)) {
       job.running = null
       await this.setState(job, { state: 'paused' })
+    } else if (outcome.error instanceof JobPostponed) {
+      job.running = null
+      this.postpone(job, outcome.error)
+      await this.setState(job, { state: 'queued' })
     } else {
       this.log.error({ err: outcome.error, jobId: job.row.id, kind: job.row.kind, subject: job.row.subject }, 'a job failed')
       await this.finish(job, 'failed', null, outcome.error)
@@ -349,12 +388,31 @@ export class Jobs {
     this.startWaiting()
   }
 
+  private postpone(job: LiveJob, { message: reason, untilJobId, retryMs }: JobPostponed): void {
+    this.log.info({ jobId: job.row.id, kind: job.row.kind, subject: job.row.subject, reason }, 'a job is postponed')
+    const again = (): void => {
+      this.unpostpone(job)
+      this.startWaiting()
+    }
+    // The other one may have ended meanwhile.
+    const waitsForJob = untilJobId !== null && this.live.has(untilJobId)
+    const cancelTimer = waitsForJob ? (): void => undefined : this.setTimer(again, retryMs)
+    job.postponed = { reason, untilJobId, cancelTimer }
+  }
+
+  private unpostpone(job: LiveJob): void {
+    job.postponed?.cancelTimer()
+    job.postponed = null
+  }
+
   private contextOf(job: LiveJob, signal: AbortSignal): JobContext {
     return {
       jobId: job.row.id,
       projectId: job.row.project_id,
       subject: job.row.subject,
-      params: job.row.params,
+      get params() {
+        return job.row.params
+      },
       cursor: job.row.cursor,
       signal,
       checkInterrupted: () => {
@@ -402,7 +460,9 @@ export class Jobs {
     const failure = state === 'failed' ? toAtollError(fromFileError(error)) : null
     await this.setState(job, { state, result, error_code: failure?.code ?? null, error_message: failure?.message ?? null })
     job.running = null
+    this.unpostpone(job)
     this.live.delete(row.id)
+    for (const other of this.live.values()) if (other.postponed?.untilJobId === row.id) this.unpostpone(other)
     this.startWaiting()
   }
 
@@ -446,7 +506,7 @@ export class Jobs {
 
   private viewOfRow(row: JobRow): JobView {
     const live = this.live.get(row.id)
-    return live === undefined ? this.viewOf(newLiveJob(row, unknownKind)) : this.viewOf(live)
+    return live === undefined ? this.viewOf(newLiveJob(row, this.kinds.get(row.kind) ?? unknownKind)) : this.viewOf(live)
   }
 
   private viewOf(job: LiveJob): JobView {
@@ -463,6 +523,8 @@ export class Jobs {
       totalBytes: job.totalBytes,
       rateBytesPerSecond,
       secondsLeft: leftBytes === null || rateBytesPerSecond <= 0 ? null : Math.ceil(leftBytes / rateBytesPerSecond),
+      waiting: job.postponed?.reason ?? null,
+      details: job.kind.details?.(row.cursor) ?? null,
       params: row.params,
       result: row.result,
       error: row.error_code === null ? null : { code: row.error_code, message: row.error_message ?? '' },
@@ -481,6 +543,7 @@ function newLiveJob(row: JobRow, kind: JobKind): LiveJob {
     rate: new JobRate(),
     running: null,
     held: false,
+    postponed: null,
   }
 }
 

@@ -13,8 +13,10 @@ import {
   type PoolSpace,
 } from '@atoll/mapper'
 import type { JobView } from './job-kind.ts'
+import { moveKey } from './move-service.ts'
 import type { ProjectScope } from './resolve.ts'
-import type { ServiceContext } from './service-context.ts'
+import { viewSources, type ServiceContext } from './service-context.ts'
+import type { MoveView } from './views.ts'
 
 export interface PoolView {
   id: string
@@ -54,6 +56,8 @@ export interface PoolView {
   readBy: string[]
   /** Of those, the ones of a lost catalog that are not here: nothing of this pool is freed until they are imported or given up. */
   missingReaders: string[]
+  /** The job that moves everything out of it; null: nothing is moved out. */
+  draining: MoveView | null
   /** What the pool says of itself for the case that the catalog is lost; null: the backend cannot be reached. */
   export: PoolExportView | null
   /** Why the backend cannot be reached; null if it can. */
@@ -202,10 +206,11 @@ export class PoolService {
     return await this.view(await this.context.resolver.pool(pool))
   }
 
-  /** @throws AtollError POOL_NOT_FOUND, POOL_NOT_EMPTY */
+  /** @throws AtollError POOL_NOT_FOUND, POOL_NOT_EMPTY, MOVE_RUNNING */
   async delete(pool: string): Promise<void> {
-    const { resolver, mapper } = this.context
-    await mapper.pools.delete((await resolver.pool(pool)).id)
+    const { locks, resolver, mapper } = this.context
+    const { id } = await resolver.pool(pool)
+    await locks.run(moveKey(id), async () => mapper.pools.delete(id))
   }
 
   /**
@@ -236,7 +241,8 @@ export class PoolService {
     const readBy = readers.map((pool) => pool.name)
     const missingReaders = readers.filter((pool) => pool.isAbsent).map((pool) => pool.name)
     const { id, name, driver, options, created_at: createdAt } = row
-    const common = { id, name, driver, options, settings, readBy, missingReaders, createdAt }
+    const draining = (await viewSources(this.context)).moves.get(id) ?? null
+    const common = { id, name, driver, options, settings, readBy, missingReaders, draining, createdAt }
     try {
       const { capabilities } = await mapper.pools.open(row)
       const room = await mapper.pools.space(row.id)

@@ -8,17 +8,18 @@ import {
   type ResourceKind,
   type ResourceRow,
 } from '@atoll/core'
-import { isMapUnreadable, type Mapper } from '@atoll/mapper'
+import { drainKindName, isMapUnreadable, migrateKindName, type Mapper } from '@atoll/mapper'
 import type { ActivityMonitor } from './activity.ts'
 import type { Attachments } from './attachments.ts'
 import type { HealthMonitor } from './health-monitor.ts'
 import type { Jobs } from './jobs.ts'
 import type { KeyedLock } from './keyed-lock.ts'
+import type { MoveParams, MovePhase } from './move-job.ts'
 import type { OpenDevices } from './open-devices.ts'
 import type { ReclaimScheduler } from './reclaim-job.ts'
 import type { Resolver } from './resolve.ts'
 import type { SpaceMonitor } from './space-monitor.ts'
-import { resourceView, type PoolsRead, type ResourceUsage, type ResourceView, type ViewSources } from './views.ts'
+import { resourceView, type MoveView, type PoolsRead, type ResourceUsage, type ResourceView, type ViewSources } from './views.ts'
 
 export interface ServiceContext {
   readonly catalog: Catalog
@@ -108,11 +109,24 @@ export async function reread(catalog: Catalog, id: string): Promise<ResourceRow>
 
 export async function viewSources(context: ServiceContext): Promise<ViewSources> {
   const pools = await context.catalog.db.selectFrom('pools').select(['id', 'name']).execute()
+  const poolNames = new Map(pools.map(({ id, name }) => [id, name]))
   return {
-    poolNames: new Map(pools.map(({ id, name }) => [id, name])),
+    poolNames,
+    moves: movesUnderWay(context.jobs, poolNames),
     attachments: (id) => context.attachments.viewsOf(id),
     errorOf: (id) => context.attachments.errorOf(id) ?? lastingFailure(context.mapper, id),
   }
+}
+
+/** The jobs that move something, by the id of what they move. */
+export function movesUnderWay(jobs: Jobs, poolNames: ReadonlyMap<string, string>): Map<string, MoveView> {
+  return new Map(
+    jobs.unfinishedOf(migrateKindName, drainKindName).map(({ id: jobId, subject, state, params, details }) => {
+      const { targetPoolId } = params as MoveParams
+      const { phase } = details as { phase: MovePhase }
+      return [subject, { jobId, state: state as MoveView['state'], phase, to: poolNames.get(targetPoolId) ?? targetPoolId }]
+    }),
+  )
 }
 
 /** One resource as it is shown, whatever its kind. */

@@ -1,6 +1,7 @@
 /** Resources as they are shown. Times are milliseconds since 1970. */
 import type { ErrorData, ResourceRow } from '@atoll/core'
 import type { AttachmentView } from './attachments.ts'
+import type { MovePhase } from './move-job.ts'
 
 /** As OpenStack calls them. */
 export type VolumeStatus = 'creating' | 'available' | 'in-use' | 'error' | 'deleting'
@@ -36,8 +37,19 @@ export interface PoolsRead {
   readsFrom: string[]
 }
 
+/** A job that moves something into another pool. */
+export interface MoveView {
+  jobId: string
+  state: 'queued' | 'running' | 'paused'
+  phase: MovePhase
+  /** Name of the pool that it moves to. */
+  to: string
+}
+
 export interface VolumeView extends ResourceView {
   status: VolumeStatus
+  /** null: it stays where it is. */
+  move: MoveView | null
   /** Names of its snapshots, oldest first. */
   snapshots: string[]
 }
@@ -58,6 +70,8 @@ export interface ImageView extends ResourceView {
 /** What views are made with. */
 export interface ViewSources {
   poolNames: ReadonlyMap<string, string>
+  /** By id of what is moved: a volume, or a pool that is drained. */
+  moves: ReadonlyMap<string, MoveView>
   attachments: (resourceId: string) => AttachmentView[]
   errorOf: (resourceId: string) => Pick<ErrorData, 'code' | 'message'> | null
 }

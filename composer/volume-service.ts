@@ -9,14 +9,13 @@ import {
   requireUnused,
   reread,
   snapshotsOf,
-  viewOfOne,
   viewSources,
   withPoolsRead,
   withUsage,
   type NamePolicy,
   type ServiceContext,
 } from './service-context.ts'
-import { resourceView, volumeStatus, type PoolsRead, type ResourceUsage, type ResourceView, type VolumeView } from './views.ts'
+import { resourceView, volumeStatus, type PoolsRead, type ResourceUsage, type VolumeView, type ViewSources } from './views.ts'
 
 /** The pool of what is made without naming one. */
 export const defaultPoolName = 'default'
@@ -76,7 +75,7 @@ export class VolumeService {
       catalog,
       entries.map((row) => row.id),
     )
-    return { entries: entries.map((row) => volumeView(row, resourceView(row, sources), names.get(row.id) ?? [])), next }
+    return { entries: entries.map((row) => volumeView(row, sources, names.get(row.id) ?? [])), next }
   }
 
   /** @throws AtollError VOLUME_NOT_FOUND, NAME_AMBIGUOUS */
@@ -193,14 +192,15 @@ export class VolumeService {
   }
 
   private async view(row: ResourceRow): Promise<VolumeView> {
-    const view = await viewOfOne(this.context, row)
     const names = await snapshotNames(this.context.catalog, [row.id])
-    return volumeView(row, view, names.get(row.id) ?? [])
+    return volumeView(row, await viewSources(this.context), names.get(row.id) ?? [])
   }
 }
 
-function volumeView(row: ResourceRow, view: ResourceView, snapshots: string[]): VolumeView {
-  return { ...view, status: volumeStatus(row, view), snapshots }
+function volumeView(row: ResourceRow, sources: ViewSources, snapshots: string[]): VolumeView {
+  const view = resourceView(row, sources)
+  const move = sources.moves.get(row.id) ?? sources.moves.get(row.home_pool_id) ?? null
+  return { ...view, status: volumeStatus(row, view), move, snapshots }
 }
 
 function newVolumeSize(wantedBytes: number | undefined, source: ResourceRow | null): number {

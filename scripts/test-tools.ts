@@ -33,6 +33,8 @@ export const testTools: readonly TestTool[] = [
   { name: 'ceph-osd', debianPackage: 'ceph-osd', usedFor: 'pools on a real Ceph cluster' },
   { name: 'ceph-mgr', debianPackage: 'ceph-mgr', usedFor: 'what a Ceph cluster says about its space' },
   { name: 'ip', debianPackage: 'iproute2', usedFor: 'pools on a Ceph cluster whose network is cut' },
+  { name: 'mkfs.xfs', debianPackage: 'xfsprogs', usedFor: 'pools on a file system whose files share blocks' },
+  { name: 'mkfs.btrfs', debianPackage: 'btrfs-progs', usedFor: 'pools on a file system whose files share blocks' },
   { name: 'qemu-storage-daemon', debianPackage: 'qemu-system-common', usedFor: 'QEMU as a client that exports us again' },
 ]
 

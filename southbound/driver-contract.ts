@@ -3,7 +3,7 @@
  * over its real backend.
  */
 import { AtollError } from '@atoll/core'
-import { type Device, Engine, type LayerRef, slotBytes } from '@atoll/native'
+import { type Device, Engine, type LayerRef, slotBytes, type Store } from '@atoll/native'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import type { Driver, PoolContext, PoolHandle } from './driver.ts'
 
@@ -313,6 +313,89 @@ export function describeDriver(name: string, makeSubject: () => Promise<DriverSu
       // Nothing is left to free.
       expect(await pool.punchExcept(layerId(1), keepRuns)).toBe(0)
     })
+
+    test('a sealed layer gets into another store and back with every byte that is referred to, and no other', async () => {
+      const pool = await open()
+      const elsewhere = engine.memoryStore({ capacityBytes: 256 * mebibyte })
+      const content = new Uint8Array(9 * mebibyte)
+      for (const [index] of content.entries()) content[index] = (index % 251) + (index >> 12)
+      content.fill(0, 2 * mebibyte, 3 * mebibyte)
+      await pool.createLayer(layerId(1))
+      await writeLayer(pool, layerId(1), mebibyte, content)
+      // Parts of what was written, with a hole in front and behind, and all of the end.
+      const runs = Float64Array.of(0, 300, 1, 300, 500, 1, 1000, 1, 1, 1500, 4000, 1)
+      const move = async (source: Store, target: Store): Promise<void> => {
+        const piece = { source: { id: layerId(1), store: source }, target: { id: layerId(1), store: target }, runs }
+        const limits = { maxBytes: 3 * mebibyte, maxMilliseconds: 60_000, offload: true, throttle: 2 ** 30 }
+        let slot: number | null = 0
+        while (slot !== null) slot = (await engine.fillPiece({ ...piece, ...limits, fromSlot: slot })).nextSlot
+      }
+      const wanted = new Uint8Array(24 * mebibyte)
+      for (let index = 0; index < runs.length; index += 3) {
+        const [start, count] = [runs[index]!, runs[index + 1]!]
+        const bytes = content.subarray(
+          Math.max(start * slotBytes - mebibyte, 0),
+          Math.max((start + count) * slotBytes - mebibyte, 0),
+        )
+        wanted.set(bytes, Math.max(start * slotBytes, mebibyte))
+      }
+      await elsewhere.createLayer(layerId(1))
+      await move(pool.store, elsewhere)
+      await pool.removeLayer(layerId(1))
+      await pool.createLayer(layerId(1))
+      await move(elsewhere, pool.store)
+      expect(Buffer.compare(await readLayer(pool, layerId(1), 0, wanted.length), wanted)).toBe(0)
+      await expect(
+        engine.fillPiece({
+          source: { id: layerId(2), store: elsewhere },
+          target: { id: layerId(1), store: pool.store },
+          runs,
+          fromSlot: 0,
+          maxBytes: mebibyte,
+          maxMilliseconds: 1000,
+          offload: true,
+        }),
+      ).rejects.toMatchObject({ code: 'LAYER_MISSING', values: { side: 'source' } })
+    })
+
+    test.each(['into', 'out of'])(
+      'a volume goes %s the pool with a swap, and is found there when nobody noted that',
+      async (way) => {
+        const pool = await open()
+        const elsewhere = engine.memoryStore({ capacityBytes: 64 * mebibyte })
+        const [from, to] = way === 'into' ? [elsewhere, pool.store] : [pool.store, elsewhere]
+        await from.createLayer(layerId(1))
+        await to.createLayer(layerId(2))
+        const layers = [
+          { alias: 1, id: layerId(1), store: from },
+          { alias: 2, id: layerId(2), store: to },
+        ]
+        const map = engine.uniformMap(0)
+        const spec = { volumeId, sizeBytes: 64 * mebibyte, epoch: 1, map, mapLsn: 0, layers, active: 1, next: 2 }
+        const { device } = await engine.openDevice(spec)
+        devices.push(device)
+        await device.write(0, new Uint8Array(slotBytes).fill(1))
+        await device.write(8 * mebibyte, new Uint8Array(slotBytes).fill(2))
+        await engine.swap([{ device, next: layers[1]! }], 60_000)
+        // Into a slot of the layer that is left, whose other half has to come along.
+        await device.write(100, new Uint8Array(100).fill(3))
+        await device.flush()
+        await device.close()
+
+        const opened = await engine.openDevice(spec)
+        devices.push(opened.device)
+        expect(opened.report).toMatchObject({ promotedNext: true, framesReplayed: 2 })
+        const expected = new Uint8Array(slotBytes).fill(1).fill(3, 100, 200)
+        expect(await opened.device.read(0, slotBytes)).toEqual(expected)
+        expect(await opened.device.read(8 * mebibyte, slotBytes)).toEqual(new Uint8Array(slotBytes).fill(2))
+        const checkpoint = (await opened.device.checkpoint(1))!
+        await opened.device.checkpointCommitted(checkpoint, true)
+        await opened.device.swapCommitted(true)
+        await opened.device.write(4 * slotBytes, new Uint8Array(slotBytes).fill(4))
+        await opened.device.flush()
+        expect(await opened.device.read(4 * slotBytes, slotBytes)).toEqual(new Uint8Array(slotBytes).fill(4))
+      },
+    )
 
     test('a pool that cannot punch says so', async () => {
       const pool = await open()

@@ -1,7 +1,7 @@
 import type { Command } from 'commander'
 import type { JobDocument } from '../admin-types.ts'
 import { segment } from '../client/admin-client.ts'
-import { formatBytes } from '../terminal/format-bytes.ts'
+import { formatBytes, formatSeconds } from '../terminal/format-bytes.ts'
 import { formatFields, formatTable } from '../terminal/table.ts'
 import { contextOf, withExample } from './command-context.ts'
 
@@ -59,6 +59,39 @@ export function register(job: Command): void {
       `atoll job ${verb} 5f0c1c1e-8d1c-4e57-9a34-1c9c55f6a5f0`,
     )
   }
+  withExample(
+    job
+      .command('limit')
+      .description('change how fast a job that moves a volume or drains a pool copies')
+      .argument('<id>')
+      .argument('<rate>', 'bytes per second, or with K, M, G, T; none: as fast as it goes')
+      .action(async (id: string, rate: string, _options: unknown, command: Command) => {
+        const context = contextOf(command)
+        const document = await context.client.post<JobDocument>(`/v1/jobs/${segment(id)}/limit`, { limit: rate })
+        context.print(document, () => `${document.id} ${document.state}, ${limitText(document) ?? 'no limit'}`)
+      }),
+    'atoll job limit 5f0c1c1e-8d1c-4e57-9a34-1c9c55f6a5f0 100M',
+    'atoll job limit 5f0c1c1e-8d1c-4e57-9a34-1c9c55f6a5f0 none',
+  )
+}
+
+function limitText(job: JobDocument): string | null {
+  const limit = job.params['limitBytesPerSecond']
+  return typeof limit === 'number' ? `at most ${formatBytes(limit)}/s` : null
+}
+
+/** `copied 4 GiB, offloaded 1 GiB, …`: what the kind of the job says of itself. */
+function detailsText(job: JobDocument): string | null {
+  if (job.details === null) return null
+  return Object.entries(job.details)
+    .map(([name, value]) =>
+      typeof value === 'number' && name.endsWith('Bytes') ? detailOf(name, value) : `${name} ${String(value)}`,
+    )
+    .join(', ')
+}
+
+function detailOf(name: string, bytes: number): string {
+  return `${name.slice(0, -'Bytes'.length)} ${formatBytes(bytes)}`
 }
 
 function progressText(job: JobDocument): string {
@@ -72,7 +105,12 @@ function jobText(job: JobDocument): string {
     ['kind', job.kind],
     ['subject', job.subject],
     ['state', job.state],
+    ['waiting', job.waiting],
     ['progress', progressText(job)],
+    ['rate', job.rateBytesPerSecond > 0 ? `${formatBytes(job.rateBytesPerSecond)}/s` : null],
+    ['left', job.secondsLeft === null ? null : formatSeconds(job.secondsLeft)],
+    ['limit', limitText(job)],
+    ['details', detailsText(job)],
     ['error', job.error === null ? null : `${job.error.code}: ${job.error.message}`],
     ['result', job.result === null || job.result === undefined ? null : JSON.stringify(job.result)],
     ['created', job.createdAt],

@@ -6,6 +6,7 @@ import { formatBytes } from '../terminal/format-bytes.ts'
 import { formatFields, formatTable } from '../terminal/table.ts'
 import { contextOf, withExample } from './command-context.ts'
 import { readOptions } from './key-value.ts'
+import { move, moveText, withMoveOptions, type MoveOptions } from './move.ts'
 import { waitForJob } from './wait-for-job.ts'
 
 interface ImportOptions {
@@ -166,6 +167,17 @@ export function register(pool: Command): void {
       }),
     'atoll pool reclaim default',
   )
+  withExample(
+    withMoveOptions(
+      pool
+        .command('drain')
+        .description('move everything out of a pool while it is used; nothing new is made in it from then on')
+        .argument('<pool>', 'name or id'),
+    ).action(async (name: string, options: MoveOptions, command: Command) => {
+      await move(command, `/v1/pools/${segment(name)}/drain`, `drain ${name}`, options, {})
+    }),
+    'atoll pool drain old --to fast --limit 100M --wait',
+  )
 }
 
 /** The parts of a report that are lists: what is named in each, and what it means. */
@@ -263,8 +275,11 @@ function readSettings(pairs: readonly string[]): Record<string, string> {
 
 function poolState(pool: PoolDocument): string {
   const conditions = pool.health?.conditions.map(({ kind }) => kind) ?? []
-  if (pool.error !== null) return [pool.error.code, ...conditions].join(', ')
-  const states = [...new Set([...conditions, ...(pool.lowSpace ? ['low space'] : []), ...(pool.slow ? ['slow'] : [])])]
+  const draining = pool.draining === null ? [] : ['draining']
+  if (pool.error !== null) return [pool.error.code, ...conditions, ...draining].join(', ')
+  const states = [
+    ...new Set([...conditions, ...draining, ...(pool.lowSpace ? ['low space'] : []), ...(pool.slow ? ['slow'] : [])]),
+  ]
   return states.length === 0 ? 'ok' : states.join(', ')
 }
 
@@ -291,6 +306,7 @@ function poolText(pool: PoolDocument): string {
     ['logical', formatBytes(pool.logicalBytes)],
     ['dedup ratio', pool.dedupRatio.toFixed(2)],
     ['layers', String(pool.layers)],
+    ['draining', pool.draining === null ? null : moveText(pool.draining)],
     ['read by', pool.readBy.map((name) => (pool.missingReaders.includes(name) ? `${name} (not here)` : name)).join(', ')],
     ...Object.entries(pool.capabilities ?? {}).map(([name, value]) => [name, value === null ? null : String(value)] as const),
     ['export', pool.export === null ? null : exportText(pool.export)],

@@ -8,6 +8,7 @@ import { formatFields, formatTable } from '../terminal/table.ts'
 import { attachmentNote, attachmentText } from './attachment-formats.ts'
 import type { AttachmentFormat } from './attachment-formats.ts'
 import { contextOf, withExample } from './command-context.ts'
+import { moveText } from './move.ts'
 
 export function register(volume: Command): void {
   registerLife(volume)
@@ -176,6 +177,7 @@ function volumeText(volume: VolumeDocument): string {
     ['status', volume.status],
     ['size', `${formatBytes(volume.sizeBytes)} (${volume.sizeBytes} bytes)`],
     ['pool', volume.pool],
+    ['moving', volume.move === null ? null : moveText(volume.move)],
     ['reads from', volume.readsFrom.join(', ')],
     ['parent', volume.parent],
     ['snapshots', volume.snapshots.join(', ')],

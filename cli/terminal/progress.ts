@@ -8,6 +8,8 @@ export interface Progress {
   readonly totalBytes: number | null
   readonly rateBytesPerSecond: number
   readonly secondsLeft: number | null
+  /** Why it does not go on at present. */
+  readonly waiting?: string | null
 }
 
 /** `42 %  4.2 GiB of 10 GiB  310 MiB/s  19 s left`, without the parts that are not known. */
@@ -18,16 +20,17 @@ export function describeProgress(progress: Progress): string {
   parts.push(totalBytes === null ? formatBytes(progressBytes) : `${formatBytes(progressBytes)} of ${formatBytes(totalBytes)}`)
   if (rateBytesPerSecond > 0) parts.push(`${formatBytes(rateBytesPerSecond)}/s`)
   if (secondsLeft !== null && secondsLeft > 0) parts.push(`${formatSeconds(secondsLeft)} left`)
+  if (typeof progress.waiting === 'string') parts.push(`waiting: ${progress.waiting}`)
   return parts.join('  ')
 }
 
 /** Shows progress on `output` if that is a terminal, and nothing otherwise. */
 export class ProgressLine {
-  private readonly output: Writable & { isTTY?: boolean }
+  private readonly output: Writable & { isTTY?: boolean; columns?: number }
   private readonly label: string
   private shown = false
 
-  constructor(label: string, output: Writable & { isTTY?: boolean }) {
+  constructor(label: string, output: Writable & { isTTY?: boolean; columns?: number }) {
     this.label = label
     this.output = output
   }
@@ -36,7 +39,8 @@ export class ProgressLine {
     if (this.output.isTTY !== true) return
     this.shown = true
     // Back to the first column, clear to the end of the line.
-    this.output.write(`\r\u001b[K${this.label}  ${describeProgress(progress)}`)
+    const line = `${this.label}  ${describeProgress(progress)}`
+    this.output.write(`\r\u001b[K${line.slice(0, (this.output.columns ?? line.length + 1) - 1)}`)
   }
 
   /** Leaves the last state on a line of its own. */

@@ -14,6 +14,7 @@ export const faultOperations = [
   'create',
   'remove',
   'open',
+  'lose-write',
   'record-read',
   'record-write',
   'record-list',

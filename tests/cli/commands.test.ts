@@ -66,7 +66,7 @@ describe('a check', () => {
 })
 
 describe('the command line itself', () => {
-  const groups = ['serve', 'status', 'pool', 'volume', 'snapshot', 'image', 'file', 'catalog', 'check', 'job']
+  const groups = ['serve', 'status', 'pool', 'volume', 'migrate', 'snapshot', 'image', 'file', 'catalog', 'check', 'job']
 
   test('help is printed with 0, and every command has an example', () => {
     const top = home.cli('--help')

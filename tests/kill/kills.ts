@@ -176,7 +176,7 @@ async function checkNothingLeaks(home: TestHome, poolNames: readonly string[]): 
   }
 }
 
-/** Four connections at depth 16, each worker on slots of its own. Ends when the connections are lost. */
+/** Four connections at depth 16, each worker on slots of its own. Ends when the connections are lost, or it is stopped. */
 export class Load {
   writes = 0
   readonly #connections: NbdConnection[]
@@ -185,6 +185,7 @@ export class Load {
   readonly #report: KillReport
   #workers: Promise<void>[] = []
   #wake: (() => void) | null = null
+  #stopping = false
 
   constructor(connections: NbdConnection[], oracle: SlotOracle, random: Random, report: KillReport) {
     this.#connections = connections
@@ -214,11 +215,18 @@ export class Load {
     await Promise.all(this.#workers)
   }
 
+  /** Ends the load with the daemon alive. */
+  async stop(): Promise<void> {
+    this.#stopping = true
+    await this.ended()
+    for (const connection of this.#connections) await connection.disconnect()
+  }
+
   async #work(connection: NbdConnection, worker: number): Promise<void> {
     const workers = connectionCount * depth
     try {
-      for (;;) {
-        const slot = worker + workers * this.#random.below(slotCount / workers)
+      while (!this.#stopping) {
+        const slot = worker + workers * this.#random.below(this.#oracle.slotCount / workers)
         const fua = this.#random.chance(3)
         const { version, data } = this.#oracle.issue(slot)
         await connection.write(slot * slotBytes, data, { fua })

@@ -1,6 +1,7 @@
 /**
- * `node run-kills.ts --seed N --kills N [--dir DIR] [--pool-driver DRIVER [--across]]`: kills the real daemon N times under load; its
- * report as JSON. `--pool-driver ceph` starts a cluster and has the volume there, with `--across` its image on files.
+ * `node run-kills.ts --seed N --kills N [--dir DIR] [--pool-driver DRIVER [--across]] [--migrate]`: kills the real daemon N times under
+ * load; its report as JSON. `--pool-driver ceph` starts a cluster and has the volume there, with `--across` its image on files. With
+ * `--migrate` a volume, its snapshots and clones move between a pool of files and one of that driver, to and fro, meanwhile.
  */
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
@@ -8,6 +9,7 @@ import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { CephCluster } from '@atoll/southbound/ceph-cluster'
 import { runKills } from './kills.ts'
+import { runMigrateKills } from './migrate-kills.ts'
 
 const { values } = parseArgs({
   options: {
@@ -16,20 +18,27 @@ const { values } = parseArgs({
     dir: { type: 'string', default: tmpdir() },
     'pool-driver': { type: 'string', default: 'file' },
     across: { type: 'boolean', default: false },
+    migrate: { type: 'boolean', default: false },
   },
 })
 const driver = values['pool-driver']
 const cluster = driver === 'ceph' ? await CephCluster.start() : null
 const home = await mkdtemp(join(values.dir, 'atoll-kills-'))
 try {
-  const report = await runKills({
+  const common = {
     home,
     seed: Number(values.seed),
     killCount: Number(values.kills),
-    ...(cluster === null ? {} : { pool: { driver, options: cluster.optionsIn('kills') } }),
-    ...(values.across ? { across: { image: 'default', volume: 'other' } as const } : {}),
-    onProgress: (text) => process.stderr.write(`${text}\n`),
-  })
+    onProgress: (text: string): void => void process.stderr.write(`${text}\n`),
+  }
+  const options = cluster === null ? { path: join(home, 'pools', 'other') } : cluster.optionsIn('kills')
+  const report = values.migrate
+    ? await runMigrateKills({ ...common, other: { driver, options } })
+    : await runKills({
+        ...common,
+        ...(cluster === null ? {} : { pool: { driver, options } }),
+        ...(values.across ? { across: { image: 'default', volume: 'other' } as const } : {}),
+      })
   process.stdout.write(`${JSON.stringify(report)}\n`)
 } finally {
   await rm(home, { recursive: true, force: true })

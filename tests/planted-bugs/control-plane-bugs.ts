@@ -379,4 +379,26 @@ export const controlPlaneBugs: PlantedBug[] = [
     ],
     tests: fileHistory,
   },
+  {
+    name: 'a move says that the home has changed before it has',
+    edits: [
+      {
+        file: 'composer/move-job.ts',
+        find: "    await moves.home(request)\n    await enter('drop')",
+        replace: "    await enter('drop')\n    await moves.home(request)",
+      },
+    ],
+    tests: ['composer/moves.test.ts'],
+  },
+  {
+    name: 'a move that is cancelled keeps what it has claimed',
+    edits: [
+      {
+        file: 'composer/migrate-job.ts',
+        find: '      await moves.release(requestOf(context))\n',
+        replace: '',
+      },
+    ],
+    tests: ['composer/moves.test.ts'],
+  },
 ]

@@ -168,6 +168,50 @@ export const nativeBugs: PlantedBug[] = [
     tests: deviceTests,
   },
   {
+    name: 'the store that a volume is leaving is not asked any more whether it is ours',
+    edits: [
+      {
+        file: 'native/engine/src/device/mod.rs',
+        find: 'self.checkpoints.lock().swap.as_ref().map(|swap| swap.predecessor.clone());',
+        replace: 'None::<Arc<ActiveLayer>>;',
+      },
+    ],
+    tests: ['-p', 'atoll-engine', 'nbd::tests::moving'],
+  },
+  {
+    name: 'the journal of the next layer is looked for in the store of another one',
+    edits: [
+      {
+        file: 'native/engine/src/device/open.rs',
+        find: 'Ok(Journal::replay(layer.store.clone(), identity, after_lsn)?)',
+        replace: 'Ok(Journal::replay(spec.layers[0].store.clone(), identity, after_lsn)?)',
+      },
+    ],
+    tests: deviceTests,
+  },
+  {
+    name: 'what was copied into a replica is not compared',
+    edits: [
+      {
+        file: 'native/engine/src/fill.rs',
+        find: 'if XxHash3_128::oneshot(own) != check.hash {',
+        replace: 'if own.len() != check.length {',
+      },
+    ],
+    tests: ['-p', 'atoll-engine', 'fill::'],
+  },
+  {
+    name: 'what was copied into a replica is not synced',
+    edits: [
+      {
+        file: 'native/engine/src/fill.rs',
+        find: 'let synced = self.target.sync().and_then(|()| {',
+        replace: 'let synced = atoll_io::Result::Ok(()).and_then(|()| {',
+      },
+    ],
+    tests: ['-p', 'atoll-engine', 'fill::'],
+  },
+  {
     name: 'no drain at the swap',
     edits: [
       {
@@ -319,7 +363,13 @@ export const nativeBugs: PlantedBug[] = [
   },
   {
     name: 'a daemon that was shut out answers a flush that has nothing to write',
-    edits: [{ file: 'native/engine/src/device/flush.rs', find: '            active.spec.store.prove_held()?;\n', replace: '' }],
+    edits: [
+      {
+        file: 'native/engine/src/device/flush.rs',
+        find: 'Device::prove_stores(&written, proved, |store| store.is_fenceable)?;',
+        replace: 'let _ = (&written, proved);',
+      },
+    ],
     tests: ['-p', 'atoll-engine', 'nbd::tests::begun'],
   },
 ]

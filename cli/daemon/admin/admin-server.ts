@@ -9,6 +9,7 @@ import { addActivityRoute } from './activity-route.ts'
 import { addFileRoutes } from './file-routes.ts'
 import { addImageRoutes } from './image-routes.ts'
 import { addJobRoutes } from './job-routes.ts'
+import { addMoveRoutes } from './move-routes.ts'
 import { addCatalogRoutes } from './catalog-routes.ts'
 import { addCheckRoutes } from './check-routes.ts'
 import { addPoolRoutes } from './pool-routes.ts'
@@ -68,6 +69,7 @@ export function createAdminServer(context: AdminContext, log: Logger): FastifyIn
   addImageRoutes(server, context)
   addFileRoutes(server, context)
   addJobRoutes(server, context)
+  addMoveRoutes(server, context)
   return server
 }
 

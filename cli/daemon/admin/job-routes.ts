@@ -4,6 +4,7 @@ import { JobInterrupted } from '@atoll/composer'
 import type { AdminContext } from './admin-context.ts'
 import { checkRequest, typedText } from './check-request.ts'
 import { toDocument } from './document.ts'
+import { parseLimit } from './move-routes.ts'
 
 /** A request waits at most this long for a job: longer waits are made of several. */
 const waitMsMax = 10_000
@@ -11,8 +12,10 @@ const waitMsMax = 10_000
 const named = z.strictObject({ job: typedText })
 const watching = z.strictObject({ waitMs: z.coerce.number().int().min(0).max(waitMsMax).optional() })
 
+const limiting = z.strictObject({ limit: typedText })
+
 export function addJobRoutes(server: FastifyInstance, { composer, stopping }: AdminContext): void {
-  const { jobs } = composer
+  const { jobs, moves } = composer
 
   server.get('/v1/jobs', async () => {
     const found = await jobs.list()
@@ -35,4 +38,8 @@ export function addJobRoutes(server: FastifyInstance, { composer, stopping }: Ad
   server.post('/v1/jobs/:job/pause', async (request) => toDocument(await jobs.pause(checkRequest(named, request.params).job)))
   server.post('/v1/jobs/:job/resume', async (request) => toDocument(await jobs.resume(checkRequest(named, request.params).job)))
   server.post('/v1/jobs/:job/cancel', async (request) => toDocument(await jobs.cancel(checkRequest(named, request.params).job)))
+  server.post('/v1/jobs/:job/limit', async (request) => {
+    const { limit } = checkRequest(limiting, request.body)
+    return toDocument(await moves.setLimit(checkRequest(named, request.params).job, parseLimit(limit)))
+  })
 }

@@ -10,6 +10,7 @@ use atoll_engine::{
 use napi::bindgen_prelude::{ClassInstance, Env, Float64Array, Object, ToNapiValue, Uint8Array};
 use napi_derive::napi;
 use parking_lot::Mutex;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -202,46 +203,111 @@ pub struct JsDevice {
     pub(crate) lanes: DeviceLanes,
 }
 
-/// Whose threads carry out what is asked of a device; nothing: the engine's.
+/// Whose threads carry out what is asked of a device: those of a backend of its layers that may hang, or else the engine's. Shared by
+/// whoever has the device, because its layers change.
 #[derive(Clone, Default)]
-pub(crate) struct DeviceLanes {
-    /// Of the layer that is written, and of its journal.
-    pub(crate) control: Option<Arc<Lanes>>,
-    /// Of any layer that is read.
-    pub(crate) data: Option<Arc<Lanes>>,
+pub(crate) struct DeviceLanes(Arc<Mutex<LayerLanes>>);
+
+#[derive(Default)]
+struct LayerLanes {
+    /// Of the layers whose backend has some, by alias.
+    by_alias: BTreeMap<u32, Arc<Lanes>>,
+    /// The layer that is written; `None`: none is.
+    active: Option<u32>,
+    /// The one that is to be the next, or was the last: of as much concern as the active one until what follows is committed.
+    other: Option<u32>,
+}
+
+impl LayerLanes {
+    fn set(&mut self, alias: u32, lanes: Option<Arc<Lanes>>) {
+        match lanes {
+            Some(lanes) => self.by_alias.insert(alias, lanes),
+            None => self.by_alias.remove(&alias),
+        };
+    }
 }
 
 impl DeviceLanes {
-    /// `active`: index of the layer that is written.
-    pub(crate) fn of(stores: &[ClassInstance<'_, JsStore>], active: Option<usize>) -> DeviceLanes {
-        let data = stores.iter().find_map(|store| store.lanes.clone());
-        let control = match active.and_then(|index| stores.get(index)) {
-            Some(store) => store.lanes.clone(),
-            None => data.clone(),
-        };
-        DeviceLanes { control, data }
+    /// For the opening: both journals are read.
+    pub(crate) fn of(aliases: &[u32], stores: &[ClassInstance<'_, JsStore>], active: Option<u32>, next: Option<u32>) -> DeviceLanes {
+        let mut lanes = LayerLanes { by_alias: BTreeMap::new(), active, other: active.and(next) };
+        for (alias, store) in aliases.iter().zip(stores) {
+            lanes.set(*alias, store.lanes.clone());
+        }
+        DeviceLanes(Arc::new(Mutex::new(lanes)))
+    }
+
+    /// It is open now. `promoted`: the next layer is the active one.
+    pub(crate) fn opened(&self, is_promoted: bool) {
+        let mut lanes = self.0.lock();
+        if is_promoted {
+            let LayerLanes { active, other, .. } = &mut *lanes;
+            std::mem::swap(active, other);
+        } else {
+            lanes.other = None;
+        }
+    }
+
+    /// Another layer is written, and the one before it has to be made durable still.
+    pub(crate) fn swapped(&self, alias: u32, of_layer: Option<Arc<Lanes>>) {
+        let mut lanes = self.0.lock();
+        lanes.set(alias, of_layer);
+        lanes.other = lanes.active.replace(alias);
+    }
+
+    fn swap_committed(&self) {
+        self.0.lock().other = None;
+    }
+
+    fn add(&self, layers: Vec<(u32, Option<Arc<Lanes>>)>) {
+        let mut lanes = self.0.lock();
+        for (alias, of_layer) in layers {
+            // The handle of the layer that is written is not replaced.
+            if lanes.active != Some(alias) {
+                lanes.set(alias, of_layer);
+            }
+        }
+    }
+
+    /// Of the layers that are written, and of their journals.
+    pub(crate) fn control(&self) -> Option<Arc<Lanes>> {
+        let lanes = self.0.lock();
+        match lanes.active {
+            None => lanes.by_alias.values().next().cloned(),
+            Some(active) => lanes.by_alias.get(&active).or_else(|| lanes.by_alias.get(&lanes.other?)).cloned(),
+        }
+    }
+
+    /// Of any layer that is read.
+    fn data(&self) -> Option<Arc<Lanes>> {
+        self.0.lock().by_alias.values().next().cloned()
     }
 }
 
+/// Which threads.
+#[derive(Clone, Copy)]
+enum Threads {
+    Control,
+    Data,
+    Bulk,
+}
+
 impl JsDevice {
-    fn control(&self) -> &ControlPool {
-        self.lanes.control.as_ref().map_or_else(|| self.engine.control(), |lanes| &lanes.control)
-    }
-
-    fn data(&self) -> &ControlPool {
-        self.lanes.data.as_ref().map_or_else(|| self.engine.data(), |lanes| &lanes.data)
-    }
-
-    fn bulk(&self) -> &ControlPool {
-        self.lanes.data.as_ref().map_or_else(|| self.engine.bulk(), |lanes| &lanes.bulk)
-    }
-
     fn run<'env, T: ToNapiValue + Send + 'static>(
         &self,
         env: &'env Env,
-        pool: &ControlPool,
+        threads: Threads,
         job: impl FnOnce(&Arc<Device>) -> Result<T> + Send + 'static,
     ) -> napi::Result<Object<'env>> {
+        let lanes = if matches!(threads, Threads::Control) { self.lanes.control() } else { self.lanes.data() };
+        let pool: &ControlPool = match (threads, &lanes) {
+            (Threads::Control, None) => self.engine.control(),
+            (Threads::Control, Some(lanes)) => &lanes.control,
+            (Threads::Data, None) => self.engine.data(),
+            (Threads::Data, Some(lanes)) => &lanes.data,
+            (Threads::Bulk, None) => self.engine.bulk(),
+            (Threads::Bulk, Some(lanes)) => &lanes.bulk,
+        };
         let device = self.device.clone();
         run_on(env, pool, move || job(&device))
     }
@@ -306,7 +372,7 @@ impl JsDevice {
     /// The bytes are moved into a buffer that JavaScript owns.
     #[napi]
     pub fn read<'env>(&self, env: &'env Env, offset_bytes: f64, length_bytes: f64) -> napi::Result<Object<'env>> {
-        self.run(env, self.data(), move |device| {
+        self.run(env, Threads::Data, move |device| {
             let length = to_u64("lengthBytes", length_bytes)?;
             if length > REQUEST_BYTES_MAX {
                 return Err(invalid("lengthBytes", length, "at most 64 MiB"));
@@ -324,24 +390,26 @@ impl JsDevice {
             return rejected::<()>(env, invalid("data length", data.len(), "at most 64 MiB"));
         }
         let data = data.to_vec();
-        self.run(env, self.data(), move |device| device.write(to_u64("offsetBytes", offset_bytes)?, &data))
+        self.run(env, Threads::Data, move |device| device.write(to_u64("offsetBytes", offset_bytes)?, &data))
     }
 
     #[napi]
     pub fn discard<'env>(&self, env: &'env Env, offset_bytes: f64, length_bytes: f64) -> napi::Result<Object<'env>> {
-        self.run(env, self.data(), move |device| device.discard(to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?))
+        self.run(env, Threads::Data, move |device| {
+            device.discard(to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?)
+        })
     }
 
     #[napi]
     pub fn write_zeroes<'env>(&self, env: &'env Env, offset_bytes: f64, length_bytes: f64, allocate: bool) -> napi::Result<Object<'env>> {
-        self.run(env, self.data(), move |device| {
+        self.run(env, Threads::Data, move |device| {
             device.write_zeroes(to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?, allocate)
         })
     }
 
     #[napi]
     pub fn flush<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, self.data(), |device| device.flush())
+        self.run(env, Threads::Data, |device| device.flush())
     }
 
     #[napi]
@@ -352,7 +420,7 @@ impl JsDevice {
         length_bytes: f64,
         extent_count_max: f64,
     ) -> napi::Result<Object<'env>> {
-        self.run(env, self.data(), move |device| {
+        self.run(env, Threads::Data, move |device| {
             let mut found = Vec::new();
             let count_max = to_usize("extentCountMax", extent_count_max)?;
             device.block_status(to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?, count_max, &mut found)?;
@@ -373,7 +441,7 @@ impl JsDevice {
         length_bytes: f64,
     ) -> napi::Result<Object<'env>> {
         let engine = self.engine.clone();
-        self.run(env, self.bulk(), move |device| {
+        self.run(env, Threads::Bulk, move |device| {
             let source_offset = to_u64("sourceOffsetBytes", source_offset_bytes)?;
             let (offset, length) = (to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?);
             let report = copy_in(device, Path::new(&path), source_offset, offset, length, &|| engine.is_closing())?;
@@ -384,7 +452,7 @@ impl JsDevice {
     #[napi]
     pub fn copy_out<'env>(&self, env: &'env Env, path: String, offset_bytes: f64, length_bytes: f64) -> napi::Result<Object<'env>> {
         let engine = self.engine.clone();
-        self.run(env, self.bulk(), move |device| {
+        self.run(env, Threads::Bulk, move |device| {
             let (offset, length) = (to_u64("offsetBytes", offset_bytes)?, to_u64("lengthBytes", length_bytes)?);
             let report = copy_out(device, Path::new(&path), offset, length, &|| engine.is_closing())?;
             Ok(JsCopyReport { data_bytes: report.data_bytes as f64, zero_bytes: report.zero_bytes as f64 })
@@ -394,7 +462,7 @@ impl JsDevice {
     #[napi]
     pub fn checkpoint<'env>(&self, env: &'env Env, first_page_id: f64) -> napi::Result<Object<'env>> {
         let engine = self.engine.clone();
-        self.run(env, self.control(), move |device| {
+        self.run(env, Threads::Control, move |device| {
             let found = device.checkpoint(to_u64("firstPageId", first_page_id)?)?;
             Ok(found.map(|checkpoint| JsCheckpoint {
                 engine,
@@ -409,7 +477,7 @@ impl JsDevice {
     #[napi]
     pub fn checkpoint_committed<'env>(&self, env: &'env Env, checkpoint: &JsCheckpoint, trim_journal: bool) -> napi::Result<Object<'env>> {
         match checkpoint.take(&self.device) {
-            Ok(checkpoint) => self.run(env, self.control(), move |device| device.checkpoint_committed(checkpoint, trim_journal)),
+            Ok(checkpoint) => self.run(env, Threads::Control, move |device| device.checkpoint_committed(checkpoint, trim_journal)),
             Err(error) => rejected::<()>(env, error),
         }
     }
@@ -424,32 +492,37 @@ impl JsDevice {
 
     #[napi]
     pub fn sync_closing<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, self.control(), |device| device.sync_closing())
+        self.run(env, Threads::Control, |device| device.sync_closing())
     }
 
     #[napi]
     pub fn swap_committed<'env>(&self, env: &'env Env, seal: bool) -> napi::Result<Object<'env>> {
-        self.run(env, self.control(), move |device| device.swap_committed(seal))
+        let lanes = self.lanes.clone();
+        self.run(env, Threads::Control, move |device| {
+            device.swap_committed(seal)?;
+            lanes.swap_committed();
+            Ok(())
+        })
     }
 
     #[napi]
     pub fn grow<'env>(&self, env: &'env Env, size_bytes: f64) -> napi::Result<Object<'env>> {
-        self.run(env, self.control(), move |device| device.grow(to_u64("sizeBytes", size_bytes)?))
+        self.run(env, Threads::Control, move |device| device.grow(to_u64("sizeBytes", size_bytes)?))
     }
 
     #[napi]
     pub fn shrink_prepare<'env>(&self, env: &'env Env, size_bytes: f64) -> napi::Result<Object<'env>> {
-        self.run(env, self.control(), move |device| device.shrink_prepare(to_u64("sizeBytes", size_bytes)?))
+        self.run(env, Threads::Control, move |device| device.shrink_prepare(to_u64("sizeBytes", size_bytes)?))
     }
 
     #[napi]
     pub fn shrink_punch<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, self.bulk(), |device| device.shrink_punch())
+        self.run(env, Threads::Bulk, |device| device.shrink_punch())
     }
 
     #[napi]
     pub fn punch_orphans<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, self.bulk(), |device| Ok(device.punch_orphans()? as f64))
+        self.run(env, Threads::Bulk, |device| Ok(device.punch_orphans()? as f64))
     }
 
     #[napi]
@@ -461,10 +534,13 @@ impl JsDevice {
         stores: Vec<ClassInstance<'env, JsStore>>,
     ) -> napi::Result<Object<'env>> {
         match to_layers(&aliases, &ids, &stores) {
-            Ok(layers) => self.run(env, self.control(), move |device| {
-                device.add_layers(layers);
-                Ok(())
-            }),
+            Ok(layers) => {
+                self.lanes.add(aliases.into_iter().zip(stores.iter().map(|store| store.lanes.clone())).collect());
+                self.run(env, Threads::Control, move |device| {
+                    device.add_layers(layers);
+                    Ok(())
+                })
+            }
             Err(error) => rejected::<()>(env, error),
         }
     }
@@ -479,7 +555,7 @@ impl JsDevice {
 
     #[napi]
     pub fn read_barrier<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
-        self.run(env, self.control(), |device| {
+        self.run(env, Threads::Control, |device| {
             device.read_barrier();
             Ok(())
         })
@@ -488,6 +564,6 @@ impl JsDevice {
     #[napi]
     pub fn close<'env>(&self, env: &'env Env) -> napi::Result<Object<'env>> {
         let engine = self.engine.clone();
-        self.run(env, self.control(), move |device| engine.close_device(device))
+        self.run(env, Threads::Control, move |device| engine.close_device(device))
     }
 }

@@ -265,12 +265,13 @@ impl JsEngine {
             Ok(spec) => spec,
             Err(error) => return rejected::<JsOpenedDevice>(env, error),
         };
-        let active = spec.active.and_then(|alias| spec.layers.iter().position(|layer| layer.alias == alias));
-        let lanes = DeviceLanes::of(&stores, active);
-        let control = lanes.control.clone();
+        let aliases: Vec<u32> = spec.layers.iter().map(|layer| layer.alias).collect();
+        let lanes = DeviceLanes::of(&aliases, &stores, spec.active, spec.next);
+        let control = lanes.control();
         let engine = self.engine.clone();
         run_on(env, control.as_ref().map_or_else(|| self.engine.control(), |lanes| &lanes.control), move || {
             let (device, report) = engine.open_device(spec)?;
+            lanes.opened(report.promoted_next);
             Ok(JsOpenedDevice { engine, device, lanes, report })
         })
     }
@@ -307,8 +308,13 @@ impl JsEngine {
         };
         let engine = self.engine.clone();
         let lanes = stores.iter().find_map(|store| store.lanes.clone());
+        let of_devices: Vec<DeviceLanes> = devices.iter().map(|device| device.lanes.clone()).collect();
+        let of_layers: Vec<_> = aliases.into_iter().zip(stores.iter().map(|store| store.lanes.clone())).collect();
         run_on(env, lanes.as_ref().map_or_else(|| self.engine.control(), |lanes| &lanes.control), move || {
             let reports = Device::swap(&pairs, deadline)?.into_iter();
+            for (of_device, (alias, of_layer)) in of_devices.iter().zip(of_layers) {
+                of_device.swapped(alias, of_layer);
+            }
             Ok(reports
                 .map(|report| JsSwapReport { engine: engine.clone(), frozen: report.frozen, lsn: report.lsn, pause: report.pause })
                 .collect::<Vec<_>>())

@@ -11,7 +11,8 @@
 //!   a write in place into slots of the last frame would then make its checksum wrong in a power cut, so every such write would
 //!   first have to make that frame known to be durable.
 //! - Where another process may shut this one out, a flush is a question to the backend even if there is nothing to write: an appended
-//!   frame is its answer, and without one it is asked whether the pool is still ours. Whoever was shut out answers no flush.
+//!   frame is its answer, and without one it is asked whether the pool is still ours. Whoever was shut out answers no flush. A swap
+//!   onto a layer of another store leaves two backends to be asked until it is committed.
 //! - After a failed sync the device is poisoned (I6). A frame that found no space was taken back and stays in the queue.
 use super::batch_log::{BatchLog, LogTail};
 use super::layers::ActiveLayer;
@@ -197,7 +198,7 @@ impl Device {
             let frozen = freeze.then(|| FrozenAt { map: self.map.freeze(), lsn: batch.last_lsn });
             (layers, closing_count, frozen)
         };
-        let mut is_proved = false;
+        let mut proved = Vec::new();
         for (index, layer) in layers.iter().enumerate() {
             // (2) Data.
             let synced = timed(&self.counters.backend_syncs_running, &self.latencies.backend_sync, || layer.io.sync());
@@ -205,22 +206,20 @@ impl Device {
                 return Err(self.poison(&format!("sync of layer {} failed: {error}", layer.spec.id)));
             }
             // (3) Frames.
-            is_proved |= self.append_frames(layer)?;
+            if self.append_frames(layer)? {
+                proved.push(&layer.spec);
+            }
             if freeze && index >= closing_count {
                 // What comes after the checkpoint goes to a segment of its own, so that whole segments can be removed behind it.
                 layer.journal.lock().rotate();
             }
         }
+        let written = self.written_layers();
         if closing_count > 0 {
             self.batch.lock().closing.drain(..closing_count);
         }
-        if !is_proved
-            && let Some(active) = layers.last()
-            && active.spec.store.capabilities().is_fenceable
-        {
-            // Nothing is lost if it fails, and nothing is in doubt: whoever asks again may hear better.
-            active.spec.store.prove_held()?;
-        }
+        // Nothing is lost if it fails, and nothing is in doubt: whoever asks again may hear better.
+        Device::prove_stores(&written, proved, |store| store.is_fenceable)?;
         self.changes_durable.fetch_max(changes_before, Ordering::SeqCst);
         self.want_checkpoint_if_due();
         Ok(frozen)
@@ -233,7 +232,7 @@ impl Device {
 
     /// Another process may take what this device writes away from it.
     fn is_fenceable(&self) -> bool {
-        self.layers.load().active.as_ref().is_some_and(|active| active.spec.store.capabilities().is_fenceable)
+        self.written_layers().iter().any(|layer| layer.spec.store.capabilities().is_fenceable)
     }
 
     /// Appends the closed batches that belong to `layer`, which stand at the head of the queue. True: there were some.

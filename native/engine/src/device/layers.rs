@@ -125,6 +125,17 @@ impl LayerTable {
         table
     }
 
+    /// Whether the layer is still read through this handle.
+    pub(super) fn is_read_through(&self, alias: u32, io: &Arc<dyn LayerIo>) -> bool {
+        let index = self.entries.binary_search_by_key(&alias, |entry| entry.0);
+        index.is_ok_and(|index| self.entries[index].1.io.get().is_some_and(|found| Arc::ptr_eq(found, io)))
+    }
+
+    /// One of the layers is on other machines.
+    pub(super) fn waits_for_network(&self) -> bool {
+        self.entries.iter().any(|entry| entry.1.spec.store.capabilities().waits_for_network)
+    }
+
     /// The handle to read a layer with, if nobody has to be waited for to have one.
     #[inline]
     pub(super) fn reader_at_hand(&self, alias: u32) -> Option<&Arc<dyn LayerIo>> {

@@ -17,7 +17,11 @@ mod proof;
 mod race_tests;
 mod range_locks;
 mod read;
+#[cfg(test)]
+mod replica_tests;
 mod resize;
+#[cfg(test)]
+mod side_store;
 mod status;
 mod swap;
 #[cfg(test)]
@@ -35,13 +39,14 @@ pub use types::{
 
 use crate::{Admission, EngineError, Latency, Result, Throttle, ThrottleLimits};
 use arc_swap::ArcSwap;
+use atoll_io::StoreCapabilities;
 use atoll_map::{Map, SLOT_BYTES};
 use batch_log::BatchLog;
 use checkpoint::Checkpoints;
 use flush::{Batch, FlushTurns};
 use gate::{Gate, Pass};
-use layers::{LayerTable, ReadLayer};
-use parking_lot::{Condvar, Mutex};
+use layers::{ActiveLayer, LayerTable, ReadLayer};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use proof::Proof;
 use range_locks::RangeLocks;
 use resize::Shrink;
@@ -159,21 +164,62 @@ impl Device {
         self.gate.barrier();
     }
 
-    /// Adds layers that a map may refer to from now on (replaces the handle of a known alias).
+    /// Adds layers that a map may refer to from now on. One whose alias is known is read from its new place by whoever comes after;
+    /// after a `read_barrier` nobody uses the handle that it had, which is closed then.
     pub fn add_layers(&self, specs: Vec<LayerSpec>) {
-        if specs.iter().any(|spec| spec.store.capabilities().waits_for_network) {
-            self.waits_for_network.store(true, Ordering::Relaxed);
+        let checkpoints = self.checkpoints.lock();
+        if self.closed.load(Ordering::SeqCst) {
+            return;
         }
-        // The active layer's handle is the one that writes; it is never replaced from outside.
-        self.layers.rcu(|table| {
-            let mut table = LayerTable::clone(table);
-            for spec in &specs {
-                if table.active.as_ref().is_none_or(|active| active.alias() != spec.alias) {
-                    table.insert(ReadLayer::new(spec.clone()));
-                }
+        let mut table = LayerTable::clone(&self.layers.load());
+        for spec in specs {
+            // The active layer's handle is the one that writes; it is never replaced from outside.
+            if table.active.as_ref().is_none_or(|active| active.alias() != spec.alias) {
+                table.insert(ReadLayer::new(spec));
             }
-            table
-        });
+        }
+        self.set_layers(&checkpoints, table);
+    }
+
+    /// Replaces the table. Whoever changes it holds the lock from its look at the old one on, so that no change is lost.
+    fn set_layers(&self, _changing: &MutexGuard<'_, Checkpoints>, table: LayerTable) {
+        let waits_for_network = table.waits_for_network();
+        // Never without the flag while there is such a layer: requests that are on their way would hold up who receives them.
+        if waits_for_network {
+            self.waits_for_network.store(true, Ordering::SeqCst);
+        }
+        self.layers.store(Arc::new(table));
+        self.waits_for_network.store(waits_for_network, Ordering::SeqCst);
+    }
+
+    /// The layers whose bytes and frames are this device's to keep: the active one, those that are closing, and the one before it until
+    /// the catalog knows that it is not the active one any more. They may lie in several stores.
+    fn written_layers(&self) -> Vec<Arc<ActiveLayer>> {
+        let predecessor = self.checkpoints.lock().swap.as_ref().map(|swap| swap.predecessor.clone());
+        let closing = self.batch.lock().closing.clone();
+        let mut layers: Vec<Arc<ActiveLayer>> = closing;
+        for layer in predecessor.iter().chain(&self.layers.load().active) {
+            if !layers.iter().any(|known| Arc::ptr_eq(known, layer)) {
+                layers.push(layer.clone());
+            }
+        }
+        layers
+    }
+
+    /// Asks the backends of these layers that `is_asked` whether they are still ours, each once. `known`: layers of those that have said so.
+    fn prove_stores<'a>(
+        layers: &'a [Arc<ActiveLayer>],
+        mut known: Vec<&'a LayerSpec>,
+        is_asked: impl Fn(&StoreCapabilities) -> bool,
+    ) -> Result<()> {
+        for layer in layers {
+            let spec = &layer.spec;
+            if is_asked(&spec.store.capabilities()) && !known.iter().any(|other| other.shares_store(spec)) {
+                spec.store.prove_held()?;
+                known.push(spec);
+            }
+        }
+        Ok(())
     }
 
     /// Counters.
@@ -245,7 +291,7 @@ impl Device {
         let result = self.end_layers();
         // Whoever still has this device (a handle that waits for its garbage collector) must not keep the files of layers
         // open: a layer that is removed gives its space back only when the last handle is gone.
-        self.layers.store(Arc::new(LayerTable::new(Vec::new(), None)));
+        self.set_layers(&self.checkpoints.lock(), LayerTable::new(Vec::new(), None));
         result
     }
 

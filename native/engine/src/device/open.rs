@@ -2,6 +2,7 @@
 //!
 //! Rules
 //! - lsns are contiguous over both journals; a gap is `CATALOG_BEHIND` and nothing is opened.
+//! - Each journal is read in the store of its layer: the two may lie in different ones.
 //! - A seal mark on the layer that the catalog calls active means that the catalog is older than the pool.
 //! - Frames in the next layer mean that a swap happened whose transaction was lost: it becomes the active one, and the map as
 //!   replayed becomes the uncommitted swap that the layer above must commit before it serves.
@@ -25,7 +26,6 @@ impl Device {
     pub fn open(spec: DeviceSpec) -> Result<(Arc<Device>, OpenReport)> {
         let map = Map::from_frozen(&spec.map);
         let mut report = OpenReport { last_lsn: spec.map_lsn, ..OpenReport::default() };
-        let waits_for_network = spec.layers.iter().any(|layer| layer.store.capabilities().waits_for_network);
         let mut swap = None;
         let mut active = None;
         let batch_log = spec.batch_log.clone().filter(|_| spec.active.is_some()).map(|place| BatchLog::new(place, spec.volume, spec.epoch));
@@ -61,7 +61,9 @@ impl Device {
             });
         }
         let journal_bytes = active.as_ref().map_or(0, |active| active.journal.lock().length_bytes());
-        let needs_proof = active.as_ref().is_some_and(|active| active.spec.store.capabilities().answers_need_proof);
+        let written = swap.as_ref().map(|swap: &UncommittedSwap| &swap.predecessor).into_iter().chain(&active);
+        let needs_proof = written.into_iter().any(|layer| layer.spec.store.capabilities().answers_need_proof);
+        let layers = LayerTable::new(spec.layers, active);
         let device = Arc::new_cyclic(|myself| Device {
             myself: myself.clone(),
             volume: spec.volume,
@@ -70,7 +72,8 @@ impl Device {
             limits: spec.limits,
             gate: Default::default(),
             map,
-            layers: ArcSwap::from_pointee(LayerTable::new(spec.layers, active)),
+            waits_for_network: AtomicBool::new(layers.waits_for_network()),
+            layers: ArcSwap::from_pointee(layers),
             ranges: Default::default(),
             batch: Mutex::new(super::Batch::starting_after(report.last_lsn)),
             batch_log,
@@ -90,7 +93,6 @@ impl Device {
             closed: AtomicBool::new(false),
             throttle: Throttle::new(spec.throttle),
             on_event: spec.on_event,
-            waits_for_network: AtomicBool::new(waits_for_network),
             proof: Proof::new(needs_proof),
             counters: Counters::default(),
             latencies: DeviceLatencies::default(),

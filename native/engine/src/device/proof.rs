@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 /// When a device that others may take over was last proven to be ours.
 #[derive(Default)]
 pub(super) struct Proof {
-    /// Others may take it over. Once set it stays, also when the device is closed and has no layers any more: answers may be under way.
+    /// Others may take it over. It stays when the device is closed and has no layers any more: answers may be under way.
     is_needed: AtomicBool,
     /// When the question was asked, of which the answer is known; 0: never.
     asked_at_ms: AtomicU64,
@@ -31,6 +31,16 @@ impl Proof {
     /// Before the first write to a layer on which others may take the volume over.
     pub(super) fn require(&self) {
         self.is_needed.store(true, Ordering::Release);
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_needed(&self) -> bool {
+        self.is_needed.load(Ordering::Acquire)
+    }
+
+    /// No layer is written any more on which others may take it over, and what was written to such a one is durable.
+    pub(super) fn release(&self) {
+        self.is_needed.store(false, Ordering::Release);
     }
 }
 
@@ -52,14 +62,14 @@ impl Device {
         }
     }
 
-    /// Asks the backend. After an error nothing may be answered; it is one if the device was closed, because nobody can be asked then.
+    /// Asks the backends of all layers that are written. After an error nothing may be answered; it is one if the device was closed,
+    /// because nobody can be asked then.
     pub(crate) fn prove(&self) -> Result<()> {
         let asked_at_ms = now_ms();
-        match &self.layers.load_full().active {
-            Some(active) => active.spec.store.prove_held()?,
-            None if self.proof.is_needed.load(Ordering::Acquire) => return Err(self.dead_error()),
-            None => {}
+        if self.layers.load().active.is_none() && self.proof.is_needed.load(Ordering::Acquire) {
+            return Err(self.dead_error());
         }
+        Device::prove_stores(&self.written_layers(), Vec::new(), |store| store.answers_need_proof)?;
         self.proof.asked_at_ms.fetch_max(asked_at_ms, Ordering::AcqRel);
         Ok(())
     }

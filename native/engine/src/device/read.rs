@@ -68,7 +68,8 @@ impl Device {
             if owner == HOLE || !self.map.is_owned(start_slot, end_slot - start_slot, owner)? {
                 return Ok(ReadPlan::Otherwise);
             }
-            let layer = self.layers.load().reader(owner)?.clone();
+            // One that has to be opened over a network first is nothing for a thread that others wait for.
+            let Some(layer) = self.layers.load().reader_at_hand(owner).cloned() else { return Ok(ReadPlan::Otherwise) };
             let Some(file) = layer.ring_file()? else { return Ok(ReadPlan::Otherwise) };
             self.counters.backend_reads_running.fetch_add(1, Ordering::Relaxed);
             Ok(ReadPlan::File(file, StartedRead { device: self, layer, started_at: Instant::now(), _pass: pass }))

@@ -5,6 +5,8 @@
 //!   the change of the active layer happen under the batch lock, so a flush sees all of it or nothing.
 //! - The closing layer is made durable before any frame of its successor (`flush`), and no second swap comes before the
 //!   first is committed: an open never has to look further than the next layer.
+//! - The next layer may lie in another store than the active one. Each has its journal in its own; until the swap is committed both
+//!   are asked whether they are still ours where one is (`Device::written_layers`).
 //! - Several devices: gates are closed in the order of their volume ids, so that two group swaps cannot wait for each other.
 use super::checkpoint::{UncommittedSwap, busy_error};
 use super::layers::{ActiveLayer, LayerTable, ReadLayer};
@@ -92,7 +94,7 @@ impl Device {
         if next.spec.store.capabilities().answers_need_proof {
             self.proof.require();
         }
-        self.layers.store(Arc::new(table.with_active(next)));
+        self.set_layers(&checkpoints, table.with_active(next));
         self.open_delta_count.store(0, Ordering::Relaxed);
         self.journal_bytes.store(0, Ordering::Relaxed);
         checkpoints.swap = Some(UncommittedSwap { frozen: frozen.clone(), lsn, predecessor, successor });
@@ -122,7 +124,13 @@ impl Device {
                 }
                 Some(_) => {}
             }
-            checkpoints.swap.take()
+            let swap = checkpoints.swap.take();
+            // Everything that was answered before the swap is durable, and the old store was ours when it became so: whoever takes it over
+            // from now on has seen it.
+            if !self.layers.load().active.as_ref().is_some_and(|active| active.spec.store.capabilities().answers_need_proof) {
+                self.proof.release();
+            }
+            swap
         };
         let Some(swap) = swap else { return Ok(()) };
         self.read_through_own_handle(&swap.predecessor);
@@ -135,17 +143,17 @@ impl Device {
 
     /// The layer that was written is durable and only read from now on: its handle for writing, which keeps a descriptor, ends.
     fn read_through_own_handle(&self, sealed: &ActiveLayer) {
-        let _checkpoints = self.checkpoints.lock();
+        let checkpoints = self.checkpoints.lock();
         let batch = self.batch.lock();
         if batch.closing.iter().any(|closing| closing.alias() == sealed.alias()) {
             // Not all of it is durable yet: the descriptor has to stay for the sync (I6).
             return;
         }
         let mut table = LayerTable::clone(&self.layers.load());
-        if table.active.is_none() {
+        if table.active.is_none() || !table.is_read_through(sealed.alias(), &sealed.io) {
             return;
         }
         table.insert(ReadLayer::new(sealed.spec.clone()));
-        self.layers.store(Arc::new(table));
+        self.set_layers(&checkpoints, table);
     }
 }

@@ -1,4 +1,5 @@
 //! The device against plain arrays: over memory, over every crash state the recorder can draw, under threads and faults.
+use super::side_store::SideStore;
 use super::*;
 use crate::ThrottleLimits;
 use atoll_io::{CrashOptions, FaultPlan, FaultRule, FaultStore, LayerId, MemoryStore, Store};
@@ -39,16 +40,31 @@ pub(super) struct Catalog {
     next: u32,
     last_alias: u32,
     next_page_id: u64,
+    /// Of each alias from 1 on: the side on which its layer lies.
+    sides: Vec<u8>,
+}
+
+impl Catalog {
+    fn spec(&self, store: &Arc<dyn Store>, alias: u32) -> LayerSpec {
+        LayerSpec { alias, id: layer_id(alias), store: side(store, self.sides[alias as usize - 1]) }
+    }
 }
 
 pub(super) struct World {
     pub(super) store: Arc<dyn Store>,
     pub(super) catalog: Catalog,
     pub(super) device: Arc<Device>,
+    /// Where the next layers are made.
+    new_side: u8,
 }
 
-fn specs(store: &Arc<dyn Store>, last_alias: u32) -> Vec<LayerSpec> {
-    (1..=last_alias).map(|alias| LayerSpec { alias, id: layer_id(alias), store: store.clone() }).collect()
+/// One of several stores in one recorder, so that a crash meets all of them at the same moment. 0: the recorder itself.
+fn side(store: &Arc<dyn Store>, number: u8) -> Arc<dyn Store> {
+    if number == 0 { store.clone() } else { Arc::new(SideStore { inner: store.clone(), number }) }
+}
+
+fn specs(store: &Arc<dyn Store>, catalog: &Catalog) -> Vec<LayerSpec> {
+    (1..=catalog.last_alias).map(|alias| catalog.spec(store, alias)).collect()
 }
 
 pub(super) fn open(store: &Arc<dyn Store>, catalog: &Catalog) -> Result<(Arc<Device>, OpenReport)> {
@@ -58,7 +74,7 @@ pub(super) fn open(store: &Arc<dyn Store>, catalog: &Catalog) -> Result<(Arc<Dev
         epoch: 1,
         map: catalog.map.clone(),
         map_lsn: catalog.lsn,
-        layers: specs(store, catalog.last_alias),
+        layers: specs(store, catalog),
         active: Some(catalog.active),
         next: Some(catalog.next),
         throttle: ThrottleLimits::default(),
@@ -71,18 +87,23 @@ pub(super) fn open(store: &Arc<dyn Store>, catalog: &Catalog) -> Result<(Arc<Dev
 
 /// A volume of `size_bytes` whose first half comes from a sealed layer full of 0xAA.
 pub(super) fn clone_world(store: Arc<dyn Store>, size_bytes: u64) -> World {
+    clone_world_on(store, size_bytes, [0; 3])
+}
+
+/// The same with the base, the active and the next layer on these sides.
+fn clone_world_on(store: Arc<dyn Store>, size_bytes: u64, sides: [u8; 3]) -> World {
     let cache = MapCache::new(None, 1 << 30).unwrap();
     for alias in 1..=3 {
-        store.create_layer(layer_id(alias)).unwrap();
+        side(&store, sides[alias as usize - 1]).create_layer(layer_id(alias)).unwrap();
     }
-    let base = store.open_layer(layer_id(1), atoll_io::OpenMode::ReadWrite).unwrap();
+    let base = side(&store, sides[0]).open_layer(layer_id(1), atoll_io::OpenMode::ReadWrite).unwrap();
     base.write(0, &[std::io::IoSlice::new(&vec![0xAA; (size_bytes / 2) as usize])]).unwrap();
     base.sync().unwrap();
     let half = size_bytes / 2 / SLOT_BYTES;
     let map = FrozenMap::uniform(cache, HOLE).with_run(0, half, 1).unwrap();
-    let catalog = Catalog { map, lsn: 0, size_bytes, active: 2, next: 3, last_alias: 3, next_page_id: 1 };
+    let catalog = Catalog { map, lsn: 0, size_bytes, active: 2, next: 3, last_alias: 3, next_page_id: 1, sides: sides.to_vec() };
     let (device, _) = open(&store, &catalog).unwrap();
-    World { store, catalog, device }
+    World { store, catalog, device, new_side: sides[2] }
 }
 
 impl World {
@@ -109,14 +130,51 @@ impl World {
         self.catalog.active = self.catalog.next;
         self.catalog.last_alias += 1;
         self.catalog.next = self.catalog.last_alias;
-        self.store.create_layer(layer_id(self.catalog.next)).unwrap();
-        self.device.add_layers(specs(&self.store, self.catalog.last_alias));
+        self.catalog.sides.push(self.new_side);
+        self.next_spec().store.create_layer(layer_id(self.catalog.next)).unwrap();
+        self.device.add_layers(specs(&self.store, &self.catalog));
         self.device.checkpoint_committed(checkpoint, true).unwrap();
         self.device.swap_committed(true).unwrap();
     }
 
+    /// A whole snapshot, as the layer above makes it.
+    pub(super) fn snapshot(&mut self) {
+        Device::swap(&[(self.device.clone(), self.next_spec())], Duration::from_secs(300)).unwrap();
+        let checkpoint = self.device.checkpoint(self.catalog.next_page_id).unwrap().unwrap();
+        self.commit_swap(checkpoint);
+    }
+
     fn next_spec(&self) -> LayerSpec {
-        LayerSpec { alias: self.catalog.next, id: layer_id(self.catalog.next), store: self.store.clone() }
+        self.catalog.spec(&self.store, self.catalog.next)
+    }
+
+    /// Brings a sealed layer to another side, where it is read from then on. `committed` is called where the catalog's transaction ends.
+    fn move_layer(&mut self, alias: u32, to: u8, committed: impl FnOnce()) {
+        let source = self.catalog.spec(&self.store, alias);
+        let target = LayerSpec { store: side(&self.store, to), ..source.clone() };
+        target.store.create_layer(target.id).unwrap();
+        let fill = crate::FillSpec {
+            source: &source,
+            target: &target,
+            runs: &[atoll_map::Run { start_slot: 0, slot_count: self.catalog.size_bytes / SLOT_BYTES, owner: alias }],
+            from_slot: 0,
+            bytes_max: u64::MAX,
+            time_max: Duration::MAX,
+            may_offload: true,
+            bytes_per_second: 0,
+        };
+        assert_eq!(crate::fill_piece(&fill, &|| false).unwrap().next_slot, None);
+        committed();
+        self.catalog.sides[alias as usize - 1] = to;
+        self.device.add_layers(vec![target]);
+        self.device.read_barrier();
+        source.store.remove_layer(source.id).unwrap();
+    }
+
+    /// A layer that is sealed for good, if there is one that was not picked before.
+    fn pick_sealed(&self, random: &mut Random) -> Option<u32> {
+        let alias = 1 + random.below(u64::from(self.catalog.last_alias)) as u32;
+        (alias != self.catalog.active && alias != self.catalog.next).then_some(alias)
     }
 }
 
@@ -164,10 +222,13 @@ fn mutate(random: &mut Random, device: &Device, model: &mut [u8]) {
 
 #[test]
 fn a_clone_behaves_as_a_plain_array_through_writes_snapshots_checkpoints_and_reopening() {
-    for seed in 0..60 {
+    for seed in 0..100 {
         let mut random = Random(seed);
         let size_bytes = 32 * SLOT_BYTES;
-        let mut world = clone_world(Arc::new(MemoryStore::new(u64::MAX, false)), size_bytes);
+        // Some have their layers in two stores, and move from one to the other.
+        let is_split = seed % 5 >= 3;
+        let sides = if is_split { [1, 2, 1 + (seed % 2) as u8] } else { [0; 3] };
+        let mut world = clone_world_on(Arc::new(MemoryStore::new(u64::MAX, false)), size_bytes, sides);
         let mut model = half_filled(size_bytes);
         let mut snapshots: Vec<(FrozenMap, Vec<u8>)> = Vec::new();
         for _ in 0..120 {
@@ -180,7 +241,20 @@ fn a_clone_behaves_as_a_plain_array_through_writes_snapshots_checkpoints_and_reo
                     model = read_all(&world.device);
                     let checkpoint = world.device.checkpoint(world.catalog.next_page_id).unwrap().unwrap();
                     assert_eq!(checkpoint.lsn, reports[0].lsn);
+                    if is_split {
+                        world.new_side = 1 + random.below(2) as u8;
+                    }
                     world.commit_swap(checkpoint);
+                    // Whatever has changed, it is known of what is written and what is read at present.
+                    let is_distant = |alias: u32| world.catalog.sides[alias as usize - 1] == side_store::DISTANT;
+                    assert_eq!(world.device.waits_for_network(), (1..=world.catalog.last_alias).any(is_distant), "seed {seed}");
+                    assert_eq!(world.device.proof.is_needed(), is_distant(world.catalog.active), "seed {seed}");
+                }
+                5 if is_split => {
+                    if let Some(alias) = world.pick_sealed(&mut random) {
+                        let to = 3 - world.catalog.sides[alias as usize - 1];
+                        world.move_layer(alias, to, || {});
+                    }
                 }
                 1 => world.checkpoint(),
                 2 => world.device.flush().unwrap(),
@@ -237,11 +311,14 @@ impl Possible {
 #[test]
 fn no_crash_state_loses_a_flushed_write_or_shows_a_value_that_was_never_possible() {
     let mut states = 0;
-    for seed in 0..12 {
+    for seed in 0..16 {
         let mut random = Random(1000 + seed);
         let size_bytes = 16 * SLOT_BYTES;
         let store = Arc::new(MemoryStore::new(u64::MAX, true));
-        let mut world = clone_world(store.clone(), size_bytes);
+        // Some have their layers in two stores, and move from one to the other.
+        let is_split = seed % 4 >= 2;
+        let sides = if is_split { [1, 2, 1 + (seed % 2) as u8] } else { [0; 3] };
+        let mut world = clone_world_on(store.clone(), size_bytes, sides);
         let mut model = half_filled(size_bytes);
         let mut possible = Possible::flushed(&model);
         let mut seen = store.sequence();
@@ -267,7 +344,19 @@ fn no_crash_state_loses_a_flushed_write_or_shows_a_value_that_was_never_possible
                     // Up to here the catalog is the old one.
                     states += check_boundaries(&store, seen, &catalog_before, &possible, seed, step);
                     seen = store.sequence();
+                    if is_split {
+                        world.new_side = 1 + random.below(2) as u8;
+                    }
                     world.commit_swap(checkpoint);
+                }
+                4 if is_split => {
+                    if let Some(alias) = world.pick_sealed(&mut random) {
+                        let to = 3 - world.catalog.sides[alias as usize - 1];
+                        world.move_layer(alias, to, || {
+                            states += check_boundaries(&store, seen, &catalog_before, &possible, seed, step);
+                            seen = store.sequence();
+                        });
+                    }
                 }
                 _ => {
                     mutate(&mut random, &world.device, &mut model);
@@ -297,7 +386,8 @@ fn check_boundaries(store: &MemoryStore, from: u64, catalog: &Catalog, possible:
             let context = format!("seed {seed} step {step} boundary {boundary} draw {draw}");
             let (device, report) = open(&image, catalog).unwrap_or_else(|error| panic!("{context}: {error}"));
             possible.check(&read_all(&device), &context);
-            let mut world = World { store: image, catalog: catalog.clone(), device: device.clone() };
+            let new_side = catalog.sides[0];
+            let mut world = World { store: image, catalog: catalog.clone(), device: device.clone(), new_side };
             if report.promoted_next {
                 let checkpoint = device.checkpoint(catalog.next_page_id).unwrap().unwrap();
                 world.commit_swap(checkpoint);
@@ -399,7 +489,7 @@ fn open_snapshot(world: &World, map: &FrozenMap, size_bytes: u64) -> Arc<Device>
         epoch: 1,
         map: map.clone(),
         map_lsn: 0,
-        layers: specs(&world.store, world.catalog.last_alias),
+        layers: specs(&world.store, &world.catalog),
         active: None,
         next: None,
         throttle: ThrottleLimits::default(),
@@ -646,7 +736,7 @@ fn open_with_log_since(
         epoch,
         map: catalog.map.clone(),
         map_lsn: catalog.lsn,
-        layers: specs(store, catalog.last_alias),
+        layers: specs(store, catalog),
         active: Some(catalog.active),
         next: Some(catalog.next),
         throttle: ThrottleLimits::default(),

@@ -17,6 +17,13 @@ pub struct LayerSpec {
     pub store: Arc<dyn Store>,
 }
 
+impl LayerSpec {
+    /// Whether the other one lies in the same store.
+    pub(super) fn shares_store(&self, other: &LayerSpec) -> bool {
+        std::ptr::addr_eq(Arc::as_ptr(&self.store), Arc::as_ptr(&other.store))
+    }
+}
+
 /// Bounds of a device (I8).
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceLimits {

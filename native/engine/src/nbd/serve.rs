@@ -124,14 +124,13 @@ pub(crate) fn serve(socket: &Arc<Socket>, device: &Arc<Device>, options: NbdOpti
         // Whoever drained may have looked before: nobody waits for this one to be quiet.
         socket.shutdown_receive();
     }
-    let worker_count_max = if device.waits_for_network() { NETWORK_WORKER_COUNT_MAX } else { WORKER_COUNT_MAX };
     let session = Arc::new_cyclic(|myself| Session {
         myself: Weak::clone(myself),
         socket: Arc::clone(socket),
         device: Arc::clone(device),
         options,
         control: Arc::clone(control),
-        queue: WorkQueue::new(worker_count_max),
+        queue: WorkQueue::default(),
         ring_reads: RingReads::default(),
         begun: BegunRequests::default(),
         sending: Mutex::default(),
@@ -398,7 +397,9 @@ impl Session {
 
     /// Gives a worker a job that room was taken for.
     fn submit<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, job: Job) {
-        if self.queue.submit(job) {
+        // A volume may come to a cluster, or leave it, while it is served.
+        let worker_count_max = if self.device.waits_for_network() { NETWORK_WORKER_COUNT_MAX } else { WORKER_COUNT_MAX };
+        if self.queue.submit(job, worker_count_max) {
             let started = std::thread::Builder::new().name("atoll-nbd-work".to_owned()).spawn_scoped(scope, || self.work());
             // Without any thread to be had the request is done here: slower, but done.
             if started.is_err()

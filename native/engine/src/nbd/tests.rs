@@ -1,6 +1,7 @@
 //! The transmission phase against scripted clients, over a real device on the memory store.
 mod begun;
 mod drain;
+mod moving;
 mod postponed_store;
 
 use super::test_harness::*;

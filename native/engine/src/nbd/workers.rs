@@ -52,18 +52,14 @@ impl State {
 }
 
 /// The queue. One thread submits, workers take.
+#[derive(Default)]
 pub(super) struct WorkQueue {
-    worker_count_max: usize,
     state: Mutex<State>,
     work: Condvar,
     room: Condvar,
 }
 
 impl WorkQueue {
-    pub(super) fn new(worker_count_max: usize) -> WorkQueue {
-        WorkQueue { worker_count_max, state: Mutex::default(), work: Condvar::new(), room: Condvar::new() }
-    }
-
     /// Whether `submit` of a request with this payload would not wait.
     pub(super) fn has_room(&self, payload_bytes: usize) -> bool {
         self.state.lock().has_room(payload_bytes)
@@ -79,12 +75,12 @@ impl WorkQueue {
         state.in_flight_bytes += held_bytes;
     }
 
-    /// Queues a job that room was taken for. True: nobody is free for it and another worker may be started; call `worker_missing`
-    /// if that fails.
-    pub(super) fn submit(&self, job: Job) -> bool {
+    /// Queues a job that room was taken for. True: nobody is free for it and another worker may be started, of which there are less than
+    /// `worker_count_max`; call `worker_missing` if that fails.
+    pub(super) fn submit(&self, job: Job, worker_count_max: usize) -> bool {
         let mut state = self.state.lock();
         state.jobs.push_back(job);
-        let wants_worker = state.jobs.len() > state.idle_count && state.worker_count < self.worker_count_max;
+        let wants_worker = state.jobs.len() > state.idle_count && state.worker_count < worker_count_max;
         if wants_worker {
             state.worker_count += 1;
         }
@@ -170,12 +166,12 @@ mod tests {
 
     fn submit(queue: &WorkQueue, job: Job) -> bool {
         queue.take_room(job.held_bytes);
-        queue.submit(job)
+        queue.submit(job, WORKER_COUNT_MAX)
     }
 
     #[test]
     fn requests_and_payload_bytes_are_bounded_but_one_large_request_may_run_alone() {
-        let queue = WorkQueue::new(WORKER_COUNT_MAX);
+        let queue = WorkQueue::default();
         assert!(queue.has_room(QUEUED_PAYLOAD_BYTES_MAX * 2));
         for _ in 0..QUEUED_REQUESTS_MAX {
             assert!(queue.has_room(0));
@@ -196,7 +192,7 @@ mod tests {
 
     #[test]
     fn workers_are_asked_for_up_to_the_bound_and_a_job_without_any_comes_back() {
-        let queue = WorkQueue::new(WORKER_COUNT_MAX);
+        let queue = WorkQueue::default();
         assert!(submit(&queue, job(1)));
         assert_eq!(queue.worker_missing().map(|job| job.payload.len()), Some(1));
         queue.finished(1);
@@ -209,7 +205,7 @@ mod tests {
 
     #[test]
     fn a_closed_queue_is_emptied_before_the_workers_end() {
-        let queue = WorkQueue::new(WORKER_COUNT_MAX);
+        let queue = WorkQueue::default();
         submit(&queue, job(0));
         queue.close();
         assert!(queue.next().is_some());
