@@ -41,6 +41,11 @@ function checkPrimary({ mapper, add }: CheckContext, layer: LayerRow, replicas: 
   const pools = complete.map((replica) => replica.pool_id).join(', ')
   const what = primaries.length > 1 ? `${primaries.length} of them are called the primary` : 'none of them is the primary'
   const [only] = complete
+  if (primaries.length === 0 && complete.every((replica) => replica.is_copy)) {
+    const message = `of layer ${layer.id} only copies are here (${pools}), for what reads it there: nothing else can read it before the pool with its primary replica is imported`
+    add({ severity: 'warning', kind: 'replica-primary-missing', object: layer.id, message })
+    return
+  }
   const isCertain = complete.length === 1 && only !== undefined
   add({
     severity: 'error',

@@ -82,6 +82,17 @@ export const controlPlaneBugs: PlantedBug[] = [
     tests: ['mapper/replicas.test.ts'],
   },
   {
+    name: 'a volume that moves leaves the export of its old pool before that of the new one has it',
+    edits: [
+      {
+        file: 'mapper/exporter.ts',
+        find: 'await this.#writeDelta(state, changes, { keepMoved: true })',
+        replace: 'await this.#writeDelta(state, changes)',
+      },
+    ],
+    tests: ['mapper/moved-import.test.ts'],
+  },
+  {
     name: 'a punch waits for no other pool whose volumes read from the layer',
     edits: [
       {
