@@ -4,13 +4,22 @@
  */
 import { checkVolumeSize, type LayerRow, type LayerState, type LeaseRow, type ResourceRow, type VolumeRow } from '@atoll/core'
 import type { CheckContext } from './check-finding.ts'
+import { readWaiting } from './import-waiting.ts'
 import { eachInTurns, mapInTurns } from './turns.ts'
 
 /** Tables whose dangling rows are told, and mended, here and in check-layers.ts rather than by their foreign key. */
 export const ownTables: ReadonlySet<string> = new Set(['leases', 'attachments', 'replicas'])
 
 export async function checkReferences(check: CheckContext): Promise<void> {
-  await eachInTurns(check.state.resources, (row) => checkResource(check, row))
+  const { volumes: waiting } = await readWaiting(check.mapper.catalog.db)
+  const isWaiting = new Set(waiting.map((volume) => volume.row['id']))
+  for (const row of check.state.resources.filter((resource) => isWaiting.has(resource.id))) {
+    const message = `volume "${row.name}" is being moved, and writes into a pool of the lost catalog that is not here: import that pool, then it can be opened`
+    check.add({ severity: 'warning', kind: 'volume-waiting', object: row.id, message })
+  }
+  await eachInTurns(check.state.resources, (row) => {
+    if (!isWaiting.has(row.id)) checkResource(check, row)
+  })
   const nextOf = await mapInTurns(check.state.volumes, (row) => row.next_alias)
   await eachInTurns(check.state.volumes, (row) => checkVolume(check, row, nextOf))
   await checkLayerRows(check)

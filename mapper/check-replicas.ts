@@ -32,6 +32,8 @@ export async function checkReplicas(check: CheckContext, maps: WalkedMaps): Prom
 
 /** One of the complete replicas is the primary: without it, only those in its pools can read the layer. */
 function checkPrimary({ mapper, add }: CheckContext, layer: LayerRow, replicas: readonly ReplicaRow[]): void {
+  // Of one that is being removed the replicas go pool by pool.
+  if (layer.state === 'condemned') return
   const complete = replicas.filter((replica) => replica.state === 'complete')
   const primaries = replicas.filter((replica) => replica.is_primary)
   // A layer without a complete one is told where rows are looked at.
@@ -39,6 +41,11 @@ function checkPrimary({ mapper, add }: CheckContext, layer: LayerRow, replicas: 
   const pools = complete.map((replica) => replica.pool_id).join(', ')
   const what = primaries.length > 1 ? `${primaries.length} of them are called the primary` : 'none of them is the primary'
   const [only] = complete
+  if (primaries.length === 0 && complete.every((replica) => replica.is_copy)) {
+    const message = `of layer ${layer.id} only copies are here (${pools}), for what reads it there: nothing else can read it before the pool with its primary replica is imported`
+    add({ severity: 'warning', kind: 'replica-primary-missing', object: layer.id, message })
+    return
+  }
   const isCertain = complete.length === 1 && only !== undefined
   add({
     severity: 'error',

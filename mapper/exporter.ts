@@ -12,6 +12,8 @@
  *   opened: a pool may come back long after the catalog was replaced.
  * - Rows are read under one lock of the catalog, pages afterwards under a pin that was taken before: no page that these rows
  *   reach is deleted meanwhile.
+ * - What changes its home is in the export of the new one before it leaves that of the old one: a crash between the two leaves it in
+ *   both, and an import believes the one with the higher `home_epoch`. A pool whose resources went to one that cannot be written is behind.
  * - A base is written while deltas go on; it is finished by a delta that has everything that changed while it was read. What
  *   it replaces goes only when its last record is there.
  * - A pool whose export cannot be written is *behind*: operations go on, `flushed` says so, and whoever would destroy what the old
@@ -457,15 +459,27 @@ export class Exporter {
       // The pin first: what the rows reach stays until the pages are read.
       await pins.run(async () => {
         const changes = await this.#inDurableState(async (tx) => await readChanges(tx, from))
-        const results = await Promise.allSettled(
-          states.map(async (state) => {
-            if (state.exportedSeq < changes.toSeq) await this.#writeDelta(state, changes)
-            this.#succeeded(state)
-          }),
-        )
-        results.forEach((result, index) => {
-          const state = states[index]
-          if (result.status === 'rejected' && state !== undefined) this.#failed(state, result.reason)
+        const write = async (some: readonly PoolExport[], fn: (state: PoolExport) => Promise<void>): Promise<void> => {
+          const results = await Promise.allSettled(some.map(fn))
+          results.forEach((result, index) => {
+            const state = some[index]
+            if (result.status === 'rejected' && state !== undefined) this.#failed(state, result.reason)
+          })
+        }
+        const losing = states.filter((state) => state.exportedSeq < changes.toSeq && gainersOf(state.poolId, changes).size > 0)
+        const gained = new Set<string>()
+        await write(states, async (state) => {
+          if (losing.includes(state)) await this.#writeDelta(state, changes, { keepMoved: true })
+          else if (state.exportedSeq < changes.toSeq) await this.#writeDelta(state, changes)
+          if (state.hasBase) gained.add(state.poolId)
+          if (!losing.includes(state)) this.#succeeded(state)
+        })
+        await write(losing, async (state) => {
+          const missing = [...gainersOf(state.poolId, changes)].find((poolId) => !gained.has(poolId))
+          if (missing !== undefined) throw gainerBehind(missing)
+          if (!gained.has(state.poolId)) return
+          await this.#writeDelta(state, changes)
+          this.#succeeded(state)
         })
       })
       await this.#trimOutbox(trimNotes)
@@ -505,8 +519,13 @@ export class Exporter {
     )
   }
 
-  async #writeDelta(state: PoolExport, changes: Changes): Promise<void> {
-    const { upserts, deletes, pageRanges, trees, isLinked } = deltaOf(state.poolId, changes)
+  /**
+   * `keepMoved`: what has gone to other pools is not deleted yet, and the export does not have these changes then; a later delta
+   * brings all of them.
+   */
+  async #writeDelta(state: PoolExport, changes: Changes, { keepMoved = false }: { keepMoved?: boolean } = {}): Promise<void> {
+    const { upserts, deletes, pageRanges, trees, isLinked } = deltaOf(state.poolId, changes, keepMoved)
+    const toSeq = keepMoved ? state.recordedSeq : changes.toSeq
     const isEmpty = Object.keys(upserts).length + Object.keys(deletes).length + pageRanges.length + trees.length === 0
     if (!isEmpty || isLinked) {
       const first = state.nextDelta
@@ -516,7 +535,7 @@ export class Exporter {
         state.nextDelta += 1
         const { aliasMax, links } = changes
         const header = this.#header(state, { kind: 'delta', number, part: first, last, aliasMax }, links)
-        const bytes = encodeRecord({ ...content, header: { ...header, fromSeq: state.recordedSeq, toSeq: changes.toSeq } })
+        const bytes = encodeRecord({ ...content, header: { ...header, fromSeq: state.recordedSeq, toSeq } })
         await this.#put(state, deltaName(number), bytes)
         state.deltaBytes += bytes.length
         state.deltaCount += 1
@@ -533,11 +552,11 @@ export class Exporter {
         if (await this.#addTree(pages, [root], state.poolId, { known: state.treePages, added: ofTree })) added.push(...ofTree)
       }
       await put({ upserts, deletes, pages: pages.rest() }, true)
-      state.recordedSeq = changes.toSeq
+      state.recordedSeq = toSeq
       if (state.treePages.size + added.length > treePagesMax) state.treePages.clear()
       else for (const id of added) state.treePages.add(id)
     }
-    state.exportedSeq = changes.toSeq
+    if (!keepMoved) state.exportedSeq = changes.toSeq
   }
 
   /** Behind the answer; where it fails, each delta does it for itself. */
@@ -880,8 +899,27 @@ interface Delta {
   isLinked: boolean
 }
 
-/** What of the changes concerns one pool. */
-function deltaOf(poolId: string, { notes, rows }: Changes): Delta {
+/** Tables of which a row goes with its resource to another pool. */
+const movedTables: ReadonlySet<string> = new Set(['resources', 'volumes', 'files'])
+
+/** The pools to which resources of this one have gone: their exports have these before the pool's own loses them. */
+function gainersOf(poolId: string, { notes, rows }: Changes): Set<string> {
+  const gainers = new Set<string>()
+  for (const note of notes) {
+    if (note.poolId !== poolId || !movedTables.has(note.table)) continue
+    for (const { poolId: other } of rows.get(`${note.table} ${note.key}`) ?? [])
+      if (other !== null && other !== poolId) gainers.add(other)
+  }
+  return gainers
+}
+
+function gainerBehind(poolId: string): AtollError {
+  const message = `resources have gone to pool ${poolId}, whose export does not have them yet`
+  return new AtollError('POOL_UNAVAILABLE', message, { values: { poolId }, retryable: true })
+}
+
+/** What of the changes concerns one pool. `keepMoved`: but the deletes of what is in another one now. */
+function deltaOf(poolId: string, { notes, rows }: Changes, keepMoved: boolean): Delta {
   const delta: Delta = { upserts: {}, deletes: {}, pageRanges: [], trees: [], isLinked: false }
   const seen = new Set<string>()
   for (const note of notes) {
@@ -907,6 +945,7 @@ function deltaOf(poolId: string, { notes, rows }: Changes): Delta {
     const table = note.table as ExportedTable
     const present = rows.get(place)?.find((each) => each.poolId === null || each.poolId === poolId)
     if (present !== undefined) (delta.upserts[table] ??= []).push(present.row)
+    else if (keepMoved && movedTables.has(table) && rows.has(place)) continue
     else (delta.deletes[table] ??= []).push(table === 'layers' || table === 'replicas' ? Number(note.key) : note.key)
   }
   return delta

@@ -36,6 +36,8 @@ interface Home {
   readonly id: string
   /** Of the complete replicas, that of the primary first. */
   readonly poolIds: readonly string[]
+  /** Null: it is in a pool of a lost catalog that is not here, and only those read the layer who have a replica in their own pool. */
+  readonly primary: string | null
 }
 
 type Dependencies = Pick<MapperContext, 'catalog' | 'pools' | 'clock' | 'newId' | 'background'>
@@ -185,20 +187,21 @@ export class Layers {
     const found = await this.#findHomes(wanted)
     return wanted.map((alias) => {
       const home = found.get(alias)
-      if (home !== undefined) return { alias, id: home.id, poolId: readFrom(home, readerPoolId) }
-      throw new AtollError('LAYER_MISSING', `the map refers to layer ${alias}, which the catalog does not have`, {
-        values: { alias },
-      })
+      const poolId = home === undefined ? null : readFrom(home, readerPoolId)
+      if (home !== undefined && poolId !== null) return { alias, id: home.id, poolId }
+      const what = home === undefined ? 'which the catalog does not have' : 'of which only a copy for another pool is here'
+      throw new AtollError('LAYER_MISSING', `the map refers to layer ${alias}, ${what}`, { values: { alias } })
     })
   }
 
-  /** As `homes`, without those that have no row. */
+  /** As `homes`, without those that have no row, or that a resource of that pool cannot read. */
   async homesIfKnown(aliases: Iterable<number>, readerPoolId: string): Promise<PlacedLayer[]> {
     const wanted = [...aliases]
     const found = await this.#findHomes(wanted)
     return wanted.flatMap((alias) => {
       const home = found.get(alias)
-      return home === undefined ? [] : [{ alias, id: home.id, poolId: readFrom(home, readerPoolId) }]
+      const poolId = home === undefined ? null : readFrom(home, readerPoolId)
+      return home === undefined || poolId === null ? [] : [{ alias, id: home.id, poolId }]
     })
   }
 
@@ -208,7 +211,7 @@ export class Layers {
     const found = await this.#findHomes(wanted)
     return wanted.flatMap((alias) => {
       const home = found.get(alias)
-      return home === undefined ? [] : [{ alias, ...home }]
+      return home === undefined ? [] : [{ alias, id: home.id, poolIds: home.poolIds }]
     })
   }
 
@@ -225,14 +228,15 @@ export class Layers {
       const rows = await this.#context.catalog.db
         .selectFrom('layers')
         .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
-        .select(['layers.alias', 'layers.id', 'replicas.pool_id'])
+        .select(['layers.alias', 'layers.id', 'replicas.pool_id', 'replicas.is_primary'])
         .where('layers.alias', 'in', unknown.slice(start, start + aliasBatch))
         .where('replicas.state', '=', 'complete')
         .orderBy('replicas.is_primary', 'desc')
         .orderBy('replicas.pool_id')
         .execute()
       for (const [alias, replicas] of Map.groupBy(rows, (row) => row.alias)) {
-        const home = { id: replicas[0]?.id ?? '', poolIds: replicas.map((row) => row.pool_id) }
+        const primary = replicas.find((row) => row.is_primary)?.pool_id ?? null
+        const home = { id: replicas[0]?.id ?? '', poolIds: replicas.map((row) => row.pool_id), primary }
         found.set(alias, home)
         if (version === this.#homesVersion) this.#homes.set(alias, home)
       }
@@ -382,7 +386,7 @@ export class Layers {
       },
       { durable: false },
     )
-    for (const spare of spares) this.#homes.set(spare.alias, { id: spare.id, poolIds: [poolId] })
+    for (const spare of spares) this.#homes.set(spare.alias, { id: spare.id, poolIds: [poolId], primary: poolId })
     return spares
   }
 
@@ -395,6 +399,6 @@ export class Layers {
 }
 
 /** Which replica a resource of a pool reads. */
-function readFrom({ poolIds }: Home, readerPoolId: string): string {
-  return poolIds.includes(readerPoolId) ? readerPoolId : (poolIds[0] ?? '')
+function readFrom({ poolIds, primary }: Home, readerPoolId: string): string | null {
+  return poolIds.includes(readerPoolId) ? readerPoolId : primary
 }

@@ -11,6 +11,7 @@
  */
 import { mapBytesMax } from '@atoll/native'
 import type { MapperContext } from './context.ts'
+import { readWaiting } from './import-waiting.ts'
 import { feedReach } from './maps.ts'
 import { type Link, readLinks, replaceLinks, sourcesOf } from './pool-links.ts'
 import { rootOf } from './root.ts'
@@ -64,6 +65,8 @@ async function poolsNamed(context: MapperContext, poolId: string, step: () => vo
       '',
     )
   })
+  // Nobody knows what these write before another pool is here.
+  if ((await readWaiting(catalog.db)).volumes.some((volume) => volume.poolId === poolId)) return null
   const reach = engine.reach()
   try {
     for (let start = 0; start < rows.length; start += rootsAtOnce) {

@@ -116,7 +116,7 @@ export async function claimLayers(
 }
 
 /** Every layer that the mark is on in the pool has a file there. Made again or not, it is the same. */
-async function makeFiles(context: MapperContext, poolId: string, marker: string): Promise<void> {
+export async function makeFiles(context: MapperContext, poolId: string, marker: string): Promise<void> {
   const target = context.pools.handle(poolId)
   const rows = await context.catalog.db
     .selectFrom('replicas')

@@ -5,11 +5,12 @@ import { AtollError, formatSize, type PoolRow, type ResourceKind } from '@atoll/
 import type { PoolHandle } from '@atoll/southbound'
 import type { MapperContext } from './context.ts'
 import { type DrainRequest, MoveNeeds, type MoveRequest, type LayerPlaces } from './move-needs.ts'
+import { overcommitLimit, requireProvisionable } from './overcommit.ts'
 import { readersOf, readLinks, namePools } from './pool-links.ts'
 import { requireNotDraining } from './pool-settings.ts'
 import { requireAvailable, requireKind, requireVolumeRow } from './rows.ts'
 import { slotCountOf } from './runs.ts'
-import { requireNoMoveOf, requireNotMoving, runningMoves } from './running-moves.ts'
+import { moveRunningError, requireNoMoveOf, requireNotMoving, runningMoves } from './running-moves.ts'
 
 export interface MovePlan {
   /** What gets another home. */
@@ -37,7 +38,7 @@ const namedMax = 10
 /**
  * Looks whether a move can be made, and how much it is.
  * @throws AtollError VOLUME_NOT_FOUND, POOL_NOT_FOUND, RESOURCE_STATUS, MOVE_RUNNING, MOVE_NEEDLESS, POOL_DRAINING, POOL_UNAVAILABLE,
- * NO_SPACE with the figures; PAGE_MISSING, PAGE_CORRUPT for a map that cannot be read
+ * POOL_OVERCOMMITTED, NO_SPACE with the figures; PAGE_MISSING, PAGE_CORRUPT for a map that cannot be read
  */
 export async function planMove(context: MapperContext, request: MoveRequest | DrainRequest): Promise<MovePlan> {
   const target = await requireTarget(context, request)
@@ -54,6 +55,13 @@ export async function planMove(context: MapperContext, request: MoveRequest | Dr
         },
       )
     }
+    const limit = await overcommitLimit(context, target.poolId)
+    const coming = needs.movers.filter((mover) => mover.kind === 'volume' && mover.home_pool_id !== target.poolId)
+    await requireProvisionable(
+      context.catalog.db,
+      limit,
+      coming.reduce((sum, mover) => sum + mover.size_bytes, 0),
+    )
     const plan = await describe(context, needs, target)
     if (plan.bytesToCopy > plan.targetFreeBytes) {
       const free = formatSize(plan.targetFreeBytes)
@@ -80,7 +88,8 @@ async function requireTarget(context: MapperContext, { jobId, targetPoolId }: Mo
   const row = await requirePool(context, targetPoolId)
   await requireNotDraining(db, targetPoolId)
   const drain = (await runningMoves(db)).find((move) => move.kind === 'drain' && move.subject === targetPoolId)
-  if (drain !== undefined) await requireNoMoveOf(db, row, { what: 'nothing is moved into it', exceptJobId: jobId })
+  if (drain !== undefined && drain.jobId !== jobId)
+    throw moveRunningError(drain, `pool "${row.name}" is being drained`, 'nothing is moved into it')
   const handle = context.pools.handle(targetPoolId)
   const stalled = handle.health().conditions.find((condition) => condition.severity === 'error')
   if (stalled === undefined) return handle

@@ -234,6 +234,42 @@ describe('moving a volume', () => {
     }
   })
 
+  it('reads in the target what it had open and had not read yet', async () => {
+    bench = await Bench.open({ pools: 2, files: true })
+    const [, second = ''] = bench.poolIds
+    const contents = new Contents(bench)
+    const { volume, snapshots } = await family(contents)
+    await bench.mapper.close(volume)
+    await bench.attach(volume)
+    await bench.mapper.open(snapshots[0] ?? '', { holder: 'test', readOnly: true })
+    await runMove(bench, await beginMove(bench, volume, second))
+    expect(await contents.difference(slotCount)).toBeNull()
+  })
+
+  it('reads where it did when the home cannot be changed and the move is given up', async () => {
+    bench = await Bench.open({ pools: 2 })
+    const [first = '', second = ''] = bench.poolIds
+    const contents = new Contents(bench)
+    const { volume } = await family(contents)
+    await bench.mapper.close(volume)
+    await bench.attach(volume)
+    const request = await beginMove(bench, volume, second)
+    const failing = runMove(bench, request, async (phase) => {
+      if (phase !== 'home') return
+      bench.failing.beforeWrite = () => {
+        throw new Error('the catalog cannot be written')
+      }
+    })
+    await expect(failing).rejects.toThrow('the catalog cannot be written')
+    bench.failing.beforeWrite = () => undefined
+    await bench.mapper.moves.release(request)
+    await endMove(bench, request, 'cancelled')
+    expect((await bench.row(volume)).home_pool_id).toBe(first)
+    expect(await contents.difference(slotCount)).toBeNull()
+    await bench.mapper.reclaim(null)
+    expect(await contents.difference(slotCount)).toBeNull()
+  })
+
   it('refuses what would take something from under it, naming the job', async () => {
     bench = await Bench.open({ pools: 3 })
     const [, second = '', third = ''] = bench.poolIds
@@ -268,7 +304,9 @@ describe('moving a volume', () => {
     const filling = await bench.attach(other.id)
     for (let at = 0; at < 600; at += 1) await filling.write(at * slot, bytes(1))
     await expect(plan(second)).rejects.toMatchObject({ code: 'NO_SPACE', values: { bytesToCopy: 600 * slot } })
-    await bench.mapper.pools.set(second, { draining: 'yes' })
+    await bench.mapper.pools.set(second, { overcommit: '1' })
+    await expect(plan(second)).rejects.toMatchObject({ code: 'POOL_OVERCOMMITTED' })
+    await bench.mapper.pools.set(second, { overcommit: 'default', draining: 'yes' })
     await expect(plan(second)).rejects.toMatchObject({ code: 'POOL_DRAINING' })
     await expect(bench.volume('x', MiB, undefined, second)).rejects.toMatchObject({ code: 'POOL_DRAINING' })
     await bench.mapper.pools.set(second, { draining: 'no' })

@@ -22,6 +22,7 @@ import {
   type FillOptions,
   type FillProgress,
   isMarked,
+  makeFiles,
   releaseLayers,
   requireSealed,
   settledNeeds,
@@ -124,10 +125,11 @@ export class Moves {
       const needs = await settledNeeds(context, request, () => undefined)
       let isKept = false
       try {
-        if ((await this.#claimedBy(request.jobId)).size === 0) {
-          const conflict = await claimLayers(context, request, needs, request.jobId)
-          if (conflict !== null) return { claimed: false, ...conflict }
-        }
+        const isClaimed = (await this.#claimedBy(request.jobId)).size > 0
+        const conflict = isClaimed ? null : await claimLayers(context, request, needs, request.jobId)
+        if (conflict !== null) return { claimed: false, ...conflict }
+        // The process may have ended between the rows and the files.
+        if (isClaimed) await makeFiles(context, request.targetPoolId, request.jobId)
         const plan = await describe(context, needs, context.pools.handle(request.targetPoolId))
         await this.#keep(request, needs)
         isKept = true

@@ -21,6 +21,7 @@ import { checkpointLocked } from './checkpoint.ts'
 import { closeLocked } from './close.ts'
 import type { MapperContext } from './context.ts'
 import { giveLogBack, isDirty, releaseLease, takeLease, type TakenLease } from './lease.ts'
+import { isWaiting } from './import-waiting.ts'
 import { loadMap } from './maps.ts'
 import { type OpenEntry, type OpenEvent, type OpenReader, type OpenVolume, type PlacedLayer, poolsOf } from './open-table.ts'
 import { namePools, readLinks, sourcesOf } from './pool-links.ts'
@@ -98,6 +99,11 @@ export async function settleLocked(context: MapperContext, volumeId: string): Pr
 
 async function openWritable(context: MapperContext, resource: ResourceRow, options: OpenOptions): Promise<OpenVolume> {
   const volume = { id: resource.id, projectId: resource.project_id, poolId: resource.home_pool_id }
+  if (await isWaiting(context.catalog.db, resource.id)) {
+    throw new AtollError('LAYER_MISSING', 'it is being moved, and the pool that it writes into is not here', {
+      values: { id: resource.id },
+    })
+  }
   // Before the lease says anything: where a pool that it writes is not open, nothing is.
   context.pools.handle(resource.home_pool_id)
   for (const { poolId } of await writtenBy(context, resource)) context.pools.handle(poolId)

@@ -12,6 +12,11 @@
  *   lost catalog still fits in afterwards.
  * - Its volumes may read from other pools of the lost catalog, and theirs from it (pool-links.ts). What is missing of those is named,
  *   and until the last of them that reads from this one is here, or given up, nothing of this one is freed: so the order does not matter.
+ * - A layer may have replicas in several pools: each pool brings its own, and it is the same layer by its number and its id. A copy that
+ *   was made for the readers of its own pool is read by nobody else before the primary is here.
+ * - A resource may stand in the exports of two pools: the one with the higher `home_epoch` is the truth, in whatever order they come.
+ * - A volume may write into another pool than its home (it is being moved). Without that one it is here and cannot be opened; with it, it
+ *   is there (import-waiting.ts).
  * - What cannot be brought back is named with the reason; a snapshot whose volume cannot be becomes an image. While anything is missing or damaged, layers that nothing here refers
  *   to get no row: their files are kept (I11), because what is missing may be what refers to them.
  */
@@ -25,17 +30,22 @@ import {
   type ExportedRow,
   type ExportedTable,
   insertExportedRow,
+  layerStates,
+  type LayerState,
   lastLayerAlias,
   presentTables,
   type PoolRow,
   raiseLayerAliases,
   type ResourceKind,
+  type ResourceRow,
+  type ResourceUpdate,
   toAtollError,
 } from '@atoll/core'
 import { mapBytesMax, type Reach, type RootRef } from '@atoll/native'
 import type { PoolInspection, PoolOwner } from '@atoll/southbound'
 import type { MapperContext } from './context.ts'
 import { type ExportDamage, loadExport, type LoadedExport } from './export-load.ts'
+import { type ImportWaiting, readWaiting, writeWaiting } from './import-waiting.ts'
 import { loadMap } from './maps.ts'
 import { settleLocked } from './open.ts'
 import { addLinks, type LinkedPool, namePools, readersOf, readLinks, sourcesOf } from './pool-links.ts'
@@ -120,6 +130,12 @@ interface Plan {
   readonly missingSources: readonly LinkedPool[]
   readonly missingReaders: readonly LinkedPool[]
   readonly asImages: readonly SnapshotAsImage[]
+  /** Resources that are here already, of which this export has the newer state. */
+  readonly replaced: ReadonlySet<string>
+  /** Layers that are here already, from another pool. */
+  readonly joined: ReadonlySet<number>
+  /** What waits for other pools after this import. */
+  readonly nextWaiting: ImportWaiting
 }
 
 /**
@@ -242,7 +258,14 @@ async function planImport(context: MapperContext, loaded: LoadedExport): Promise
   const volumes = new Map(rowsOf('volumes').map((row) => [row['id'], row]))
   const files = new Map(rowsOf('files').map((row) => [row['id'], row]))
   const containers = new Set(rowsOf('containers').map((row) => row['id']))
-  const all = rowsOf('resources').filter((row) => row['home_pool_id'] === poolId)
+  const exported = rowsOf('resources').filter((row) => row['home_pool_id'] === poolId)
+  const before = await readPresent(context)
+  const epochBefore = (row: ExportedRow): number | undefined => before.homeEpochs.get(String(row['id']))
+  // Of what stands in two exports the newer one is the truth.
+  const all = exported.filter((row) => (epochBefore(row) ?? -1) < Number(row['home_epoch'] ?? 0))
+  const replaced = new Set(all.filter((row) => epochBefore(row) !== undefined).map((row) => String(row['id'])))
+  const isLinked = (loaded.header.sources ?? []).length > 0
+  const waitingVolumes: ExportedRow[] = []
 
   const kept = new Map<unknown, ExportedRow>()
   for (const row of all.filter((each) => each['kind'] !== 'snapshot')) {
@@ -252,6 +275,9 @@ async function planImport(context: MapperContext, loaded: LoadedExport): Promise
       failed.push(failure(row, 'RESOURCE_STATUS', 'it was being imported and was not finished: import it again'))
     } else if (isWritten && volume === undefined) {
       failed.push(failure(row, 'EXPORT_CORRUPT', 'the record that says which layers it writes is damaged or missing'))
+    } else if (isWritten && isLinked && !aliases.has(volume?.['active_alias'] ?? null)) {
+      kept.set(row['id'], row)
+      if (volume !== undefined && !before.layers.has(Number(volume['active_alias']))) waitingVolumes.push(volume)
     } else if (isWritten && !aliases.has(volume?.['active_alias'] ?? null)) {
       failed.push(failure(row, 'LAYER_MISSING', `the layer that it writes (${volume?.['active_alias']}) is not in the export`))
     } else if (
@@ -268,7 +294,7 @@ async function planImport(context: MapperContext, loaded: LoadedExport): Promise
   const names = new Map(all.map((row) => [row['id'], String(row['name'])]))
   for (const row of all.filter((each) => each['kind'] === 'snapshot')) {
     const volumeId = String(row['volume_id'])
-    if (kept.has(volumeId)) {
+    if (kept.has(volumeId) || before.volumes.has(volumeId)) {
       kept.set(row['id'], row)
       continue
     }
@@ -281,38 +307,103 @@ async function planImport(context: MapperContext, loaded: LoadedExport): Promise
   const resources = [...kept.values()]
   const reached = await reachOf(context, loaded, resources)
   const isWhole = failed.length === 0 && loaded.damages.length === 0 && reached.isWhole
-  const keptVolumes = [...volumes.values()].filter((row) => kept.get(row['id'])?.['kind'] === 'volume')
+  const keptVolumes = [...volumes.values()].filter(
+    (row) => kept.get(row['id'])?.['kind'] === 'volume' && !waitingVolumes.includes(row),
+  )
   const written = new Set(keptVolumes.flatMap((row) => [row['active_alias'], row['next_alias']]))
-  const keptLayers = layers.filter((row) => {
+  const waitingBefore = before.waiting.volumes.flatMap((volume) => [volume.row['active_alias'], volume.row['next_alias']])
+  const isKnown = (volumeId: unknown): boolean => kept.has(volumeId) || before.homeEpochs.has(String(volumeId))
+  const present = new Set((await context.catalog.db.selectFrom('pools').select('id').execute()).map((row) => row.id))
+  // A volume of theirs may write it.
+  const readersMissing = (loaded.header.readers ?? []).some((pool) => !present.has(pool.id))
+  const keptLayers = layers.flatMap((row) => {
     const volumeId = row['volume_id'] ?? null
+    const isOurs = isWhole || written.has(row['alias']) || reached.aliases.has(Number(row['alias']))
     // It may hold what nobody here knows of; only one that is written no more means the same without its volume.
-    if (volumeId !== null && !kept.has(volumeId) && row['state'] !== 'sealed' && row['state'] !== 'closing') return false
-    return isWhole || written.has(row['alias']) || reached.aliases.has(Number(row['alias']))
+    if (volumeId === null || kept.has(volumeId) || row['state'] === 'sealed' || row['state'] === 'closing')
+      return isOurs ? [row] : []
+    // Of a volume that has gone to another pool.
+    if (row['state'] === 'condemned' && isLinked) return isOurs ? [row] : []
+    const mayBeWritten =
+      (row['state'] === 'active' || row['state'] === 'spare') && (readersMissing || waitingBefore.includes(row['alias'] ?? null))
+    return mayBeWritten ? [changed(row, { state: 'active' })] : []
   })
   const keptAliases = new Set(keptLayers.map((row) => row['alias']))
   const rows = new Map<ExportedTable, readonly ExportedRow[]>([
     ['projects', rowsOf('projects')],
     [
       'layers',
-      keptLayers.map((row) => changed(row, { volume_id: kept.has(row['volume_id']) ? (row['volume_id'] ?? null) : null })),
+      keptLayers.map((row) => changed(row, { volume_id: isKnown(row['volume_id']) ? (row['volume_id'] ?? null) : null })),
     ],
     ['replicas', replicas.filter((row) => keptAliases.has(row['layer_alias']))],
     ['containers', rowsOf('containers')],
     ['resources', resources],
-    ['volumes', keptVolumes.map((row) => (keptAliases.has(row['next_alias']) ? row : changed(row, { next_alias: null })))],
+    [
+      'volumes',
+      keptVolumes.map((row) =>
+        keptAliases.has(row['next_alias']) || before.layers.has(Number(row['next_alias']))
+          ? row
+          : changed(row, { next_alias: null }),
+      ),
+    ],
     ['files', [...files.values()].filter((row) => kept.has(row['id']))],
   ])
-  const present = new Set((await context.catalog.db.selectFrom('pools').select('id').execute()).map((row) => row.id))
   const notHere = (pools: readonly Pick<LinkedPool, 'id' | 'name' | 'driver'>[] = []): LinkedPool[] =>
     pools.filter((pool) => !present.has(pool.id)).map(({ id, name, driver }) => ({ id, name, driver, isAbsent: true }))
   const missingSources = notHere(loaded.header.sources)
   const known = new Set(keptLayers.map((row) => Number(row['alias'])))
   for (const row of await context.catalog.db.selectFrom('layers').select('alias').execute()) known.add(row.alias)
-  const waiting = [...reached.aliases].every((alias) => known.has(alias))
+  const waitingToBeRead = [...reached.aliases].every((alias) => known.has(alias))
     ? []
     : await waitingFor(context, loaded, resources, known, missingSources)
+  const waitingToBeWritten = waitingVolumes.flatMap((volume) => {
+    const row = kept.get(volume['id'])
+    return row === undefined ? [] : [failure(row, 'LAYER_MISSING', writtenElsewhere(missingSources))]
+  })
+  const isNamed = new Set(waitingToBeWritten.map((each) => each.id))
+  const waiting = [...waitingToBeWritten, ...waitingToBeRead.filter((each) => !isNamed.has(each.id))]
   const missingReaders = notHere(loaded.header.readers)
-  return { loaded, resources, rows, pageIds: reached.pageIds, failed, waiting, missingSources, missingReaders, asImages }
+  const nextWaiting = {
+    // What stands here anew is what it is here.
+    volumes: [
+      ...before.waiting.volumes.filter((volume) => !replaced.has(String(volume.row['id']))),
+      ...waitingVolumes.map((row) => ({ poolId, row })),
+    ],
+    snapshots: [
+      ...before.waiting.snapshots.filter((snapshot) => !replaced.has(snapshot.id)),
+      ...asImages.map(({ id, volumeId, snapshotName }) => ({ id, volumeId, name: snapshotName })),
+    ],
+  }
+  const joined = new Set([...keptAliases].map(Number).filter((alias) => before.layers.has(alias)))
+  const found = { loaded, resources, rows, pageIds: reached.pageIds, failed, waiting, missingSources, missingReaders, asImages }
+  return { ...found, replaced, joined, nextWaiting }
+}
+
+interface Present {
+  /** Of every resource that is here. */
+  readonly homeEpochs: ReadonlyMap<string, number>
+  readonly volumes: ReadonlySet<string>
+  /** Aliases. */
+  readonly layers: ReadonlySet<number>
+  readonly waiting: ImportWaiting
+}
+
+async function readPresent({ catalog }: MapperContext): Promise<Present> {
+  return await catalog.read(async (tx) => {
+    const resources = await tx.selectFrom('resources').select(['id', 'kind', 'home_epoch']).execute()
+    const layers = await tx.selectFrom('layers').select('alias').execute()
+    return {
+      homeEpochs: new Map(resources.map((row) => [row.id, row.home_epoch])),
+      volumes: new Set(resources.filter((row) => row.kind === 'volume').map((row) => row.id)),
+      layers: new Set(layers.map((row) => row.alias)),
+      waiting: await readWaiting(tx),
+    }
+  })
+}
+
+function writtenElsewhere(missing: readonly Pick<LinkedPool, 'id' | 'name' | 'driver'>[]): string {
+  const where = missing.length === 0 ? 'the other pools of the lost catalog' : `pool ${namePools(missing)}`
+  return `it is being moved, and writes into a pool that is not here: import ${where}, too`
 }
 
 /** Resources whose maps name layers that neither the pool nor this catalog has. */
@@ -463,13 +554,24 @@ async function insertAll(
     const others = new Set((await tx.selectFrom('resources').select('id').execute()).map((row) => row.id))
     const parentOf = (row: ExportedRow) =>
       ids.has(row['parent_id'] ?? null) || others.has(String(row['parent_id'])) ? row['parent_id'] : null
+    const isReplaced = (row: ExportedRow): boolean => plan.replaced.has(String(row['id']))
+    const resources = plan.resources.map((row) => changed(row, { parent_id: parentOf(row) ?? null }))
+    await replaceResources(tx, resources.filter(isReplaced))
     await put(
       'resources',
-      plan.resources.map((row) => changed(row, { parent_id: parentOf(row) ?? null })),
+      resources.filter((row) => !isReplaced(row)),
     )
-    await put('layers', plan.rows.get('layers') ?? [])
+    const newLayers = (plan.rows.get('layers') ?? []).filter((row) => !plan.joined.has(Number(row['alias'])))
+    await put('layers', newLayers)
+    await joinLayers(tx, plan)
+    // One that was the primary is it again; what was filled is nobody's now, and the next open gives it up.
+    for (const row of plan.rows.get('replicas') ?? []) {
+      if (row['is_primary'] === false || !plan.joined.has(Number(row['layer_alias']))) continue
+      await tx.updateTable('replicas').set({ is_primary: false }).where('layer_alias', '=', Number(row['layer_alias'])).execute()
+    }
     await put('replicas', plan.rows.get('replicas') ?? [])
-    const volumes = (plan.rows.get('volumes') ?? []).map((row) =>
+    const { ready, nextWaiting } = await takeWaiting(tx, plan)
+    const volumes = [...(plan.rows.get('volumes') ?? []), ...ready].map((row) =>
       changed(row, {
         epoch: Math.max(Number(row['epoch']) + epochsAhead, ((owner?.epoch ?? 0) + 1) * epochsAhead),
         // Which pages are the volume's alone is not asked again: old ones are left to reclaim.
@@ -477,6 +579,8 @@ async function insertAll(
       }),
     )
     await put('volumes', volumes)
+    for (const row of volumes) await giveLayers(tx, row)
+    await writeWaiting(tx, nextWaiting)
     await put('files', plan.rows.get('files') ?? [])
     for (const row of volumes) {
       const { project_id: projectId } = await tx
@@ -517,6 +621,83 @@ async function insertAll(
       })
       .execute()
   })
+  context.layers.invalidate(plan.joined)
+}
+
+/** Resources that are here as an older export had them become what this one says. */
+async function replaceResources(tx: CatalogTransaction, rows: readonly ExportedRow[]): Promise<void> {
+  const columns = await columnsOf(tx, 'resources')
+  for (const row of rows) {
+    const id = String(row['id'])
+    await tx.deleteFrom('leases').where('volume_id', '=', id).execute()
+    await tx.deleteFrom('volumes').where('id', '=', id).execute()
+    await tx.deleteFrom('files').where('id', '=', id).execute()
+    const known = Object.fromEntries(Object.entries(row).filter(([name]) => columns.has(name) && name !== 'project_id'))
+    const values: ResourceUpdate = { ...known, root_word: BigInt(String(row['root_word'])) }
+    await tx.updateTable('resources').set(values).where('id', '=', id).execute()
+  }
+}
+
+/** A layer that another pool has brought: of its two states the later one holds. */
+async function joinLayers(tx: CatalogTransaction, plan: Plan): Promise<void> {
+  for (const row of plan.rows.get('layers') ?? []) {
+    const alias = Number(row['alias'])
+    if (!plan.joined.has(alias)) continue
+    const present = await tx.selectFrom('layers').selectAll().where('alias', '=', alias).executeTakeFirstOrThrow()
+    const state = row['state'] as LayerState
+    const isLater = layerStates.indexOf(state) > layerStates.indexOf(present.state)
+    const volumeId = row['volume_id'] === null ? null : String(row['volume_id'])
+    await tx
+      .updateTable('layers')
+      .set({ state: isLater ? state : present.state, volume_id: present.volume_id ?? volumeId })
+      .where('alias', '=', alias)
+      .execute()
+  }
+}
+
+/** What waited for what is here now. Inside the write, after the layers are in. */
+async function takeWaiting(
+  tx: CatalogTransaction,
+  { nextWaiting }: Plan,
+): Promise<{ ready: ExportedRow[]; nextWaiting: ImportWaiting }> {
+  const layers = new Set((await tx.selectFrom('layers').select('alias').execute()).map((row) => row.alias))
+  const kinds = new Map((await tx.selectFrom('resources').select(['id', 'kind']).execute()).map((row) => [row.id, row.kind]))
+  const ready: ExportedRow[] = []
+  const volumes = nextWaiting.volumes.filter(({ row }) => {
+    // Deleted, or rolled back, meanwhile.
+    if (kinds.get(String(row['id'])) !== 'volume') return false
+    if (!layers.has(Number(row['active_alias']))) return true
+    ready.push(layers.has(Number(row['next_alias'])) ? row : changed(row, { next_alias: null }))
+    return false
+  })
+  const snapshots: ImportWaiting['snapshots'][number][] = []
+  for (const snapshot of nextWaiting.snapshots) {
+    const { id, volumeId, name } = snapshot
+    if (kinds.get(id) !== 'image') continue
+    if (kinds.get(volumeId) !== 'volume') {
+      snapshots.push(snapshot)
+      continue
+    }
+    await tx.updateTable('resources').set({ kind: 'snapshot', volume_id: volumeId, name }).where('id', '=', id).execute()
+  }
+  return { ready, nextWaiting: { volumes, snapshots } }
+}
+
+/** Layers that were kept for whoever writes them. */
+async function giveLayers(tx: CatalogTransaction, volume: ExportedRow): Promise<void> {
+  const roles = [
+    ['active_alias', 'active'],
+    ['next_alias', 'spare'],
+  ] as const
+  for (const [column, state] of roles) {
+    await tx
+      .updateTable('layers')
+      .set({ volume_id: String(volume['id']), state })
+      .where('alias', '=', Number(volume[column] ?? 0))
+      .where('state', '=', 'active')
+      .where((query) => query.or([query('volume_id', 'is', null), query('volume_id', '=', String(volume['id']))]))
+      .execute()
+  }
 }
 
 /**
@@ -573,9 +754,12 @@ async function requireNoConflict(context: MapperContext, tx: CatalogTransaction,
   const [other] = await layersInTheWay(tx, aliasMax, header.catalogId)
   if (other !== undefined) throw conflict(`this home uses layer number ${other.alias}, which the lost catalog has used, too`)
   const layers = plan.rows.get('layers') ?? []
-  const taken = new Set((await tx.selectFrom('layers').select('alias').execute()).map((row) => row.alias))
-  const layer = layers.find((row) => taken.has(Number(row['alias'])))
+  const taken = new Map((await tx.selectFrom('layers').select(['alias', 'id']).execute()).map((row) => [row.alias, row.id]))
+  // The same layer lies in another pool of the same catalog as well.
+  const layer = layers.find((row) => taken.has(Number(row['alias'])) && taken.get(Number(row['alias'])) !== row['id'])
   if (layer !== undefined) throw conflict(`this home uses layer number ${layer['alias']} already`)
+  const open = [...plan.replaced].find((id) => context.open.get(id) !== undefined)
+  if (open !== undefined) throw conflict(`${open} is open, and the pool has a newer state of it: detach it first, or`)
   for (let start = 0; start < plan.pageIds.length; start += pageBatch) {
     const batch = plan.pageIds.slice(start, start + pageBatch)
     const there = await context.catalog.pages.get(batch)
@@ -605,21 +789,33 @@ async function finish(
   const resources = await catalog.db.selectFrom('resources').selectAll().where('home_pool_id', '=', row.id).execute()
   // A journal that is replayed here may concern what others share, so all of them come before anything is looked at.
   const broken = new Map<string, AtollError>()
-  for (const { id } of resources.filter((each) => each.kind === 'volume')) {
+  const waiting = new Set((await readWaiting(catalog.db)).volumes.map((volume) => volume.row['id']))
+  const links = await readLinks(catalog.db)
+  const missingSources = sourcesOf(links, row.id).filter((pool) => pool.isAbsent)
+  // Also those that waited for what they write here.
+  const late = await writtenHere(context, row.id)
+  for (const { id } of [...resources.filter((each) => each.kind === 'volume'), ...late]) {
+    if (waiting.has(id)) {
+      broken.set(id, new AtollError('LAYER_MISSING', writtenElsewhere(missingSources), { values: { id } }))
+      continue
+    }
     try {
       await locks.run([id], async () => await settleLocked(context, id))
     } catch (error) {
       broken.set(id, toAtollError(error))
     }
   }
-  const links = await readLinks(catalog.db)
-  const missingSources = sourcesOf(links, row.id).filter((pool) => pool.isAbsent)
+  for (const { id, kind, name } of late) {
+    const why = broken.get(id)
+    if (why !== undefined) failed.push({ kind, id, name, code: why.code, reason: why.message })
+  }
   const files = await layerFiles(context)
   for (const resource of await catalog.db.selectFrom('resources').selectAll().where('home_pool_id', '=', row.id).execute()) {
     try {
       // First: what it says of a missing layer says what to do.
-      await requireLayers(context, files, resource.id, rootOf(resource), missingSources)
       const known = broken.get(resource.id)
+      if (known !== undefined && waiting.has(resource.id)) throw known
+      await requireLayers(context, files, resource, missingSources)
       if (known !== undefined) throw known
       broughtBack[resource.kind] += 1
     } catch (error) {
@@ -643,33 +839,43 @@ async function finish(
   return report
 }
 
-/** Ids of the layers whose files are there, by the alias that maps name them by; undefined: the alias has no row. */
-async function layerFiles(context: MapperContext): Promise<Map<number, { id: string; isThere: boolean }>> {
-  const { catalog, pools } = context
-  const rows = await catalog.db
-    .selectFrom('layers')
-    .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
-    .select(['layers.alias', 'layers.id', 'replicas.pool_id'])
+/** Volumes of other pools that write into this one. */
+async function writtenHere(
+  { catalog }: MapperContext,
+  poolId: string,
+): Promise<{ id: string; kind: ResourceKind; name: string }[]> {
+  return await catalog.db
+    .selectFrom('volumes')
+    .innerJoin('resources', 'resources.id', 'volumes.id')
+    .innerJoin('replicas', 'replicas.layer_alias', 'volumes.active_alias')
+    .select(['resources.id', 'resources.kind', 'resources.name'])
+    .where('replicas.pool_id', '=', poolId)
+    .where('resources.home_pool_id', '!=', poolId)
     .execute()
-  const there = new Set<string>()
-  for (const poolId of pools.openIds()) for (const id of await pools.handle(poolId).listLayerIds()) there.add(id)
-  return new Map(rows.map((row) => [row.alias, { id: row.id, isThere: there.has(row.id) }]))
+}
+
+/** The layers whose files are there, by pool. */
+async function layerFiles({ pools }: MapperContext): Promise<Map<string, Set<string>>> {
+  const files = new Map<string, Set<string>>()
+  for (const poolId of pools.openIds()) files.set(poolId, new Set(await pools.handle(poolId).listLayerIds()))
+  return files
 }
 
 async function requireLayers(
   context: MapperContext,
-  files: ReadonlyMap<number, { id: string; isThere: boolean }>,
-  resourceId: string,
-  root: RootRef,
+  files: ReadonlyMap<string, ReadonlySet<string>>,
+  resource: ResourceRow,
   missing: readonly LinkedPool[],
 ): Promise<void> {
-  const map = await loadMap(context, resourceId, root)
-  for (const alias of map.layers(mapBytesMax)) {
-    const layer = files.get(alias)
+  const map = await loadMap(context, resource.id, rootOf(resource))
+  const aliases = [...map.layers(mapBytesMax)]
+  const homes = new Map((await context.layers.homesIfKnown(aliases, resource.home_pool_id)).map((home) => [home.alias, home]))
+  for (const alias of aliases) {
+    const layer = homes.get(alias)
     if (layer === undefined) {
       throw new AtollError('LAYER_MISSING', layerElsewhere(alias, missing), { values: { alias } })
     }
-    if (!layer.isThere) {
+    if (files.get(layer.poolId)?.has(layer.id) !== true) {
       throw new AtollError(
         'LAYER_MISSING',
         `the file of layer ${layer.id} (alias ${alias}) is missing: bring it back from a backup`,

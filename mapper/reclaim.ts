@@ -99,9 +99,10 @@ const barrierMsDefault = 10_000
 interface SeveralReplicas {
   /** Pools of the complete ones. */
   readonly complete: readonly string[]
-  readonly primary: string
-  /** A job writes into one of them, say: all are left alone. */
-  readonly mustStay: boolean
+  /** Null: in a pool of a lost catalog that is not here. */
+  readonly primary: string | null
+  /** A job writes into one of them: all are left alone. */
+  readonly isBeingFilled: boolean
 }
 
 interface CondemnedReplica extends Pick<SealedLayer, 'alias' | 'poolId'> {
@@ -335,7 +336,7 @@ export class Reclaimer {
       )
       for (const layer of ofPool) {
         const replicas = several.get(layer.alias)
-        if (written.has(layer.alias) || replicas?.mustStay === true) continue
+        if (written.has(layer.alias) || replicas?.isBeingFilled === true) continue
         const readers = replicas === undefined ? everybody : readersOfReplica(replicas, poolId)
         layers.push({ ...layer, readers, replicas: replicas ?? null })
       }
@@ -372,8 +373,8 @@ export class Reclaimer {
       const { complete, primary } = replicas
       const heirs = needed.get(alias) ?? []
       if (heirs.length === 0) {
-        // Neither by anybody who is not here.
-        if (complete.every((other) => isWhollyRead(links, other))) whole.push(alias)
+        // Neither by anybody who is not here; then the layer is what that one reads.
+        if (primary !== null && complete.every((other) => isWhollyRead(links, other))) whole.push(alias)
         continue
       }
       const heir = poolId === primary ? heirs.find((other) => pools.find(other) !== undefined) : null
@@ -500,9 +501,7 @@ function severalOf(rows: readonly ReplicaRow[]): SeveralReplicas {
   const complete = rows.filter((row) => row.state === 'complete')
   const primary = complete.find((row) => row.is_primary)?.pool_id
   const isBeingFilled = rows.some((row) => row.state === 'filling' || (row.state === 'complete' && row.filling_job !== null))
-  // Without a primary nobody can say who reads what.
-  const mustStay = isBeingFilled || primary === undefined
-  return { complete: complete.map((row) => row.pool_id), primary: primary ?? '', mustStay }
+  return { complete: complete.map((row) => row.pool_id), primary: primary ?? null, isBeingFilled }
 }
 
 /** Who reads the replica in a pool (layers.ts). */

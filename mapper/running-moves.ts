@@ -73,7 +73,8 @@ export async function requireNoMoveOf(
   }
 }
 
-function moveRunningError({ jobId, kind }: RunningMove, why: string, what: string): AtollError {
+/** The error of what must not be while a job moves something. */
+export function moveRunningError({ jobId, kind }: RunningMove, why: string, what: string): AtollError {
   return new AtollError(
     'MOVE_RUNNING',
     `${why} by job ${jobId} (${kind}), so ${what}: wait for the job, or cancel it with 'atoll job cancel ${jobId}'`,

@@ -268,6 +268,9 @@ export interface RawStore {
   injectedCount(): number
   sequence(): number
   boundaries(from: number): Float64Array
+  tick(): number
+  boundaryTicks(from: number): Float64Array
+  sequenceAt(tick: number): number
   crashImage(sequence: number, seed: number, options: CrashOptions): RawStore
   forgetBefore(sequence: number): void
 }

@@ -229,6 +229,21 @@ export class Store {
     return call(() => this.raw.boundaries(from))
   }
 
+  /** A number above that of everything that any recording store has recorded so far, and below that of all that comes. */
+  tick(): number {
+    return call(() => this.raw.tick())
+  }
+
+  /** As `boundaries`, by ticks, which order the events of several stores. */
+  boundaryTicks(from: number): Float64Array {
+    return call(() => this.raw.boundaryTicks(from))
+  }
+
+  /** Memory kind only, recording: number of the last event of this store up to a tick. */
+  sequenceAt(tick: number): number {
+    return call(() => this.raw.sequenceAt(tick))
+  }
+
   /** Memory kind only, recording: what could be found after a power cut just after event `sequence`. */
   crashImage(sequence: number, seed: number, options: CrashOptions): Store {
     return call(() => new Store(this.raw.crashImage(sequence, seed, options)))

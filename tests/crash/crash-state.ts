@@ -118,7 +118,7 @@ async function checkImport(state: CrashState, model: Model): Promise<void> {
   }
 }
 
-function checkExistence(state: CrashState, model: Model, rows: readonly ResourceRow[]): void {
+export function checkExistence(state: Pick<CrashState, 'context'>, model: Model, rows: readonly ResourceRow[]): void {
   const names = new Set(rows.map((row) => row.name))
   for (const resource of model.resources.values()) {
     if (!resource.uncertain) assert.ok(names.has(resource.name), `${state.context}: ${resource.kind} ${resource.name} is gone`)
@@ -132,7 +132,7 @@ function checkExistence(state: CrashState, model: Model, rows: readonly Resource
 }
 
 /** Content of every resource, by name. */
-async function readAll(mapper: Mapper, rows: readonly ResourceRow[]): Promise<Map<string, Buffer>> {
+export async function readAll(mapper: Mapper, rows: readonly ResourceRow[]): Promise<Map<string, Buffer>> {
   const found = new Map<string, Buffer>()
   for (const row of rows) found.set(row.name, await readResource(mapper, row))
   return found
@@ -147,7 +147,12 @@ async function readResource(mapper: Mapper, row: ResourceRow): Promise<Buffer> {
   }
 }
 
-function checkContent(state: CrashState, model: Model, row: ResourceRow, found: Map<string, Buffer>): void {
+export function checkContent(
+  state: Pick<CrashState, 'context' | 'sequence'>,
+  model: Model,
+  row: ResourceRow,
+  found: Map<string, Buffer>,
+): void {
   const contents = model.get(row.name).contents
   const content = found.get(row.name) ?? Buffer.alloc(0)
   const failures: string[] = []

@@ -52,3 +52,18 @@ export function givenStoreDriver(given: Store, records: RecordSwitch = { areFail
     inspect: async () => ({ store, owner: null, close: async () => {} }),
   }
 }
+
+/** The same for several pools: the option `place` says which of the stores one lies in. */
+export function givenStoresDriver(stores: readonly Store[]): Driver {
+  const drivers = stores.map((store) => givenStoreDriver(store))
+  const of = ({ options }: { readonly options: Readonly<Record<string, string>> }): Driver => {
+    const driver = drivers[Number(options['place'])]
+    if (driver === undefined) throw new Error(`there is no store ${options['place']}`)
+    return driver
+  }
+  return {
+    ...of({ options: { place: '0' } }),
+    open: async (context) => await of(context).open(context),
+    inspect: async (context) => await of(context).inspect(context),
+  }
+}

@@ -21,7 +21,8 @@ export interface RecordingCatalog {
   first(): Promise<RecordedCommit>
 }
 
-export function recordCommits(inner: Catalog, store: Store): RecordingCatalog {
+/** `store`: what numbers the history; several stores have their ticks for that. */
+export function recordCommits(inner: Catalog, store: Pick<Store, 'sequence'>): RecordingCatalog {
   let commits: RecordedCommit[] = []
   let tail: Promise<unknown> = Promise.resolve()
   const record = async (durable: boolean): Promise<RecordedCommit> => ({

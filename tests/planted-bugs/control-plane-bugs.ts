@@ -7,6 +7,7 @@ const history = ['--seed', '11', '--operations', '1200', '--draws', '3']
 const fileHistory = ['--files', '--seed', '21', '--operations', '300', '--draws', '4']
 
 const olderCatalog = ['mapper/older-catalog.test.ts']
+const moves = ['tests/crash/moves.crash.test.ts']
 
 export const controlPlaneBugs: PlantedBug[] = [
   {
@@ -84,6 +85,17 @@ export const controlPlaneBugs: PlantedBug[] = [
       },
     ],
     tests: ['mapper/replicas.test.ts'],
+  },
+  {
+    name: 'a volume that moves leaves the export of its old pool before that of the new one has it',
+    edits: [
+      {
+        file: 'mapper/exporter.ts',
+        find: 'await this.#writeDelta(state, changes, { keepMoved: true })',
+        replace: 'await this.#writeDelta(state, changes)',
+      },
+    ],
+    tests: ['mapper/moved-import.test.ts'],
   },
   {
     name: 'a punch waits for no other pool whose volumes read from the layer',
@@ -377,6 +389,106 @@ export const controlPlaneBugs: PlantedBug[] = [
       },
     ],
     tests: fileHistory,
+  },
+  {
+    name: 'a replica is read before it is filled',
+    edits: [{ file: 'mapper/move-fill.ts', find: "state: 'filling',", replace: "state: 'complete'," }],
+    tests: moves,
+  },
+  {
+    name: 'what a move has copied is said to be there before it is',
+    edits: [
+      {
+        file: 'mapper/move-fill.ts',
+        find: 'return { cursor: { alias: layer.alias, sourcePoolId, slot }, isDone: false, ...done }',
+        replace: 'return { cursor: { alias: layer.alias, sourcePoolId, slot: slot + 4 }, isDone: false, ...done }',
+      },
+    ],
+    tests: moves,
+  },
+  {
+    name: 'the home changes before everything is in the target',
+    edits: [
+      {
+        file: 'mapper/move-fill.ts',
+        find: '  for (const { layer } of claimed) {\n',
+        replace: '  for (const { layer } of claimed.slice(1)) {\n',
+      },
+    ],
+    tests: moves,
+  },
+  {
+    name: 'what is open goes on reading where it was when its home has changed',
+    edits: [
+      {
+        file: 'mapper/move-home.ts',
+        find: '      await swapHandles(context, id, [...changed, ...needs.named])\n',
+        replace: '',
+      },
+    ],
+    tests: ['mapper/moves.test.ts'],
+  },
+  {
+    name: 'devices read in the target before the home has changed',
+    edits: [
+      {
+        file: 'mapper/move-home.ts',
+        find: '    const isDone = await catalog.write(async (tx) => {\n',
+        replace:
+          '    for (const id of ids) {\n' +
+          '      const known = [...(context.open.get(id)?.layers ?? [])]\n' +
+          '      const store = pools.handle(targetPoolId).store\n' +
+          '      const homes = await layers.homes(known, targetPoolId)\n' +
+          '      await context.open.get(id)?.device.addLayers(homes.map((home) => ({ alias: home.alias, id: home.id, store })))\n' +
+          '    }\n' +
+          '    const isDone = await catalog.write(async (tx) => {\n',
+      },
+    ],
+    tests: ['mapper/moves.test.ts'],
+  },
+  {
+    name: 'a volume is turned to another pool before the exports name its layer there',
+    edits: [
+      {
+        file: 'mapper/move-freeze.ts',
+        find: '    await requireExported(context, poolsOf(volume))\n',
+        replace: '',
+      },
+    ],
+    tests: ['mapper/move-freeze.test.ts'],
+  },
+  {
+    name: 'who comes into a pool from another finds less there than its source has',
+    edits: [
+      {
+        file: 'mapper/cover.ts',
+        find: 'if (readPoolId !== sourcePoolId) await fill(',
+        replace: 'if (readPoolId === poolId && readPoolId === sourcePoolId) await fill(',
+      },
+    ],
+    tests: ['mapper/cover.test.ts'],
+  },
+  {
+    name: 'who comes into a pool that is being filled is not counted',
+    edits: [
+      {
+        file: 'mapper/cover.ts',
+        find: '  if (marks.length === 0) return []\n',
+        replace: '  if (marks.length >= 0) return []\n',
+      },
+    ],
+    tests: ['mapper/cover.test.ts'],
+  },
+  {
+    name: 'a drained pool is left before others read elsewhere what they read there',
+    edits: [
+      {
+        file: 'mapper/move-home.ts',
+        find: "      if (!('volumeId' in request)) for (const alias of await takePrimaries(tx, request)) changed.add(alias)\n",
+        replace: '',
+      },
+    ],
+    tests: ['mapper/drain.test.ts'],
   },
   {
     name: 'a move says that the home has changed before it has',

@@ -4,7 +4,7 @@ use crate::promise::{Settler, run_on};
 use atoll_engine::{ControlPool, Engine, EngineError, Lanes, Result};
 use atoll_io::{
     CrashOptions, FaultPlan, FaultRule, FaultStore, FileStore, IoError, IoErrorCode, Journal, JournalIdentity, JournalWriter, LayerId,
-    LayerIo, MemoryStore, OpenMode, RadosOptions, RadosStore, SealMark, Store, StoreHealth, StoreLock,
+    LayerIo, MemoryStore, OpenMode, RadosOptions, RadosStore, SealMark, Store, StoreHealth, StoreLock, memory_tick,
 };
 use atoll_map::{Run, SLOT_BYTES};
 use napi::bindgen_prelude::{Env, Float64Array, Object, Uint8Array};
@@ -478,6 +478,21 @@ impl JsStore {
     #[napi]
     pub fn boundaries(&self, from: f64) -> napi::Result<Float64Array> {
         guard(|| Ok(from_ids(self.as_memory()?.boundaries(to_u64("from", from)?))))
+    }
+
+    #[napi]
+    pub fn tick(&self) -> napi::Result<f64> {
+        guard(|| Ok(memory_tick() as f64))
+    }
+
+    #[napi]
+    pub fn boundary_ticks(&self, from: f64) -> napi::Result<Float64Array> {
+        guard(|| Ok(from_ids(self.as_memory()?.boundary_ticks(to_u64("from", from)?))))
+    }
+
+    #[napi]
+    pub fn sequence_at(&self, tick: f64) -> napi::Result<f64> {
+        guard(|| Ok(self.as_memory()?.sequence_at(to_u64("tick", tick)?) as f64))
     }
 
     #[napi]

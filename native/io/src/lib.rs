@@ -18,7 +18,7 @@ pub use error::{IoError, IoErrorCode, Result};
 pub use fault::{FaultPlan, FaultRule, FaultStore};
 pub use file::{FileStore, RawFileStore};
 pub use journal::{Delta, Frame, Journal, JournalIdentity, JournalReplay, JournalSummary, SealMark};
-pub use memory::{CrashOptions, MemoryStore};
+pub use memory::{CrashOptions, MemoryStore, tick as memory_tick};
 pub use rados::{RadosOptions, RadosStore};
 pub use ring::{ReadRing, RingRead, RingWaker, probe_ring};
 pub use split::split;

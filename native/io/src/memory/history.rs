@@ -20,6 +20,7 @@ use crate::LayerId;
 use crate::random::Random;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What disks write whole.
 const SECTOR_BYTES: u64 = 512;
@@ -106,6 +107,15 @@ pub(super) struct History {
     latest_asked: Moment,
     /// The events after `oldest`.
     events: VecDeque<Event>,
+    /// When each of them was: a number that rises over all recorders of the process.
+    ticks: VecDeque<u64>,
+}
+
+static TICKS: AtomicU64 = AtomicU64::new(0);
+
+/// A number above that of everything that any recorder of this process has recorded so far, and below that of all that comes.
+pub fn tick() -> u64 {
+    TICKS.fetch_add(1, Ordering::SeqCst) + 1
 }
 
 impl History {
@@ -137,6 +147,18 @@ impl History {
     /// Adds an event. The caller holds whatever makes events of one object come in the order in which they took effect.
     pub(super) fn push(&mut self, event: Event) {
         self.events.push_back(event);
+        self.ticks.push_back(tick());
+    }
+
+    /// Ticks of the boundaries after `from`.
+    pub(super) fn boundary_ticks(&self, from: u64) -> Vec<u64> {
+        let ticked = self.events.iter().zip(&self.ticks);
+        ticked.filter(|(event, tick)| **tick > from && event.is_boundary()).map(|(_, tick)| *tick).collect()
+    }
+
+    /// Number of the last event up to a tick, or of the oldest one that is remembered.
+    pub(super) fn sequence_at(&self, tick: u64) -> u64 {
+        self.oldest.sequence + self.ticks.partition_point(|each| *each <= tick) as u64
     }
 
     /// The boundaries after `from`.
@@ -150,6 +172,7 @@ impl History {
         assert!(sequence <= self.sequence(), "the history ends at {}, before {sequence}", self.sequence());
         while self.oldest.sequence < sequence {
             let Some(event) = self.events.pop_front() else { break };
+            self.ticks.pop_front();
             self.oldest.apply(&event);
         }
         self.oldest.segments.retain(|_, segment| !segment.is_removed);

@@ -12,6 +12,7 @@ use crate::{
     Extent, IoError, IoErrorCode, LayerEntry, LayerId, LayerIo, OpenMode, Result, SegmentIo, Store, StoreCapabilities, StoreLock,
     StoreUsage,
 };
+pub use history::tick;
 use history::{Event, History, Image, LayerOperation, ObjectNumber, SegmentOperation};
 use parking_lot::{Mutex, RwLock};
 use sparse::{PAGE_BYTES, Sparse};
@@ -189,6 +190,16 @@ impl MemoryStore {
             *started.lock() = history;
         }
         store
+    }
+
+    /// As `boundaries`, by ticks (`tick`), which order the events of several stores: the boundaries after a tick.
+    pub fn boundary_ticks(&self, from: u64) -> Vec<u64> {
+        self.shared.history.as_ref().map_or_else(Vec::new, |history| history.lock().boundary_ticks(from))
+    }
+
+    /// Number of the last event of this store up to a tick.
+    pub fn sequence_at(&self, tick: u64) -> u64 {
+        self.shared.history.as_ref().map_or(0, |history| history.lock().sequence_at(tick))
     }
 
     /// Forgets the history before `sequence`: no crash image before it can be asked for any more.
