@@ -28,7 +28,8 @@ export interface MovePlan {
   readonly bytesToOffload: number
   /** In the target already. */
   readonly bytesThere: number
-  readonly targetFreeBytes: number
+  /** null: the backend does not say how large it is, as a Ceph cluster without a manager. */
+  readonly targetFreeBytes: number | null
 }
 
 const slotBytes = 4096
@@ -63,7 +64,7 @@ export async function planMove(context: MapperContext, request: MoveRequest | Dr
       coming.reduce((sum, mover) => sum + mover.size_bytes, 0),
     )
     const plan = await describe(context, needs, target)
-    if (plan.bytesToCopy > plan.targetFreeBytes) {
+    if (plan.targetFreeBytes !== null && plan.bytesToCopy > plan.targetFreeBytes) {
       const free = formatSize(plan.targetFreeBytes)
       throw new AtollError(
         'NO_SPACE',
@@ -182,14 +183,14 @@ export async function describe(context: MapperContext, needs: MoveNeeds, target:
     if (poolId !== undefined) count(poolId, await allocatedIn(context, layer, poolId))
   }
   for (const layer of needs.present) bytesThere += await allocatedIn(context, layer, target.poolId)
-  const { freeBytes } = await target.usage()
+  const { freeBytes, totalBytes } = await target.usage()
   return {
     resources: needs.movers.map(({ id, kind, name, size_bytes: sizeBytes }) => ({ id, kind, name, sizeBytes })),
     layerCount: needs.layers.length + needs.unsealed.length,
     bytesToCopy,
     bytesToOffload,
     bytesThere,
-    targetFreeBytes: freeBytes,
+    targetFreeBytes: totalBytes === 0 ? null : freeBytes,
   }
 }
 

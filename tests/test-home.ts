@@ -161,11 +161,6 @@ export class TestHome {
   }
 }
 
-/** Waits until the backend of a pool says how much is free: a Ceph cluster that was just started does not know. */
-export async function knowsItsSpace(home: TestHome, pool: string): Promise<void> {
-  while ((await home.jsonMeanwhile<{ freeBytes: number }>('pool', 'show', pool)).freeBytes === 0);
-}
-
 export function runProgram(
   command: string,
   args: readonly string[],

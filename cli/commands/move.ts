@@ -54,7 +54,11 @@ function planText(plan: MoveDocument['plan']): string {
     `${formatBytes(bytesToOffload)} that the backend shares without copying`,
     `${formatBytes(bytesThere)} there already`,
   ].join(', ')
-  return `${counted === '' ? 'nothing' : counted} in ${layerCount} layers: ${bytes}; ${formatBytes(targetFreeBytes)} free in the target`
+  const free =
+    targetFreeBytes === null
+      ? 'how much is free in the target is not known'
+      : `${formatBytes(targetFreeBytes)} free in the target`
+  return `${counted === '' ? 'nothing' : counted} in ${layerCount} layers: ${bytes}; ${free}`
 }
 
 /** A job that moves something, in one line. */

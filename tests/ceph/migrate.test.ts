@@ -7,7 +7,7 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { RequestTimes } from '../clients/request-times.ts'
 import { writeIncompressible } from '../clients/write-incompressible.ts'
 import { runMigrateKills } from '../kill/migrate-kills.ts'
-import { knowsItsSpace, TestHome } from '../test-home.ts'
+import { TestHome } from '../test-home.ts'
 
 const seed = Number(process.env['ATOLL_SEED'] ?? '20261122')
 const full = process.env['ATOLL_TEST_CRASH'] === 'full'
@@ -29,7 +29,6 @@ describe.skipIf(!hasCeph())('a volume that moves between files and Ceph', () => 
     await home.start()
     const options = Object.entries(cluster.optionsIn('client')).flatMap(([key, value]) => ['--option', `${key}=${value}`])
     home.cli('pool', 'create', 'far', '--driver', 'ceph', ...options)
-    await knowsItsSpace(home, 'far')
     const source = join(home.path, 'base.raw')
     await writeIncompressible(source, 64)
     home.cli('image', 'import', 'base', source, '--format', 'raw')

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { CephCluster, hasCeph } from '@atoll/southbound/ceph-cluster'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { knowsItsSpace, TestHome } from '../test-home.ts'
+import { TestHome } from '../test-home.ts'
 import { canRunGuests, guestDisk, makeGuestLimitMs } from './guest-disk.ts'
 import type { GuestDisk } from './guest-disk.ts'
 import { diskTrouble, workload } from './guest-scripts.ts'
@@ -34,7 +34,6 @@ describe.skipIf(!canRunGuests() || !hasCeph())('a guest on a volume that moves (
     await home.start()
     const options = Object.entries(cluster.optionsIn('guest')).flatMap(([key, value]) => ['--option', `${key}=${value}`])
     home.cli('pool', 'create', 'far', '--driver', 'ceph', ...options)
-    await knowsItsSpace(home, 'far')
     await home.jsonMeanwhile('image', 'import', 'debian', disk.qcow2, '--format', 'qcow2')
     home.cli('volume', 'create', 'root', '--from', 'image:debian')
     home.cli('image', 'delete', 'debian')

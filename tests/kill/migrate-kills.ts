@@ -8,7 +8,7 @@ import { open } from 'node:fs/promises'
 import { join } from 'node:path'
 import { connect, type NbdConnection } from '@atoll/nbd-client'
 import { Random } from '../crash/random.ts'
-import { knowsItsSpace, TestHome } from '../test-home.ts'
+import { TestHome } from '../test-home.ts'
 import { Load, readAll, sha256, type KillReport } from './kills.ts'
 import { checkWithin, SlotOracle, slotBytes } from './slot-oracle.ts'
 
@@ -95,7 +95,6 @@ class MigrateKills {
     const { driver, options } = this.#options.other
     const given = Object.entries(options).flatMap(([key, value]) => ['--option', `${key}=${value}`])
     await home.jsonMeanwhile('pool', 'create', 'other', '--driver', driver, ...given)
-    await knowsItsSpace(home, 'other')
     // How full the disk of this machine is does not matter.
     await home.jsonMeanwhile('pool', 'set', 'default', 'low-space=off')
     const source = join(home.path, 'base.raw')
