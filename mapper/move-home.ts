@@ -40,6 +40,8 @@ export async function changeHome(
   pools.handle(targetPoolId)
   const ids = needs.movers.map((mover) => mover.id)
   const changed = new Set<number>()
+  /** Open since before an earlier change of home that did not get as far as to them. */
+  const untold = new Set<string>()
   const isChanged = await locks.run(ids, async () => {
     const isDone = await catalog.write(async (tx) => {
       changed.clear()
@@ -62,19 +64,24 @@ export async function changeHome(
     })
     if (!isDone) return false
     layers.invalidate(changed)
-    for (const id of ids) {
+    // All of it before anything can fail: who is not told keeps a reclaim from freeing what he reads.
+    for (const id of context.open.idsAlsoOpening()) {
       const entry = context.open.get(id)
       if (entry === undefined) continue
+      entry.formerPools.add(needs.fromPoolId)
+      if (entry.readsFormerPools) untold.add(id)
+      entry.readsFormerPools = true
+      if (!ids.includes(id)) continue
       entry.poolId = targetPoolId
       if (entry.kind === 'writable') entry.nextExported = false
-      await swapHandles(context, id, [...changed, ...needs.named], needs.fromPoolId)
     }
+    for (const id of ids) await swapHandles(context, id, untold.has(id) ? null : [...changed, ...needs.named])
     return true
   })
   if (!isChanged) return false
   // Whoever reads a layer in the target from now on, or no longer in a pool that is drained.
   for (const id of context.open.idsAlsoOpening()) {
-    if (!ids.includes(id)) await locks.run([id], async () => await swapHandles(context, id, [...changed], needs.fromPoolId))
+    if (!ids.includes(id)) await locks.run([id], async () => await swapHandles(context, id, untold.has(id) ? null : [...changed]))
   }
   await passBarrier(context, barrierMs)
   await exporter.flushed([needs.fromPoolId, targetPoolId])
@@ -172,12 +179,12 @@ async function takePrimaries(tx: CatalogTransaction, { poolId, targetPoolId }: D
   return aliases
 }
 
-/** Gives the device of a resource, if it is open, the places where it reads these layers now. Its lock is held. */
-async function swapHandles(context: MapperContext, id: string, aliases: readonly number[], fromPoolId: string): Promise<void> {
+/** Gives the device of a resource, if it is open, the places where it reads these layers (null: all) now. Its lock is held. */
+async function swapHandles(context: MapperContext, id: string, aliases: readonly number[] | null): Promise<void> {
   const entry = context.open.get(id)
   if (entry === undefined) return
-  entry.formerPools.add(fromPoolId)
-  const known = aliases.filter((alias) => entry.layers.has(alias))
+  const known = aliases === null ? [...entry.layers] : aliases.filter((alias) => entry.layers.has(alias))
   for (let start = 0; start < known.length; start += refsAtOnce)
     await entry.device.addLayers(await context.layers.refs(known.slice(start, start + refsAtOnce), entry.poolId))
+  entry.readsFormerPools = false
 }

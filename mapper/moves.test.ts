@@ -270,6 +270,32 @@ describe('moving a volume', () => {
     expect(await contents.difference(slotCount)).toBeNull()
   })
 
+  it('frees nothing that a device reads which was not told yet where its layers are', async () => {
+    bench = await Bench.open({ pools: 2 })
+    const [first = '', second = ''] = bench.poolIds
+    const contents = new Contents(bench)
+    const { volume } = await family(contents)
+    const device = bench.mapper.opened(volume)?.device
+    if (device === undefined) throw new Error('the volume is not open')
+    const request = await beginMove(bench, volume, second)
+    const addLayers = device.addLayers.bind(device)
+    const failing = runMove(bench, request, async (phase) => {
+      if (phase !== 'home') return
+      device.addLayers = async () => await Promise.reject(new Error('the device cannot be told'))
+    })
+    await expect(failing).rejects.toThrow('the device cannot be told')
+    expect((await bench.row(volume)).home_pool_id).toBe(second)
+    const before = await storedBytes(bench, first)
+    expect((await bench.mapper.reclaim(first)).freedBytes).toBe(0)
+    expect(await storedBytes(bench, first)).toBe(before)
+    expect(await contents.difference(slotCount)).toBeNull()
+    device.addLayers = addLayers
+    await bench.mapper.moves.home(request)
+    expect((await bench.mapper.moves.drop(request, {})).freedBytes).toBeGreaterThan(0)
+    await endMove(bench, request, 'done')
+    expect(await contents.difference(slotCount)).toBeNull()
+  })
+
   it('refuses what would take something from under it, naming the job', async () => {
     bench = await Bench.open({ pools: 3 })
     const [, second = '', third = ''] = bench.poolIds

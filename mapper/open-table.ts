@@ -40,6 +40,8 @@ export interface OpenVolume {
   poolId: string
   /** Pools that requests which began before a move may still read from. */
   readonly formerPools: Set<string>
+  /** It may not have been told yet where its layers lie after a move: it reads from its former pools on. */
+  readsFormerPools: boolean
   /** The pool that it writes into, that of the active layer: the home unless it is being moved, or was in part. */
   readonly writePoolId: string
   readonly device: Device
@@ -75,6 +77,8 @@ export interface OpenReader {
   poolId: string
   /** Pools that requests which began before a move may still read from. */
   readonly formerPools: Set<string>
+  /** It may not have been told yet where its layers lie after a move: it reads from its former pools on. */
+  readsFormerPools: boolean
   readonly device: Device
   readonly report: OpenReport
   /** Aliases of the layers that the device knows. */

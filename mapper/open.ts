@@ -138,6 +138,7 @@ async function openWritable(context: MapperContext, resource: ResourceRow, optio
       kind: 'writable',
       ...volume,
       formerPools: new Set(),
+      readsFormerPools: false,
       get writePoolId() {
         return this.active.poolId
       },
@@ -253,6 +254,7 @@ async function openReader(context: MapperContext, resourceId: string, options: O
     id: resourceId,
     poolId: row.home_pool_id,
     formerPools: new Set(),
+    readsFormerPools: false,
     device,
     report,
     layers: new Set(layers.map((layer) => layer.alias)),
