@@ -31,6 +31,8 @@ export interface FillProgress {
 export interface FillOptions {
   /** null: as fast as it goes. */
   readonly limitBytesPerSecond: number | null
+  /** No further piece is begun when this much was copied. Default: 256 MiB. */
+  readonly pieceBytes?: number
   readonly signal?: AbortSignal
 }
 
@@ -215,7 +217,8 @@ export async function fillPieces(
   const done = { copiedBytes: 0, offloadedBytes: 0, skippedBytes: 0 }
   let position = cursor as unknown as Position | null
   const limit = options.limitBytesPerSecond
-  const bytesMax = limit === null ? pieceBytesMax : Math.max(slotBytes, Math.min(pieceBytesMax, Math.ceil(limit)))
+  const wantedBytes = options.pieceBytes ?? pieceBytesMax
+  const bytesMax = limit === null ? wantedBytes : Math.max(slotBytes, Math.min(wantedBytes, Math.ceil(limit)))
   for (const { layer } of claimed) {
     if (position !== null && layer.alias < position.alias) continue
     for (const { sourcePoolId, runs } of await needs.partsOf(layer)) {
@@ -305,6 +308,9 @@ export async function releaseLayers(context: MapperContext, markers: readonly st
       // The mark stays on what was never complete: nobody can have read it.
       await marked.set({ state: 'condemned' }).where('state', '=', 'filling').execute()
       await marked.set({ filling_job: null }).where('state', '=', 'complete').execute()
+      // A process that ends before the job is recorded as cancelled goes on with it: from the start, because what the cursor says is
+      // there is not any more.
+      await tx.updateTable('jobs').set({ cursor: null }).where('id', 'in', markers).execute()
       return rows.map((row) => row.layer_alias)
     },
     { emergency: true },

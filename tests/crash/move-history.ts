@@ -72,7 +72,7 @@ async function takeStep(mapper: Mapper, request: MoveRequest, { step, cursor }: 
   if (step === 'claim') assert.ok((await moves.claim(request)).claimed)
   if (step === 'fill') {
     // One slot at a time, so that there are pieces.
-    const piece = await moves.fillNext(request, cursor, { limitBytesPerSecond: slotBytes * 1000 })
+    const piece = await moves.fillNext(request, cursor, { limitBytesPerSecond: null, pieceBytes: slotBytes })
     if (!piece.isDone) return { step, cursor: piece.cursor }
   }
   if (step === 'home') await moves.home(request)
@@ -410,6 +410,9 @@ class MoveHistory {
     try {
       const mapper = await openTestMapper(catalog, engine, images)
       try {
+        // After a change of home the export of the old one waits for that of the new one: nobody's timer is there to try again.
+        const poolIds = (await mapper.pools.list()).map((pool) => pool.id)
+        for (let tries = 0; tries < 3 && !(await mapper.flushExports(poolIds)); tries += 1);
         const { findings } = await mapper.check()
         const bad = findings.filter(({ severity }) => severity !== 'note')
         assert.deepEqual(bad, [], state.context)
