@@ -80,8 +80,10 @@ export class AdminClient {
     const { promise, resolve, reject } = Promise.withResolvers<T>()
     const headers =
       body === undefined ? {} : { 'content-type': typeof body === 'string' ? 'application/json' : 'application/octet-stream' }
-    const options: RequestOptions = { createConnection: () => this.connect(), method, path, headers }
-    const sent = request(options, (response) => {
+    // Without the agent the daemon would end the connection with its answer, under a body that is still on its way.
+    const connection: RequestOptions =
+      typeof body === 'object' ? { socketPath: adminSocketPath(this.home) } : { createConnection: () => this.connect() }
+    const sent = request({ ...connection, method, path, headers }, (response) => {
       readBody(response).then(
         (text) => {
           // An answer may come before the body has ended: the daemon refused it, and the rest is wanted by nobody.
