@@ -259,7 +259,7 @@ async function planImport(context: MapperContext, loaded: LoadedExport): Promise
   const files = new Map(rowsOf('files').map((row) => [row['id'], row]))
   const containers = new Set(rowsOf('containers').map((row) => row['id']))
   const exported = rowsOf('resources').filter((row) => row['home_pool_id'] === poolId)
-  const before = await readPresent(context)
+  const before = await readPresent(context, loaded.header.catalogId)
   const epochBefore = (row: ExportedRow): number | undefined => before.homeEpochs.get(String(row['id']))
   // Of what stands in two exports the newer one is the truth.
   const all = exported.filter((row) => (epochBefore(row) ?? -1) < Number(row['home_epoch'] ?? 0))
@@ -351,8 +351,7 @@ async function planImport(context: MapperContext, loaded: LoadedExport): Promise
   const notHere = (pools: readonly Pick<LinkedPool, 'id' | 'name' | 'driver'>[] = []): LinkedPool[] =>
     pools.filter((pool) => !present.has(pool.id)).map(({ id, name, driver }) => ({ id, name, driver, isAbsent: true }))
   const missingSources = notHere(loaded.header.sources)
-  const known = new Set(keptLayers.map((row) => Number(row['alias'])))
-  for (const row of await context.catalog.db.selectFrom('layers').select('alias').execute()) known.add(row.alias)
+  const known = new Set([...keptLayers.map((row) => Number(row['alias'])), ...before.layers])
   const waitingToBeRead = [...reached.aliases].every((alias) => known.has(alias))
     ? []
     : await waitingFor(context, loaded, resources, known, missingSources)
@@ -388,10 +387,18 @@ interface Present {
   readonly waiting: ImportWaiting
 }
 
-async function readPresent({ catalog }: MapperContext): Promise<Present> {
+async function readPresent({ catalog }: MapperContext, catalogId: string): Promise<Present> {
   return await catalog.read(async (tx) => {
     const resources = await tx.selectFrom('resources').select(['id', 'kind', 'home_epoch']).execute()
-    const layers = await tx.selectFrom('layers').select('alias').execute()
+    // The same number of any other catalog is another layer, which is in the way.
+    const layers = await tx
+      .selectFrom('layers')
+      .innerJoin('replicas', 'replicas.layer_alias', 'layers.alias')
+      .innerJoin('export_pools', 'export_pools.pool_id', 'replicas.pool_id')
+      .select('layers.alias')
+      .distinct()
+      .where('export_pools.taken_from', '=', catalogId)
+      .execute()
     return {
       homeEpochs: new Map(resources.map((row) => [row.id, row.home_epoch])),
       volumes: new Set(resources.filter((row) => row.kind === 'volume').map((row) => row.id)),

@@ -158,7 +158,7 @@ describe.skipIf(!hasCeph())('pools on files and on Ceph in one daemon', () => {
     await other.start('--catalog', catalog)
     const refused = other.failure('volume', 'attach', 'disk', '--take-over')
     expect(refused.code).toBe('TAKE_OVER_REFUSED')
-    expect(refused.message).toContain('volume disk cannot be taken over: it reads from pool "default"')
+    expect(refused.message).toContain('volume disk cannot be taken over: it uses pool "default"')
     expect(refused.message).toContain(`pid ${pid}`)
     // The owner goes on: nothing was taken from it.
     {
