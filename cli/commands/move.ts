@@ -46,9 +46,12 @@ export async function move(command: Command, path: string, what: string, options
 
 function planText(plan: MoveDocument['plan']): string {
   const { resources, layerCount, bytesToCopy, bytesToOffload, bytesThere, targetFreeBytes } = plan
-  const kinds = new Map<string, number>()
+  const kinds = new Map(['volume', 'snapshot', 'image', 'file'].map((kind) => [kind, 0]))
   for (const { kind } of resources) kinds.set(kind, (kinds.get(kind) ?? 0) + 1)
-  const counted = [...kinds].map(([kind, count]) => `${count} ${kind}${count === 1 ? '' : 's'}`).join(', ')
+  const counted = [...kinds]
+    .filter(([, count]) => count > 0)
+    .map(([kind, count]) => `${count} ${kind}${count === 1 ? '' : 's'}`)
+    .join(', ')
   const bytes = [
     `${formatBytes(bytesToCopy)} to copy`,
     `${formatBytes(bytesToOffload)} that the backend shares without copying`,
