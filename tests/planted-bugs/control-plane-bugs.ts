@@ -275,6 +275,8 @@ export const controlPlaneBugs: PlantedBug[] = [
         find: ".where('layers.state', '=', 'sealed')",
         replace: ".where('layers.state', 'in', ['sealed', 'active'])",
       },
+      // Either of the two is enough.
+      { file: 'mapper/reclaim.ts', find: 'if (written.has(layer.alias) || replicas', replace: 'if (replicas' },
     ],
     tests: history,
   },
