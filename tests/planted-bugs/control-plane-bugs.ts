@@ -31,7 +31,7 @@ export const controlPlaneBugs: PlantedBug[] = [
       },
       {
         file: 'mapper/share.ts',
-        find: 'const exported = await context.exporter.flushed(shared.map(({ volume }) => volume.home_pool_id))',
+        find: 'const exported = await context.exporter.flushed(pools)',
         replace: 'const exported = true',
       },
     ],
@@ -424,8 +424,8 @@ export const controlPlaneBugs: PlantedBug[] = [
     edits: [
       {
         file: 'mapper/move-home.ts',
-        find: '      await swapHandles(context, id, [...changed, ...needs.named])\n',
-        replace: '',
+        find: 'await swapHandles(context, id, untold.has(id) ? null : [...changed, ...needs.named])',
+        replace: 'await swapHandles(context, id, [])',
       },
     ],
     tests: ['mapper/moves.test.ts'],
