@@ -79,8 +79,8 @@ export async function createVolume(context: MapperContext, wanted: NewVolume): P
   }
   context.open.setNew(id)
   // I9: what is promised is in the export, too, and nobody writes into an active layer that it does not name. The pool that is read
-  // from knows by whom.
-  if (!isExported) await context.exporter.flushed([...poolIds])
+  // from knows by whom. A share has waited for the pools that it is about, and not for the first whole export of another one.
+  if (!isExported || poolIds.size > 1) await context.exporter.flushed([...poolIds])
   return row as ResourceRow
 }
 
@@ -109,7 +109,7 @@ export async function createImage(context: MapperContext, wanted: NewImage): Pro
 
 /**
  * Calls `makeRows` with the durable content of any resource, in the transaction that makes the new rows durable, and with the
- * locks of the resources `alsoLocked`. `isExported`: a flush of the exports has been there since.
+ * locks of the resources `alsoLocked`. `isExported`: the export of the source's home has them.
  */
 export async function shareFrom(
   context: MapperContext,
