@@ -1,7 +1,7 @@
 /** The job that moves a volume, and its snapshots if that is wanted, into another pool while it is in use. */
 import { migrateKindName, type MoveRequest } from '@atoll/mapper'
 import type { JobKind } from './job-kind.ts'
-import { detailsOf, progressOf, runMove, type MoveParams, type Moves } from './move-job.ts'
+import { type MoveJob, moveKind, type MoveParams, type Moves } from './move-job.ts'
 
 /** The subject is the volume. */
 export interface MigrateParams extends MoveParams {
@@ -9,21 +9,10 @@ export interface MigrateParams extends MoveParams {
 }
 
 export function migrateKind(moves: Moves, requestReclaim: () => void): JobKind {
-  return {
-    kind: migrateKindName,
-    pausable: true,
-    limitable: true,
-    parallelMax: 2,
-    details: detailsOf,
-    run: (context) => runMove(context, moves, requestOf(context)),
-    discard: async (context) => {
-      await moves.release(requestOf(context))
-      if (progressOf(context.cursor).phase === 'drop') requestReclaim()
-    },
-  }
+  return moveKind(migrateKindName, moves, requestReclaim, requestOf)
 }
 
-function requestOf({ jobId, subject, params }: { jobId: string; subject: string; params: object }): MoveRequest {
+function requestOf({ jobId, subject, params }: MoveJob): MoveRequest {
   const { targetPoolId, withSnapshots } = params as MigrateParams
   return { jobId, volumeId: subject, targetPoolId, withSnapshots }
 }

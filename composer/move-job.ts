@@ -12,7 +12,7 @@
  */
 import { AtollError, toAtollError, type JsonObject } from '@atoll/core'
 import type { DrainRequest, Mapper, MoveRequest } from '@atoll/mapper'
-import { JobInterrupted, JobPostponed, type JobContext } from './job-kind.ts'
+import { JobInterrupted, JobPostponed, type JobContext, type JobKind } from './job-kind.ts'
 
 /** What a move asks of the mapper. */
 export type Moves = Pick<Mapper['moves'], 'plan' | 'freeze' | 'claim' | 'fillNext' | 'home' | 'drop' | 'release'>
@@ -62,7 +62,7 @@ export const awayRetryMs = 5000
 /** So often in a row a failure of the backend is tried again. */
 export const failuresMax = 5
 
-export function progressOf(cursor: JsonObject | null): MoveProgress {
+function progressOf(cursor: JsonObject | null): MoveProgress {
   const start: MoveProgress = {
     phase: 'freeze',
     fill: null,
@@ -77,13 +77,37 @@ export function progressOf(cursor: JsonObject | null): MoveProgress {
 }
 
 /** What is shown of a job beside its bytes. */
-export function detailsOf(cursor: JsonObject | null): JsonObject {
+function detailsOf(cursor: JsonObject | null): JsonObject {
   const { phase, copiedBytes, offloadedBytes, skippedBytes, pauseMs } = progressOf(cursor)
   return { phase, copiedBytes, offloadedBytes, skippedBytes, pauseMs }
 }
 
+/** What says what a job moves. */
+export type MoveJob = Pick<JobContext, 'jobId' | 'subject' | 'params'>
+
+/** A kind of job that moves what `requestOf` reads from it. `requestReclaim`: what it gave up is freed by a reclaim. */
+export function moveKind(
+  kind: string,
+  moves: Moves,
+  requestReclaim: () => void,
+  requestOf: (job: MoveJob) => MoveRequest | DrainRequest,
+): JobKind {
+  return {
+    kind,
+    pausable: true,
+    limitable: true,
+    parallelMax: 2,
+    details: detailsOf,
+    run: (context) => runMove(context, moves, requestOf(context)),
+    discard: async (context) => {
+      await moves.release(requestOf(context))
+      if (progressOf(context.cursor).phase === 'drop') requestReclaim()
+    },
+  }
+}
+
 /** Runs a move from where its cursor says to its end; the job's result. */
-export async function runMove(context: JobContext, moves: Moves, request: MoveRequest | DrainRequest): Promise<JsonObject> {
+async function runMove(context: JobContext, moves: Moves, request: MoveRequest | DrainRequest): Promise<JsonObject> {
   const progress = progressOf(context.cursor)
   try {
     const { freedBytes } = await goOn(context, moves, request, progress)

@@ -507,7 +507,7 @@ export const controlPlaneBugs: PlantedBug[] = [
     name: 'a move that is cancelled keeps what it has claimed',
     edits: [
       {
-        file: 'composer/migrate-job.ts',
+        file: 'composer/move-job.ts',
         find: '      await moves.release(requestOf(context))\n',
         replace: '',
       },
